@@ -1,0 +1,2844 @@
+"""Scratchformer: a language model built from nothing, in one file you can read.
+
+The file holds a byte-level BPE tokenizer (trainer and encoder), a Transformer with RoPE,
+SwiGLU and RMSNorm, a memory-mapped batcher, and a training loop that runs on a laptop, on
+one GPU, or on many with FSDP. It needs torch, regex and numpy, and imports nothing else
+beyond the standard library.
+
+Four commands, a few minutes on a laptop:
+
+    python scratchformer.py bpe-train  --file_path data/stories-train.txt --vocab_size 1024
+                                       --special_tokens_path data/special_tokens.txt
+                                       --tokenizer_out_path out/tokenizer.json
+    python scratchformer.py bpe-encode --dataset_path data/stories-train.txt
+                                       --tokenizer_path out/tokenizer.json
+                                       --out_path out/train.bin --append_eot
+    python scratchformer.py train      --train_tokens out/train.bin --outdir out/run
+                                       --num_layers 4 --d_model 128 --num_heads 4 --d_ff 352
+                                       --context_length 256 --batch_size 8 --max_steps 200
+    python scratchformer.py generate   --checkpoint out/run --prompt "One day"
+
+Commands (each explains its flags with --help):
+
+    bpe-train    learn a vocabulary from text            chapters 1 and 2
+    bpe-encode   turn text into a file of token ids      chapter 3
+    train        train a Transformer on token files      chapters 4 to 10
+    eval         measure the loss on tokens or text      chapter 10
+    generate     write text with a trained model         chapter 7
+    export       give the model to other libraries       chapter 11
+    demo         all of the above on the bundled stories chapter 12
+"""
+
+# How to read this file
+# ---------------------
+# From the top: nothing is used before it is defined. Each chapter opens with the question
+# it answers, what it takes and gives, the idea, the source, and the place where you would
+# change it. An expert can skip from opener to opener.
+#
+#    0. Household              errors in one line, progress, files that are never half-written
+#    1. Text to pre-tokens     cutting text into words, and counting them on all cores
+#    2. Learning merges        byte-pair encoding: a slow loop, then a fast one with its proof
+#    3. Encoding and decoding  the tokenizer, its file, a corpus encoded in parallel
+#       --- the commands above need no tensors and leave here: `import torch` takes seconds
+#    4. Tokens on disk         memory-mapped token files; a batch is a function of the step
+#    5. The model              RMSNorm, RoPE, attention, SwiGLU, and how they are stacked
+#    6. Learning               the loss, AdamW, the learning-rate schedule
+#    7. Generating text        key-value cache, sampling, streaming
+#    8. Many devices           precision, processes, FSDP and DDP, leaving cleanly
+#    9. Checkpoints            saved whole or not at all, loaded on any number of devices
+#   10. The training loop      accumulation, clipping, evaluation, logging, signals
+#   11. Other libraries        export to the Hugging Face Llama layout
+#   12. The command line       the table of commands, the demo, `main`
+#
+# Notation. Shapes are written with one letter per dimension:
+#   B batch (sequences)   T time (positions in a sequence)   D model width (d_model)
+#   H attention heads     K width of one head, D / H          F feed-forward width (d_ff)
+#   V vocabulary size
+# An *id* is a token's number, a *position* a place in a sequence, a *step* one update of
+# the weights. Comments marked TRAP tell what breaks and how it looks when it does.
+#
+# Left out on purpose: dropout, biases, quantization, tensor and pipeline parallelism,
+# other model families. A variant is a copy of this file with a readable diff.
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import dataclasses
+import difflib
+import functools
+import gc
+import hashlib
+import heapq
+import inspect
+import itertools
+import json
+import math
+import operator
+import os
+import pickle
+import queue
+import re
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+import typing
+import warnings
+import zipfile
+from array import array
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NoReturn
+
+import regex
+
+__version__ = "0.1.0"
+
+# ======================================================================================
+# 0. HOUSEHOLD
+#
+# Question    What does every command need, whatever it does?
+# Gives       errors in one line, progress, whole files, flags made from dataclasses
+# Idea        None of this is about language models. Skip it at the first reading: the
+#             names say what the functions do. The rest of the file stays free of it.
+# Change it   A new flag is a new field of a dataclass; help and type stand there once.
+# Checked by  test_scratchformer.py, chapter 0
+# ======================================================================================
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The command line prints its text as one line."""
+
+
+@contextlib.contextmanager
+def whole_file(path: Path | str) -> Iterator[BinaryIO]:
+    """A file open for writing that appears at `path` complete, or not at all.
+
+    The bytes go to a temporary name in the same folder, reach the disk, and are renamed:
+    a rename within a folder is atomic on POSIX and on Windows. Whatever stood at `path`
+    stays there until then, and stays for good if the block raises. Folders are created.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            # TRAP: without fsync a power cut can leave the new name on an empty file.
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, content: Any) -> None:
+    """Write `content` as indented JSON, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def read_json(path: Path | str, what: str) -> Any:
+    """The content of a JSON file; raises UserError that calls the file a `what`."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not a {what}: damaged JSON ({error})") from None
+
+
+class Progress:
+    """One line on the terminal: fraction done, rate, time left.
+
+    Silent where standard error is not a terminal, and under --quiet, which sets `allowed`.
+    """
+
+    allowed = True
+
+    def __init__(self, label: str, total: float, unit: str):
+        self.label, self.total, self.unit = label, total, unit
+        self.shown = self.allowed and sys.stderr.isatty()
+        self.start = self.last = time.monotonic()
+
+    def update(self, done: float, note: str = "") -> None:
+        now = time.monotonic()
+        if not self.shown or now - self.last < 0.1:
+            return
+        self.last, rate = now, done / max(now - self.start, 1e-9)
+        left = (self.total - done) / rate if rate else 0.0
+        line = f"{self.label} {done / self.total:4.0%}  {rate:,.1f} {self.unit}/s"
+        line += f"{note}  {clock(left)} left"
+        print(f"\r{line:<79}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.shown:
+            print("\r" + " " * 79 + "\r", end="", file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss below an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal. Standard output is kept for data."""
+    if Progress.allowed:
+        print(text, file=sys.stderr, flush=True)
+
+
+def flag(default: Any, help: str, *, at_least: float | None = None) -> Any:
+    """A dataclass field that is a command-line flag too. `...` as default: required."""
+    required = {} if default is ... else {"default": default}
+    return dataclasses.field(**required, metadata={"help": help, "at_least": at_least})
+
+
+class Config:
+    """Base of the dataclasses that are filled from flags; checks the ranges they state."""
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, least = getattr(self, entry.name), entry.metadata.get("at_least")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{entry.name} must be a finite number, not {value}")
+            if least is not None and value is not None and value < least:
+                raise UserError(f"--{entry.name} must be at least {least}, not {value}")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ConsoleConfig(Config):
+    """Console"""
+
+    quiet: bool = flag(False, "print errors and results only")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with mistakes told in one line that suggests what was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        flags = [option for action in self._actions for option in action.option_strings]
+        if unknown := re.match(r"unrecognized arguments: (--[^\s=]*)", message):
+            near = difflib.get_close_matches(unknown[1], flags, n=1)
+            message = f"unknown flag {unknown[1]}" + (f", did you mean {near[0]}?" if near else "")
+        raise UserError(f"{message} (see --help)")
+
+
+def add_flag(group: Any, entry: dataclasses.Field, kind: Any) -> None:
+    """Turn one dataclass field, whose type is `kind`, into a flag of an argparse group."""
+    required = entry.default is dataclasses.MISSING
+    text = entry.metadata["help"].replace("%", "%%")
+    if not required and entry.default not in (None, False, ""):
+        text += f" (default: {entry.default})"
+    if isinstance(kind, types.UnionType):  # X | None
+        kind = typing.get_args(kind)[0]
+    options: dict[str, Any] = {"type": kind, "metavar": {int: "N", Path: "PATH"}.get(kind, "X")}
+    if typing.get_origin(kind) is Literal:
+        options = {"choices": typing.get_args(kind)}
+    elif typing.get_origin(kind) is list:
+        options = {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "PATH"}
+    if kind is bool:
+        options = {"action": "store_true"}
+    elif not required:
+        options["default"] = entry.default
+    group.add_argument("--" + entry.name, required=required, help=text, **options)
+
+
+def parse_flags(name: str, command: Callable, argv: list[str]) -> list[Config]:
+    """The dataclasses that `command` takes as its parameters, filled from `argv`.
+
+    A command is a function whose parameters are dataclasses: each becomes a group of
+    flags, its docstring the heading. Hyphens in the name of a flag become underscores.
+    """
+    kinds = [k for n, k in typing.get_type_hints(command).items() if n != "return"]
+    parser = Parser(
+        prog=f"scratchformer {name}", usage="%(prog)s [flags]", allow_abbrev=False,
+        description=inspect.getdoc(command),
+    )
+    for kind in kinds:
+        group = parser.add_argument_group(inspect.getdoc(kind).splitlines()[0])
+        hints = typing.get_type_hints(kind)
+        for entry in dataclasses.fields(kind):
+            add_flag(group, entry, hints[entry.name])
+    spelled = re.compile(r"--[a-z][a-z0-9-]*")
+    argv = [spelled.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a, count=1)
+            if spelled.match(a) else a for a in argv]  # fmt: skip
+    values = vars(parser.parse_args(argv))
+    return [kind(**{e.name: values[e.name] for e in dataclasses.fields(kind)}) for kind in kinds]
+
+
+def run_command(commands: dict[str, Callable], argv: list[str]) -> int:
+    """Run the command that `argv` names and return the exit status."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0
+    if argv[0] == "--version":
+        print(f"scratchformer {__version__}")
+        return 0
+    try:
+        if argv[0] not in commands:
+            near = difflib.get_close_matches(argv[0], commands, n=1)
+            hint = f"did you mean {near[0]}?" if near else "one of " + ", ".join(commands)
+            raise UserError(f"unknown command {argv[0]!r}: {hint}")
+        configs = parse_flags(argv[0], commands[argv[0]], argv[1:])
+        Progress.allowed = not any(getattr(config, "quiet", False) for config in configs)
+        return commands[argv[0]](*configs) or 0
+    except UserError as error:
+        message = str(error)
+    except BrokenPipeError:  # the reader of our output, `head` say, has had enough
+        sys.stdout = open(os.devnull, "w")
+        return 0
+    except OSError as error:
+        message = f"{error.filename or argv[0]}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    # Every process under torchrun reads the same flags; one of them tells what is wrong.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"scratchformer: error: {message}", file=sys.stderr)
+    return 2
+
+
+# ======================================================================================
+# 1. TEXT TO PRE-TOKENS
+#
+# Question    Which stretches of text may become a token at all?
+# Takes       text files
+# Gives       how often each pre-token (a word with its leading space, a number, ...) occurs
+# Idea        A regular expression cuts text into words before anything is learned, so that
+#             no token ever spans "dog." or "the end". The expression is slow; words repeat.
+#             So cut at spaces first, count the pieces, and run it once per distinct piece.
+# Source      Radford et al. 2019 (GPT-2), section 2.2; the pattern is from their encoder.py
+# Change it   PRETOKEN_PATTERN; with another, INNER_SPACE and CUT must be proved anew.
+# Checked by  test_scratchformer.py, chapter 1
+# ======================================================================================
+
+# GPT-2's pattern, unchanged: contractions, letters, numbers, the rest, white space. The
+# last-but-one alternative leaves the final space of a run to the word that follows.
+PRETOKEN_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+find_pretokens = regex.compile(PRETOKEN_PATTERN).findall
+
+# WHY it is exact to cut before a space that has no white space on one of its sides:
+# white space on neither side, or only on the right: white space ends every pre-token before
+#   it, because no alternative goes on with white space after something else;
+# only on the left: a run of white space gives its last space to the word on its right.
+# Only a space inside a run, or at its end with nothing after, must not be cut: hold those.
+# (`re` counts four more characters as white space than `regex`: it holds more, never less.)
+INNER_SPACE = re.compile(r" (?!\S)(?<=\s )")
+HELD_SPACE = "\ud800"  # half a surrogate pair, which no decoded text contains
+
+# A longer text may be cut after any letter or digit whose right neighbour is neither: no
+# pre-token holds such a pair, and the only look-ahead stands after white space. It is
+# searched backwards, from the end of a buffer.
+CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])")
+
+CHUNK_BYTES = 1 << 20  # text handled at once: large enough to amortise, small in memory
+
+
+def decode_text(data: bytes) -> str:
+    """Text of UTF-8 bytes; a byte that is no UTF-8 becomes one of U+DC80 to U+DCFF."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def encode_text(text: str) -> bytes:
+    """The bytes that `decode_text` made `text` from, all of them."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def splitter(special_tokens: Iterable[str]) -> Callable[[str], list[str]]:
+    """A function that splits text at special tokens, the longest first, and keeps them.
+
+    >>> splitter(["<a>", "<a><b>"])("x<a><b>y<a>")
+    ['x', '<a><b>', 'y', '<a>', '']
+    """
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    if not longest_first:
+        return lambda text: [text]
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
+
+
+def check_special_tokens(special_tokens: Sequence[str]) -> None:
+    """Raise UserError for a special token that is empty, given twice, or a single byte."""
+    for token, count in Counter(special_tokens).items():
+        if not token:
+            raise UserError("a special token is empty: remove it from the list")
+        if count > 1:
+            raise UserError(f"special token {token!r} is given {count} times: once is enough")
+        if len(token.encode()) == 1:
+            raise UserError(f"special token {token!r} is one byte, which has an id already")
+
+
+def space_pieces(text: str) -> list[str]:
+    """`text` cut before every space where that is exact.
+
+    Every piece but the first has lost its leading space; spaces kept inside are held.
+
+    >>> space_pieces("to be  or") == ["to", "be", "", "or"]
+    True
+    """
+    return INNER_SPACE.sub(HELD_SPACE, text).split(" ")
+
+
+def pretokens_of_piece(piece: str) -> list[str]:
+    """The pre-tokens of a piece that has lost its leading space.
+
+    >>> pretokens_of_piece("don't!")
+    [' don', "'t", '!']
+    """
+    return find_pretokens(" " + piece.replace(HELD_SPACE, " "))
+
+
+def last_cut(text: str, special_tokens: Sequence[str]) -> int:
+    """The last position where `text` may be cut whatever comes before and after; else 0."""
+    # A special token may reach over the cut: stay clear of what the ends of `text` hide.
+    reach = max(4, *(len(token.encode()) for token in special_tokens), 4)
+    end = len(text) - reach
+    while end > reach and (match := CUT.search(text, reach, end)):
+        end = match.start()
+        if not any(text.find(s, end - len(s) + 1, end + len(s) - 1) >= 0 for s in special_tokens):
+            return end
+    return 0
+
+
+class Span(typing.NamedTuple):
+    """A stretch of a text file, in bytes, that can be handled alone."""
+
+    path: str
+    start: int
+    end: int
+
+    def read(self) -> str:
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            return decode_text(file.read(self.end - self.start))
+
+
+def spans(whole: Span, size: int, special_tokens: Sequence[str]) -> Iterator[Span]:
+    """`whole` in spans of about `size` bytes; where no cut is to be had they are longer.
+
+    Only a window before each boundary is read. A window may begin inside a character: the
+    continuation bytes it begins with (0x80 to 0xBF) belong to what came before.
+    """
+    window, start, boundary = 1 << 16, whole.start, whole.start + size
+    with open(whole.path, "rb") as file:
+        while boundary < whole.end:
+            low = max(start, boundary - window)
+            file.seek(low)
+            data = file.read(boundary - low)
+            begun = data.lstrip(bytes(range(0x80, 0xC0)))
+            text = decode_text(begun)
+            if cut := last_cut(text, special_tokens):
+                cut = low + len(data) - len(begun) + len(encode_text(text[:cut]))
+                yield Span(whole.path, start, cut)
+                start, boundary = cut, cut + size
+            else:
+                boundary += window // 2
+    yield Span(whole.path, start, whole.end)
+
+
+def input_files(paths: str | Path | Sequence[str | Path]) -> list[Span]:
+    """The text files to read, each as one span. A folder stands for all files below it."""
+    files = []
+    for path in [Path(paths)] if isinstance(paths, (str, Path)) else map(Path, paths):
+        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        files += [Span(str(p), 0, p.stat().st_size) for p in inside]
+    if not sum(span.end for span in files):
+        raise UserError(f"no text to read in {', '.join(map(str, paths))}")
+    return files
+
+
+def count_pretokens(texts: Iterable[str], special_tokens: Sequence[str]) -> Counter[str]:
+    """How often each pre-token occurs in `texts`, special tokens left out.
+
+    >>> sorted(count_pretokens(["to be or not to be"], []).items())
+    [(' be', 2), (' not', 1), (' or', 1), (' to', 1), ('to', 1)]
+    """
+    split, pieces, counts = splitter(special_tokens), Counter[str](), Counter[str]()
+    for text in texts:
+        for document in split(text)[::2]:
+            first, *rest = space_pieces(document)
+            counts.update(find_pretokens(first.replace(HELD_SPACE, " ")))
+            pieces.update(rest)
+    for piece, count in pieces.items():
+        for pretoken in pretokens_of_piece(piece):
+            counts[pretoken] += count
+    return counts
+
+
+# Workers. The pattern keeps one core busy; the other cores can count other spans.
+#
+# WHY processes of our own instead of `multiprocessing`: its workers are either forks, which
+# are unsafe once torch has started threads, or import the main script again, torch and all,
+# and fail where a script lacks an `if __name__ == "__main__"`. A worker here is this file,
+# started with the command `bpe-worker`: it leaves before chapter 4 and is ready in 0.1 s on
+# every platform. Requests are lines of JSON, replies are bytes behind their length.
+
+
+def in_parallel(setup: dict, tasks: Sequence[Span], num_workers: int | None) -> Iterator[bytes]:
+    """What `worker_function(setup)` returns for each task, in the order of the tasks.
+
+    With one worker, or one task, the work is done here. At most two tasks per worker wait
+    or are under way, so memory does not grow with their number.
+    """
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
+            os.cpu_count() or 1)  # fmt: skip
+    if num_workers < 1:
+        raise UserError(f"num_workers must be at least 1, not {num_workers}")
+    num_workers = min(num_workers, len(tasks))
+    if num_workers <= 1:
+        yield from map(worker_function(setup), tasks)
+        return
+    command = [sys.executable, os.path.abspath(__file__), "bpe-worker"]
+    workers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+               for _ in range(num_workers)]  # fmt: skip
+    idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
+
+    def ask(worker: subprocess.Popen, message: Any) -> bytes:
+        assert worker.stdin and worker.stdout
+        try:
+            worker.stdin.write(json.dumps(message).encode() + b"\n")
+            worker.stdin.flush()
+            (length,) = struct.unpack("<Q", worker.stdout.read(8))
+            return worker.stdout.read(length)
+        except (OSError, struct.error):
+            raise UserError(f"a worker process died (exit status {worker.wait()})") from None
+
+    def run(task: Span) -> bytes:
+        worker = idle.get()
+        try:
+            return ask(worker, task)
+        finally:
+            idle.put(worker)
+
+    try:
+        with ThreadPoolExecutor(num_workers) as pool:
+            for worker, _ in zip(workers, pool.map(lambda w: ask(w, setup), workers)):
+                idle.put(worker)
+            waiting: deque = deque()
+            for task in tasks:
+                waiting.append(pool.submit(run, task))
+                if len(waiting) > 2 * num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+
+
+def worker_function(setup: dict) -> Callable[[Span], bytes]:
+    """The work on one span that `setup` describes: counting, or encoding (chapter 3)."""
+    special_tokens = setup["special_tokens"]
+    if "tokenizer" in setup:
+        tokenizer = Tokenizer.from_json(setup["tokenizer"], "tokenizer")
+        return lambda span: tokenizer.pack(span.read())
+
+    def count(span: Span) -> bytes:
+        parts = spans(span, CHUNK_BYTES, special_tokens)
+        return json.dumps(count_pretokens((p.read() for p in parts), special_tokens)).encode()
+
+    return count
+
+
+def bpe_worker() -> None:
+    """Answer the requests of `in_parallel` until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    work = worker_function(json.loads(requests.readline() or "{}"))
+    reply = b""
+    while True:
+        replies.write(struct.pack("<Q", len(reply)) + reply)
+        replies.flush()
+        if not (line := requests.readline()):
+            return
+        reply = work(Span(*json.loads(line)))
+
+
+def count_files(
+    paths: str | Path | Sequence[str | Path], special_tokens: Sequence[str], num_workers: int | None
+) -> Counter[str]:
+    """How often each pre-token occurs in text files, counted on `num_workers` cores."""
+    files = input_files(paths)
+    total = sum(file.end for file in files)
+    # Few large tasks: each reply carries every distinct pre-token of its span once more.
+    size = min(max(total // (2 * (num_workers or os.cpu_count() or 1)), 2 * CHUNK_BYTES), 1 << 25)
+    tasks = [span for file in files for span in spans(file, size, special_tokens)]
+    counts, done, progress = Counter[str](), 0.0, Progress("counting", total / 1e6, "MB")
+    for task, reply in zip(tasks, in_parallel({"special_tokens": list(special_tokens)}, tasks, num_workers)):
+        counts.update(json.loads(reply))
+        progress.update(done := done + (task.end - task.start) / 1e6)
+    progress.close()
+    return counts
+
+
+# ======================================================================================
+# 2. LEARNING MERGES
+#
+# Question    Which byte strings deserve a number of their own?
+# Takes       how often each pre-token occurs
+# Gives       vocabulary and merges, in the order learned
+# Idea        Begin with the 256 bytes. Join the pair of neighbours seen most often, give
+#             it the next number, and repeat. Merges never cross a pre-token.
+# Source      Sennrich, Haddow & Birch 2016, algorithm 1 (arXiv 1508.07909)
+# Change it   `merge_order` alone decides which of several equally frequent pairs wins.
+# Checked by  test_scratchformer.py, chapter 2
+# ======================================================================================
+
+Merge = tuple[bytes, bytes]
+
+
+def learn_merges_plainly(pretoken_counts: dict[str, int], num_merges: int) -> list[Merge]:
+    """The algorithm as the paper has it: count all pairs, merge the best, start over.
+
+    >>> learn_merges_plainly({"low": 5, "lower": 2, "newest": 6, "widest": 3}, 3)
+    [(b's', b't'), (b'e', b'st'), (b'o', b'w')]
+
+    By hand: "st" and "es" both occur 6 + 3 = 9 times, and b"s" > b"e", so "st" wins.
+    """
+    words = {p: [bytes([b]) for b in encode_text(p)] for p in pretoken_counts}
+    merges: list[Merge] = []
+    while len(merges) < num_merges:
+        pair_counts = Counter[Merge]()
+        for pretoken, word in words.items():
+            for pair in zip(word, word[1:]):
+                pair_counts[pair] += pretoken_counts[pretoken]
+        if not pair_counts:
+            break
+        # WHY: ties are the rule, not the exception. By count alone the winner is whichever
+        # was met first, so the same text in another order would give another tokenizer.
+        left, right = best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))
+        merges.append(best)
+        for word in words.values():
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = [left + right]
+                i += 1
+    return merges
+
+
+# The fast way does the same with three changes.
+#
+# 1. A word is a string whose characters are token ids: chr(104) + chr(105) for "hi". A pair
+#    is a string of two characters, and merging it is `str.replace`, which runs in C and,
+#    like the loop above, takes occurrences from the left without overlap.
+# 2. A merge changes only words that hold the pair. `holders` lists them (and some that no
+#    longer do: the pair is then not found), and only their pairs are counted again.
+# 3. A pair's count grows only in the merge that creates it and shrinks ever after. So each
+#    pair stands once in a heap, with a count that may be too high: the top, if its count is
+#    out of date, goes back with the true one. The first top that is true is the maximum.
+
+
+def pairs_of(word: str) -> Iterator[str]:
+    """The neighbouring pairs of a word, as strings of two characters.
+
+    >>> list(pairs_of("abac"))
+    ['ab', 'ba', 'ac']
+    """
+    return map(operator.add, word, word[1:])
+
+
+def merge_order(token: bytes) -> str:
+    """A string that sorts the other way round than `token` does.
+
+    Bytes are complemented, and U+0100, greater than any of them, marks the end: then a
+    prefix comes after the longer token. The heap gives the smallest, we want the greatest.
+
+    >>> merge_order(b"b") < merge_order(b"ab") < merge_order(b"a")
+    True
+    """
+    return "".join(chr(255 - byte) for byte in token) + "\u0100"
+
+
+def learn_merges(pretoken_counts: dict[str, int], num_merges: int) -> list[Merge]:
+    """The merges of `learn_merges_plainly`, in a fraction of the time.
+
+    >>> learn_merges({"low": 5, "lower": 2, "newest": 6, "widest": 3}, 3)
+    [(b's', b't'), (b'e', b'st'), (b'o', b'w')]
+    """
+    tokens = [bytes([i]) for i in range(256)]
+    order = [merge_order(token) for token in tokens]
+    words = [encode_text(pretoken).decode("latin-1") for pretoken in pretoken_counts]
+    counts = list(pretoken_counts.values())
+    pair_counts: dict[str, int] = defaultdict(int)
+    holders: dict[str, list[int]] = defaultdict(list)
+    for index, (word, count) in enumerate(zip(words, counts)):
+        for pair in pairs_of(word):
+            pair_counts[pair] += count
+            holders[pair].append(index)
+
+    def entry(pair: str) -> tuple[int, str, str]:
+        return -pair_counts[pair], order[ord(pair[0])] + order[ord(pair[1])], pair
+
+    heap = [entry(pair) for pair in pair_counts]
+    heapq.heapify(heap)
+    merges: list[Merge] = []
+    progress = Progress("merging", num_merges, "merges")
+    while heap and len(merges) < num_merges:
+        negative_count, _, pair = heap[0]
+        if -negative_count != pair_counts[pair]:
+            if pair_counts[pair]:
+                heapq.heapreplace(heap, entry(pair))
+            else:
+                del pair_counts[heapq.heappop(heap)[2]]
+            continue
+        first, second = pair
+        merges.append((tokens[ord(first)], tokens[ord(second)]))
+        tokens.append(b"".join(merges[-1]))
+        order.append(merge_order(tokens[-1]))
+        merged = chr(len(tokens) - 1)
+        before, after = defaultdict(int), defaultdict(int)  # neighbour -> occurrences
+        new_holders: dict[str, list[int]] = defaultdict(list)
+        for index in holders.pop(pair):
+            left, found, right = words[index].partition(pair)
+            if not found:
+                continue
+            if pair in right:  # several occurrences, perhaps side by side: count all pairs anew
+                for old in pairs_of(words[index]):
+                    pair_counts[old] -= counts[index]
+                words[index] = words[index].replace(pair, merged)
+                for new in pairs_of(words[index]):
+                    pair_counts[new] += counts[index]
+                    if merged in new:
+                        new_holders[new].append(index)
+                continue
+            words[index] = left + merged + right
+            if left:
+                before[left[-1]] += counts[index]
+                new_holders[left[-1] + merged].append(index)
+            if right:
+                after[right[0]] += counts[index]
+                new_holders[merged + right[0]].append(index)
+        for neighbour, count in before.items():
+            pair_counts[neighbour + first] -= count
+            pair_counts[neighbour + merged] += count
+        for neighbour, count in after.items():
+            pair_counts[second + neighbour] -= count
+            pair_counts[merged + neighbour] += count
+        pair_counts[pair] = 0
+        for new, indices in new_holders.items():
+            holders[new] = indices
+            heapq.heappush(heap, entry(new))
+        progress.update(len(merges))
+    progress.close()
+    return merges
+
+
+def train_bpe(
+    input_path: str | Path | Sequence[str | Path],
+    vocab_size: int,
+    special_tokens: Sequence[str],
+    num_workers: int | None = None,
+) -> tuple[dict[int, bytes], list[Merge]]:
+    """A vocabulary of at most `vocab_size` entries, and its merges in the order learned.
+
+    `input_path` is a text file, a folder, or a list of them. Ids 0 to 255 are the bytes,
+    then come the merges, then the special tokens. The vocabulary ends up smaller, with a
+    message, when no pair is left to merge. The result does not depend on `num_workers`
+    (None: one per core) or on the order of the files. Raises UserError for a vocabulary
+    without room, a bad special token, or files without text.
+    """
+    check_special_tokens(special_tokens)
+    if not 256 + len(special_tokens) <= vocab_size <= sys.maxunicode:
+        raise UserError(
+            f"vocab_size must be at least {256 + len(special_tokens)} (256 bytes and "
+            f"{len(special_tokens)} special tokens) and at most {sys.maxunicode}, not {vocab_size}"
+        )
+    num_merges = vocab_size - 256 - len(special_tokens)
+    merges = learn_merges(count_files(input_path, special_tokens, num_workers), num_merges)
+    if len(merges) < num_merges:
+        say(f"no pair is left after {len(merges)} merges: the vocabulary has "
+            f"{256 + len(merges) + len(special_tokens)} entries, not {vocab_size}")  # fmt: skip
+    tokens = [bytes([i]) for i in range(256)] + [left + right for left, right in merges]
+    tokens += [token.encode() for token in special_tokens]
+    return dict(enumerate(tokens)), merges
+
+
+# ======================================================================================
+# 3. ENCODING AND DECODING
+#
+# Question    Which ids stand for this text, and which text for these ids?
+# Takes       vocabulary and merges; text
+# Gives       ids; a tokenizer.json that other libraries read; token files
+# Idea        Replay the merges on each pre-token, in the order they were learned. Text
+#             repeats, so remember the ids of every piece met: encoding is then one
+#             dictionary look-up per word.
+# Source      Sennrich, Haddow & Birch 2016, section 3.2; format: huggingface/tokenizers
+# Change it   `Tokenizer.merge` is the algorithm; the rest is memory and files.
+# Checked by  test_scratchformer.py, chapter 3
+# ======================================================================================
+
+END_OF_TEXT = "<|endoftext|>"
+NO_MERGE = sys.maxunicode + 1
+
+
+def byte_letters() -> dict[int, str]:
+    """The printable character that stands for each byte in a tokenizer.json.
+
+    From GPT-2's encoder.py: printable Latin-1 bytes are themselves, the others (space,
+    control characters, ...) take U+0100, U+0101, ... in order; so a space is shown as Ġ.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+LETTER_OF_BYTE = byte_letters()
+BYTE_OF_LETTER = {letter: byte for byte, letter in LETTER_OF_BYTE.items()}
+
+
+class Cache(dict):
+    """A dictionary that computes what it lacks, and never holds much.
+
+    WHY emptied, not evicted one by one: a hit stays a plain look-up in C, and after a
+    clearing the frequent words are back at once. Long keys are not kept at all.
+    """
+
+    MAX_ENTRIES, MAX_KEY = 1 << 19, 256
+
+    def __init__(self, compute: Callable[[str], bytes]):
+        super().__init__()
+        self.compute = compute
+
+    def __missing__(self, key: str) -> bytes:
+        value = self.compute(key)
+        if len(key) <= self.MAX_KEY:
+            if len(self) >= self.MAX_ENTRIES:
+                self.clear()
+            self[key] = value
+        return value
+
+
+class Tokenizer:
+    """Byte-level BPE: text to ids and back, exactly, whatever the bytes.
+
+    `vocab` maps ids to bytes, `merges` are pairs of entries in the order learned, and
+    `special_tokens` are kept whole; those not in `vocab` get the next free ids. Raises
+    UserError where the three do not fit together.
+
+    >>> vocab = dict(enumerate([bytes([i]) for i in range(256)] + [b"th", b"the"]))
+    >>> tokenizer = Tokenizer(vocab, [(b"t", b"h"), (b"th", b"e")], ["<|endoftext|>"])
+    >>> tokenizer.encode("then<|endoftext|>")
+    [257, 110, 258]
+    >>> tokenizer.decode([257, 110, 258])
+    'then<|endoftext|>'
+    """
+
+    def __init__(
+        self,
+        vocab: dict[int, bytes],
+        merges: Sequence[Merge],
+        special_tokens: Sequence[str] | None = None,
+    ):
+        special_tokens = special_tokens or []
+        check_special_tokens(special_tokens)
+        self.vocab, self.merges = dict(vocab), list(merges)
+        id_of = {token: i for i, token in reversed(self.vocab.items())}
+        self.special_tokens: dict[str, int] = {}
+        for token in special_tokens:
+            if token.encode() not in id_of:
+                id_of[token.encode()] = max(self.vocab, default=-1) + 1
+                self.vocab[id_of[token.encode()]] = token.encode()
+            self.special_tokens[token] = id_of[token.encode()]
+        # As in chapter 2, a word being merged is a string. Its characters are *ranks*: the
+        # byte, or 256 plus the place of the merge that makes the token. In our own files
+        # ranks are ids; in other people's they need not be, so `ids` translates.
+        rank_of = {bytes([byte]): byte for byte in range(256)}
+        self.pairs: list[str] = []
+        for left, right in self.merges:
+            if left not in rank_of or right not in rank_of:
+                raise UserError(f"merge {left!r} + {right!r} comes before its parts are made")
+            if rank_of.setdefault(left + right, 256 + len(self.pairs)) != 256 + len(self.pairs):
+                raise UserError(f"merge {left!r} + {right!r} makes a token that exists already")
+            self.pairs.append(chr(rank_of[left]) + chr(rank_of[right]))
+        self.rank_of_pair = {pair: 256 + place for place, pair in enumerate(self.pairs)}
+        if missing := [token for token in rank_of if token not in id_of]:
+            raise UserError(f"the vocabulary lacks {missing[0]!r}, which is a byte or a merge")
+        self.ids = [id_of[token] for token in rank_of]
+        self.vocab_size = max(self.vocab) + 1
+        self.typecode = "H" if self.vocab_size <= 1 << 16 else "I"
+        self.split = splitter(self.special_tokens)
+        self.of_pretoken = Cache(self.pack_pretoken)
+        self.of_piece = Cache(
+            lambda piece: b"".join(map(self.of_pretoken.__getitem__, pretokens_of_piece(piece)))
+        )
+
+    def merge(self, word: str) -> str:
+        """`word`, a string of ranks, after all merges that apply.
+
+        The pair of lowest rank is merged everywhere at once. That is the order of learning:
+        new pairs hold the new token, so their ranks are higher than the one just applied.
+        """
+        if len(word) > 512:
+            return self.merge_long(word)
+        while True:
+            ranks = map(self.rank_of_pair.get, pairs_of(word), itertools.repeat(NO_MERGE))
+            rank = min(ranks, default=NO_MERGE)
+            if rank == NO_MERGE:
+                return word
+            word = word.replace(self.pairs[rank - 256], chr(rank))
+
+    def merge_long(self, word: str) -> str:
+        """What `merge` gives, in time that grows as the length, not as length times merges.
+
+        Each rank keeps the positions where its pair was seen; ranks are taken in order, and
+        a position whose pair has changed since is passed over. `following` and `preceding`
+        link the tokens that are left.
+        """
+        ranks = array("i", map(ord, word))
+        following = array("i", range(1, len(word) + 1))
+        preceding = array("i", range(-1, len(word) - 1))
+        places: dict[int, array] = defaultdict(lambda: array("i"))
+        for place, pair in enumerate(pairs_of(word)):
+            if pair in self.rank_of_pair:
+                places[self.rank_of_pair[pair]].append(place)
+        heap = list(places)
+        heapq.heapify(heap)
+        while heap:
+            rank = heapq.heappop(heap)
+            first, second = map(ord, self.pairs[rank - 256])
+            for place in sorted(places.pop(rank)):
+                other = following[place]
+                if ranks[place] != first or other >= len(word) or ranks[other] != second:
+                    continue
+                ranks[place], ranks[other] = rank, -1
+                following[place] = after = following[other]
+                if after < len(word):
+                    preceding[after] = place
+                for start, end in ((preceding[place], place), (place, after)):
+                    if start < 0 or end >= len(word):
+                        continue
+                    new = self.rank_of_pair.get(chr(ranks[start]) + chr(ranks[end]))
+                    if new is not None:
+                        if new not in places:
+                            heapq.heappush(heap, new)
+                        places[new].append(start)
+        return "".join(map(chr, filter(lambda rank: rank >= 0, ranks)))
+
+    def pack_pretoken(self, pretoken: str) -> bytes:
+        """The ids of one pre-token, packed as in a token file."""
+        word = self.merge(encode_text(pretoken).decode("latin-1"))
+        return struct.pack(f"<{len(word)}{self.typecode}", *[self.ids[ord(rank)] for rank in word])
+
+    def pack_ordinary(self, text: str) -> bytes:
+        """The ids of text without special tokens, packed as in a token file."""
+        if HELD_SPACE in text:
+            raise UserError("the text holds U+D800, half a surrogate pair: no bytes stand for it")
+        first, *rest = space_pieces(text)
+        pretokens = find_pretokens(first.replace(HELD_SPACE, " "))
+        packed = b"".join(map(self.of_pretoken.__getitem__, pretokens))
+        return packed + b"".join(map(self.of_piece.__getitem__, rest))
+
+    def pack(self, text: str) -> bytes:
+        """The ids of text, special tokens recognised, packed as in a token file."""
+        parts = self.split(text)
+        packed = [self.pack_ordinary(part) for part in parts[::2]]
+        specials = [struct.pack("<" + self.typecode, self.special_tokens[s]) for s in parts[1::2]]
+        return b"".join(itertools.chain(*zip(packed, specials))) + packed[-1]
+
+    def unpack(self, packed: bytes) -> list[int]:
+        """The ids in `packed`."""
+        return list(struct.unpack(f"<{len(packed) // struct.calcsize(self.typecode)}{self.typecode}", packed))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`; special tokens in it become their own ids."""
+        return self.unpack(self.pack(text))
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """The ids of `text`; special tokens in it are text like any other."""
+        return self.unpack(self.pack_ordinary(text))
+
+    def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
+        """The ids of the chunks joined, without ever holding them all."""
+        buffer = ""
+        for chunk in chunks:
+            buffer += chunk
+            if len(buffer) >= 1 << 16 and (cut := last_cut(buffer, list(self.special_tokens))):
+                yield from self.encode(buffer[:cut])
+                buffer = buffer[cut:]
+        yield from self.encode(buffer)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Exactly the bytes that were encoded. Raises UserError for an unknown id."""
+        try:
+            return b"".join(map(self.vocab.__getitem__, ids))
+        except KeyError as error:
+            raise UserError(
+                f"id {error} is not in the vocabulary of {self.vocab_size} entries"
+            ) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. Bytes that are no UTF-8 become U+FFFD, after joining."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def to_json(self) -> str:
+        """This tokenizer as the text of a Hugging Face tokenizer.json."""
+        specials = {i: token for token, i in self.special_tokens.items()}
+        spell = {i: specials[i] if i in specials else spelled(t) for i, t in self.vocab.items()}
+        if twice := [name for name, count in Counter(spell.values()).items() if count > 1]:
+            raise UserError(f"special token {twice[0]!r} is spelled like another token")
+        common = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        content = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": i, "content": specials[i], **flags, "special": True} for i in sorted(specials)
+            ],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "ByteLevel", **common},
+            "post_processor": None,
+            "decoder": {"type": "ByteLevel", **common},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": {spell[i]: i for i in sorted(spell)},
+                "merges": [[spelled(left), spelled(right)] for left, right in self.merges],
+            },
+        }
+        return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write `path`, one file that `tokenizers.Tokenizer.from_file` reads too."""
+        text = self.to_json().encode()
+        with whole_file(path) as file:
+            file.write(text)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a tokenizer.json, ours or another's byte-level BPE with GPT-2's pattern.
+
+        Raises UserError that says what a file of another kind has instead.
+        """
+        return cls.from_json(read_json(path, "tokenizer.json"), str(path))
+
+    @classmethod
+    def from_json(cls, content: Any, name: str) -> Tokenizer:
+        """The tokenizer in the parsed JSON `content`; errors call it `name`."""
+        try:
+            check_kind(content)
+            specials = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
+            vocab = {i: t.encode() if t in specials else unspelled(t)
+                     for t, i in content["model"]["vocab"].items()}  # fmt: skip
+            vocab |= {i: token.encode() for token, i in specials.items()}
+            pairs = [pair.split(" ") if isinstance(pair, str) else pair
+                     for pair in content["model"]["merges"]]  # fmt: skip
+            merges = [(unspelled(left), unspelled(right)) for left, right in pairs]
+            return cls(vocab, merges, list(specials))
+        except UserError as error:
+            raise UserError(f"{name} cannot be used: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{name} is damaged or no tokenizer.json: {error!r}") from None
+
+    def fingerprint(self) -> str:
+        """A hash that two tokenizers share exactly when they give the same ids."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def spelled(token: bytes) -> str:
+    """Bytes as a tokenizer.json spells them: b" the" is "Ġthe"."""
+    return "".join(map(LETTER_OF_BYTE.__getitem__, token))
+
+
+def unspelled(name: str) -> bytes:
+    """The bytes that `spelled` made `name` from."""
+    try:
+        return bytes(map(BYTE_OF_LETTER.__getitem__, name))
+    except KeyError:
+        raise UserError(f"token {name!r} is not spelled in byte letters") from None
+
+
+def check_kind(content: Any) -> None:
+    """Raise UserError unless a tokenizer.json describes what `Tokenizer` computes."""
+    model, cut = content["model"], content.get("pre_tokenizer")
+    if model.get("type", "BPE") != "BPE":
+        raise UserError(f"its model is {model['type']}, not byte-level BPE")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise UserError(f"its {key} is {model[key]!r}, which is not supported")
+    if model.get("byte_fallback"):
+        raise UserError("it is a SentencePiece conversion (byte_fallback), not byte-level BPE")
+    if content.get("normalizer") is not None:
+        raise UserError(f"it normalizes text ({content['normalizer'].get('type')})")
+    if not cut or cut.get("type") != "ByteLevel" or not cut.get("use_regex", True):
+        raise UserError("its pre-tokenizer is not ByteLevel with GPT-2's pattern")
+    if cut.get("add_prefix_space"):
+        raise UserError("its pre-tokenizer adds a space before the text (add_prefix_space)")
+    for entry in content["added_tokens"]:
+        if entry.get("single_word") or entry.get("lstrip") or entry.get("rstrip"):
+            raise UserError(f"added token {entry['content']!r} strips or needs white space")
+
+
+def encode_file(
+    tokenizer: Tokenizer,
+    dataset_path: str | Path | Sequence[str | Path],
+    out_path: str | Path,
+    append_eot: bool = False,
+    num_workers: int | None = None,
+) -> int:
+    """Encode text files into the token file `out_path`; return the number of tokens.
+
+    The file holds little-endian ids and nothing else, uint16 where the vocabulary fits,
+    else uint32. Beside it `out_path`.json tells what they are. With `append_eot` every
+    input file ends with the end-of-text id, so that no document runs into the next file.
+    Both files appear when complete. Memory does not depend on the size of the text.
+    """
+    files, specials = input_files(dataset_path), list(tokenizer.special_tokens)
+    eot = tokenizer.special_tokens.get(END_OF_TEXT)
+    if append_eot and eot is None:
+        raise UserError(f"append_eot needs the special token {END_OF_TEXT} in the tokenizer")
+    width = struct.calcsize(tokenizer.typecode)
+    tail = struct.pack("<" + tokenizer.typecode, eot) if append_eot else b""
+    tasks = [span for file in files for span in spans(file, CHUNK_BYTES, specials)]
+    total, done, num_tokens = sum(file.end for file in files) / 1e6, 0.0, 0
+    setup = {"special_tokens": specials, "tokenizer": json.loads(tokenizer.to_json())}
+    progress = Progress("encoding", total, "MB")
+    with whole_file(out_path) as out:
+        for task, packed in zip(tasks, in_parallel(setup, tasks, num_workers)):
+            last = task.end == os.path.getsize(task.path)
+            out.write(packed if not last or packed.endswith(tail) else packed + tail)
+            done += (task.end - task.start) / 1e6
+            num_tokens = out.tell() // width
+            progress.update(done, f"  {num_tokens / 1e6:,.1f} M tokens")
+        progress.close()
+        # TRAP: the description first. A token file is only ever found with its own.
+        write_json(f"{out_path}.json", {
+            "dtype": "uint16" if width == 2 else "uint32",
+            "vocab_size": tokenizer.vocab_size,
+            "num_tokens": num_tokens,
+            "end_of_text_id": eot,
+            "tokenizer_sha256": tokenizer.fingerprint(),
+            "floor_nats_per_byte": stated_floor(files),
+        })  # fmt: skip
+    return num_tokens
+
+
+def stated_floor(files: Sequence[Span]) -> float | None:
+    """The entropy in nats per byte that a generated corpus states beside itself, if all do.
+
+    No model can have a lower loss on it: see data/make_stories.py.
+    """
+    nats = 0.0
+    for file in files:
+        note = Path(file.path + ".json")
+        stated = read_json(note, "corpus description") if note.is_file() else {}
+        if not isinstance(stated, dict) or "nats_per_byte" not in stated:
+            return None
+        nats += stated["nats_per_byte"] * file.end
+    return nats / sum(file.end for file in files)
+
+
+@dataclasses.dataclass(kw_only=True)
+class BPETrainConfig(Config):
+    """Vocabulary"""
+
+    file_path: list[Path] = flag(..., "text files, or folders of them")
+    vocab_size: int = flag(50304, "entries of the vocabulary, bytes and special tokens included")
+    special_tokens_path: Path | None = flag(None, "file of special tokens, one on each line")
+    tokenizer_out_path: Path = flag(..., "where the tokenizer.json goes")
+    num_workers: int | None = flag(None, "processes (default: one per core)", at_least=1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class BPEEncodeConfig(Config):
+    """Encoding"""
+
+    dataset_path: list[Path] = flag(..., "text files, or folders of them")
+    tokenizer_path: Path = flag(..., "a tokenizer.json")
+    out_path: Path = flag(..., "where the token file goes; its description goes beside it")
+    append_eot: bool = flag(False, f"end every input file with {END_OF_TEXT}")
+    num_workers: int | None = flag(None, "processes (default: one per core)", at_least=1)
+
+
+def read_special_tokens(path: Path | None) -> list[str]:
+    """The special tokens in a file, one on each line; none for None."""
+    if path is None:
+        return []
+    tokens = path.read_text(encoding="utf-8").splitlines()
+    check_special_tokens(tokens)
+    return tokens
+
+
+def bpe_train(config: BPETrainConfig, console: ConsoleConfig) -> None:
+    """Learn a byte-level BPE vocabulary from text."""
+    start = time.monotonic()
+    specials = read_special_tokens(config.special_tokens_path)
+    vocab, merges = train_bpe(config.file_path, config.vocab_size, specials, config.num_workers)
+    Tokenizer(vocab, merges, specials).save(config.tokenizer_out_path)
+    longest = max(merges, key=lambda pair: len(b"".join(pair)), default=(b"", b""))
+    say(f"{config.tokenizer_out_path}: {len(vocab)} entries, {len(merges)} merges, "
+        f"longest {b''.join(longest).decode(errors='replace')!r}, "
+        f"{time.monotonic() - start:.1f} s")  # fmt: skip
+
+
+def bpe_encode(config: BPEEncodeConfig, console: ConsoleConfig) -> None:
+    """Turn text into a file of token ids."""
+    start, size = time.monotonic(), sum(file.end for file in input_files(config.dataset_path))
+    tokenizer = Tokenizer.load(config.tokenizer_path)
+    tokens = encode_file(
+        tokenizer, config.dataset_path, config.out_path, config.append_eot, config.num_workers
+    )
+    seconds = time.monotonic() - start
+    say(f"{config.out_path}: {tokens:,} tokens, {size / max(tokens, 1):.2f} bytes per token, "
+        f"{seconds:.1f} s, {size / seconds / 1e6:.1f} MB/s")  # fmt: skip
+
+
+COMMANDS: dict[str, Callable] = {
+    "bpe-train": bpe_train,
+    "bpe-encode": bpe_encode,
+    "bpe-worker": bpe_worker,
+}
+
+# The commands above leave here, and so do --help and the workers: none needs a tensor, and
+# `import torch` takes 2 s (CPU build) to 5 s (CUDA build), measured 2026-11 on two cores.
+if __name__ == "__main__" and (not sys.argv[1:] or sys.argv[1] in (*COMMANDS, "-h", "--help", "--version")):
+    sys.exit(run_command(COMMANDS, sys.argv[1:]))
+
+
+# ======================================================================================
+# 4. TOKENS ON DISK, AND BATCHES
+#
+# Question    Which tokens does the model see at step 1,000, on any number of devices?
+# Takes       token files, far larger than memory perhaps; seed and step
+# Gives       inputs and targets, both [batch, time]
+# Idea        Every row of every step's batch begins at a place drawn by a counter-based
+#             generator: a function of seed, step and row. There is no state to save, and
+#             however the rows are dealt out to devices, they are the same rows.
+# Source      Salmon et al. 2011 (Philox, the generator); nanoGPT (the file format)
+# Change it   `Batches.row_starts` decides where rows begin; another order goes there.
+# Checked by  test_scratchformer.py, chapter 4
+# ======================================================================================
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclasses.dataclass(kw_only=True)
+class DataConfig(Config):
+    """Data"""
+
+    train_tokens: list[Path] = flag(..., "token files to learn from, read as one sequence")
+    valid_tokens: list[Path] | None = flag(None, "token files to measure the loss on")
+    tokenizer_path: Path | None = flag(None, "their tokenizer: copied to outdir, used for samples")
+    batch_size: int = flag(64, "sequences per process and micro-step", at_least=1)
+    grad_accum_steps: int = flag(1, "micro-steps per update of the weights", at_least=1)
+    seed: int = flag(1, "decides weights and batches", at_least=0)
+
+
+class TokenFiles:
+    """Token files as one long sequence of ids, on disk until read.
+
+    The description NAME.bin.json tells the type of the ids and the size of the vocabulary.
+    Without one, as from nanoGPT, the ids are uint16. Raises UserError for files that are
+    empty, cut short, or contradict their description, each other, or `vocab_size` (0: take
+    it from the description).
+    """
+
+    def __init__(self, paths: Sequence[str | Path], vocab_size: int = 0):
+        self.paths, self.dtypes, lengths, notes = list(map(Path, paths)), [], [], []
+        for path in self.paths:
+            note = Path(f"{path}.json")
+            notes.append(read_json(note, "token file description") if note.is_file() else {})
+            dtype = np.dtype(notes[-1].get("dtype", "uint16")).newbyteorder("<")
+            size = path.stat().st_size
+            if size % dtype.itemsize or notes[-1].get("num_tokens", size // dtype.itemsize) != (
+                size // dtype.itemsize
+            ):
+                raise UserError(f"{path} is damaged: {size} bytes do not fit its description")
+            self.dtypes.append(dtype)
+            lengths.append(size // dtype.itemsize)
+        self.ends = np.cumsum(lengths)
+        self.note = notes[0]
+        stated = {note["vocab_size"] for note in notes if "vocab_size" in note}
+        if len(stated | ({vocab_size} if vocab_size else set())) > 1:
+            raise UserError(
+                f"vocab_size is {vocab_size or 'not given'}, but {self.paths[0]} and its fellows "
+                f"state {sorted(stated)}: use one tokenizer throughout"
+            )
+        self.vocab_size = vocab_size or next(iter(stated), 0)
+        if not self.vocab_size:
+            raise UserError(f"{self.paths[0]} has no description: give --vocab_size")
+        if len({note.get("tokenizer_sha256") for note in notes}) > 1:
+            raise UserError(f"{', '.join(map(str, paths))} were encoded by different tokenizers")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` ids from position `start` on, as int64. Raises UserError for a bad id."""
+        parts = []
+        for path, dtype, end in zip(self.paths, self.dtypes, self.ends):
+            if start < end and count:
+                # A map made anew for each read: pages touched through a lasting one would
+                # count as this process's memory, until it holds the whole file.
+                ids = np.memmap(path, dtype, mode="r")
+                first = len(ids) - (end - start)
+                parts.append(ids[first : first + count].astype(np.int64))
+                start, count = start + len(parts[-1]), count - len(parts[-1])
+        ids = np.concatenate(parts)
+        # TRAP: on a GPU an id outside the embedding is a device-side assert that names
+        # neither file nor id and ends the process.
+        if ids.max() >= self.vocab_size:
+            raise UserError(
+                f"{self.paths[0]} holds the id {ids.max()}, outside the vocabulary of "
+                f"{self.vocab_size}: it was encoded by another tokenizer"
+            )
+        return ids
+
+
+class Batches:
+    """The rows that one of `world_size` processes sees, step after step.
+
+    A step has world_size * grad_accum_steps * batch_size rows, numbered; micro-step `a` on
+    process `rank` takes batch_size rows from (a * world_size + rank) * batch_size on. So 2
+    processes see the rows of 1 process that accumulates twice.
+
+    >>> [Batches.first_row(micro, rank, 2, 4) for micro in range(2) for rank in range(2)]
+    [0, 4, 8, 12]
+    """
+
+    def __init__(self, tokens: TokenFiles, config: DataConfig, length: int, rank: int, world: int):
+        if len(tokens) <= length:
+            raise UserError(
+                f"{tokens.paths[0]} holds {len(tokens)} tokens, too few for a context_length "
+                f"of {length}: it takes {length + 1}"
+            )
+        self.tokens, self.config, self.length = tokens, config, length
+        self.rank, self.world_size = rank, world
+
+    @staticmethod
+    def first_row(micro_step: int, rank: int, world_size: int, batch_size: int) -> int:
+        """The number of the first row, in the step's global batch, of one micro-batch."""
+        return (micro_step * world_size + rank) * batch_size
+
+    def row_starts(self, step: int, first: int, count: int) -> np.ndarray:
+        """Where rows first to first + count of `step` begin; int64 [count].
+
+        Philox turns a key and a counter into random bits: the key is (seed, step), the
+        counter runs with the rows.
+        """
+        draws = np.random.Philox(key=[self.config.seed, step]).random_raw(first + count)[first:]
+        return (draws % np.uint64(len(self.tokens) - self.length)).astype(np.int64)
+
+    def get(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of one micro-step, int64 [B, T]; targets are one place ahead."""
+        size = self.config.batch_size
+        first = self.first_row(micro_step, self.rank, self.world_size, size)
+        starts = self.row_starts(step, first, size)
+        rows = np.stack([self.tokens.read(int(start), self.length + 1) for start in starts])
+        return torch.from_numpy(rows[:, :-1]).contiguous(), torch.from_numpy(rows[:, 1:]).contiguous()
+
+    def stream(self, first_step: int, last_step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """All micro-batches of steps first_step to last_step - 1, on `device`.
+
+        A thread reads two ahead. Pinned memory lets the copy to a GPU run beside its work.
+        """
+        ready: queue.Queue = queue.Queue(maxsize=2)
+        stopped = threading.Event()
+
+        def put(item: Any) -> None:
+            while not stopped.is_set():
+                with contextlib.suppress(queue.Full):
+                    return ready.put(item, timeout=0.1)
+
+        def read_ahead() -> None:
+            try:
+                for step in range(first_step, last_step):
+                    for micro_step in range(self.config.grad_accum_steps):
+                        pair = self.get(step, micro_step)
+                        put(tuple(t.pin_memory() for t in pair) if device.type == "cuda" else pair)
+                        if stopped.is_set():
+                            return
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=read_ahead, daemon=True)
+        thread.start()
+        try:
+            for _ in range((last_step - first_step) * self.config.grad_accum_steps):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                inputs, targets = item
+                yield inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        finally:
+            stopped.set()
+            thread.join()
+
+
+# ======================================================================================
+# 5. THE MODEL
+#
+# Question    Which function maps a sequence of ids to a guess at every next id?
+# Takes       tokens, int64 [B, T]
+# Gives       logits [B, T, V]: unnormalised log-probabilities of the next id
+# Idea        x = embedding[tokens]                              (B, T, D)
+#             for each block:
+#                 h = rms_norm(x)
+#                 q, k, v = h @ Wq, h @ Wk, h @ Wv               (B, H, T, K) each
+#                 q, k = rotated by their positions              RoPE
+#                 x = x + softmax(q @ k.T / sqrt(K), causal) @ v @ Wo
+#                 h = rms_norm(x)
+#                 x = x + (silu(h @ Wgate) * (h @ Wup)) @ Wdown  SwiGLU
+#             logits = rms_norm(x) @ Whead                       (B, T, V)
+# Source      Vaswani et al. 2017 (arXiv 1706.03762), as changed by Llama (2302.13971)
+# Change it   Each part is a class of ten to thirty lines that knows nothing of the others,
+#             and nothing here knows how many devices there are.
+# Checked by  test_scratchformer.py, chapter 5
+# ======================================================================================
+
+
+@dataclasses.dataclass
+class ModelConfig(Config):
+    """Model"""
+
+    vocab_size: int = flag(0, "entries of the vocabulary; 0: as the token file says", at_least=0)
+    context_length: int = flag(512, "tokens the model looks at", at_least=1)
+    num_layers: int = flag(8, "blocks", at_least=1)
+    d_model: int = flag(768, "width of the residual stream", at_least=1)
+    num_heads: int = flag(16, "attention heads", at_least=1)
+    d_ff: int = flag(2048, "width inside SwiGLU, about 8/3 of d_model", at_least=1)
+    rope_theta: float = flag(10000.0, "wavelength scale of RoPE", at_least=1.0)
+    norm_eps: float = flag(1e-5, "added to the mean square in RMSNorm", at_least=0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.d_model % self.num_heads:
+            raise UserError(
+                f"d_model must be divisible by num_heads: {self.d_model} / {self.num_heads}"
+            )
+        if self.d_model // self.num_heads % 2:
+            raise UserError(
+                f"the head size d_model / num_heads must be even, because RoPE turns pairs: "
+                f"{self.d_model} / {self.num_heads} = {self.d_model // self.num_heads}"
+            )
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; the shape stays.
+
+    Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # TRAP: float16 ends at 65,504, so squaring an entry of 256 gives inf and the whole
+        # row comes out 0, without an error; hence float32 inside.
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale * self.weight).type_as(x)
+
+
+def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
+    """cos and sin of position * theta^(-2i / width), for i < width / 2; float32 [2, T, K/2].
+
+    Pair i of a head turns by that angle: the first pairs fast, the last ones slowly, as the
+    hands of a clock. TRAP: in bfloat16 the position 257 is 256; so float32 throughout.
+    """
+    frequencies = theta ** (-torch.arange(0, width, 2, device=positions.device).float() / width)
+    angles = positions.float()[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """`x` [..., T, K] with each pair (x[2i], x[2i+1]) turned counter-clockwise as `table` says.
+
+    Source: Su et al. 2021, RoFormer (arXiv 2104.09864), equation 34: neighbours are paired.
+    (Hugging Face Llama pairs entry i with entry i + K/2 instead: chapter 11.)
+    """
+    cos, sin = table
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+def apply_rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """`x` [..., T, K] with its pairs turned by positions [T]: scores then depend on distance.
+
+    Turning q by m and k by n turns their product by m - n, whatever m and n are.
+
+    >>> apply_rope(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]), 10000.0)
+    tensor([[1.0000, 0.0000],
+            [0.5403, 0.8415]])
+    """
+    return rotate(x, rope_table(positions, x.shape[-1], theta))
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for q, k, v [..., T, d]; where `mask` is False, no look.
+
+    Source: Vaswani et al. 2017, equation 1. The model calls PyTorch's fused kernel, which
+    never writes the T x T scores to memory; the tests hold the two equal.
+
+    >>> q = k = torch.zeros(3, 2); v = torch.tensor([[3.0, 0], [5, 0], [1, 0]])
+    >>> attention_reference(q, k, v, torch.ones(3, 3).tril().bool())[:, 0]
+    tensor([3., 4., 3.])
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention with RoPE: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        # WHY one matrix for q, k and v: one large product keeps a GPU busier than three.
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.output = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, table: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """`cache` [2, B, H, >= start + T, K] holds keys and values of earlier positions."""
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        q, k = rotate(q, table), rotate(k, table)  # (B, H, T, K)
+        if cache is None:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
+            k, v = cache[:, :, :, : start + T].to(q.dtype)
+            # TRAP: is_causal aligns the mask with the first key, so a single query would
+            # see key 0 only. One query may look at all keys; several begin at position 0.
+            assert T == 1 or start == 0
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        return self.output(mixed.transpose(1, 2).reshape(B, T, D))
+
+
+class SwiGLU(nn.Module):
+    """(silu(x Wgate) * (x Wup)) Wdown: [B, T, D] -> [B, T, D].
+
+    Source: Shazeer 2020 (arXiv 2002.05202), equation 6. WHY d_ff is about 8/3 of d_model:
+    three matrices then hold as many weights as the two of a plain layer of width 4 d_model.
+    """
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.gate_up = nn.Linear(d_model, 2 * d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention, then SwiGLU, each on a normalised copy, each added back: [B, T, D].
+
+    WHY the norm stands before each part and not after the sum: x itself then passes from
+    the first block to the last untouched, and so do gradients on their way back; deep
+    stacks learn without a long warm-up (Xiong et al. 2020, arXiv 2002.04745, figure 1).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.swiglu_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.swiglu = SwiGLU(config.d_model, config.d_ff)
+
+    def forward(self, x: Tensor, table: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        # TRAP: `x += ...` would change FSDP's view of a block's output and lose gradients.
+        x = x + self.attention(self.attention_norm(x), table, cache, start)
+        return x + self.swiglu(self.swiglu_norm(x))
+
+
+class Transformer(nn.Module):
+    """Tokens int64 [B, T] to logits [B, T, V], for T up to context_length.
+
+    With `cache` from `new_cache`, the tokens continue those of earlier calls: they stand at
+    positions start, start + 1, ...
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.vocab_size < 1:
+            raise UserError(f"vocab_size must be at least 1, not {config.vocab_size}")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        head_width = config.d_model // config.num_heads
+        table = rope_table(torch.arange(config.context_length), head_width, config.rope_theta)
+        self.register_buffer("table", table, persistent=False)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Draw all matrices anew from the default generator.
+
+        Normal with deviation 0.02, as GPT-2; the two matrices of a block that write to the
+        residual stream get 0.02 / sqrt(2 * num_layers), so that the sum over all blocks
+        stays of the size of one (Radford et al. 2019, section 2.3).
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                writes = name.endswith(("attention.output.weight", "swiglu.down.weight"))
+                scale = math.sqrt(2 * self.config.num_layers) if writes else 1.0
+                nn.init.normal_(parameter, std=0.02 / scale)
+
+    def forward(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        B, T = tokens.shape
+        if start + T > self.config.context_length:
+            raise UserError(
+                f"{start + T} tokens are more than the context_length {self.config.context_length}"
+            )
+        x, table = self.embedding(tokens), self.table[:, start : start + T]  # (B, T, D)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, table, None if cache is None else cache[layer], start)
+        return self.head(self.norm(x))
+
+    def new_cache(self, batch_size: int, dtype: torch.dtype) -> Tensor:
+        """An empty key-value cache, [layers, 2, B, H, context_length, K]."""
+        c = self.config
+        shape = (c.num_layers, 2, batch_size, c.num_heads, c.context_length, c.d_model // c.num_heads)
+        return torch.empty(shape, dtype=dtype, device=self.table.device)
+
+
+# ======================================================================================
+# 6. LEARNING
+#
+# Question    What is a good guess worth, and how far do the weights move for it?
+# Takes       logits and the ids that really came next; gradients
+# Gives       the loss in nats per token; an optimizer; the learning rate of each step
+# Idea        The loss is -log of the probability given to the right id: ln V for a model
+#             that knows nothing, and 0 for one that is always certain and right.
+# Source      Loshchilov & Hutter 2019, algorithm 2 (AdamW, arXiv 1711.05101)
+# Change it   `learning_rate` for another schedule, `make_optimizer` for other groups.
+# Checked by  test_scratchformer.py, chapter 6
+# ======================================================================================
+
+
+@dataclasses.dataclass(kw_only=True)
+class LearningConfig(Config):
+    """Learning"""
+
+    max_steps: int = flag(5000, "updates of the weights", at_least=1)
+    lr: float = flag(1e-3, "highest learning rate", at_least=0.0)
+    min_lr: float = flag(1e-4, "learning rate at the end", at_least=0.0)
+    warmup_steps: int = flag(200, "steps in which the learning rate rises", at_least=0)
+    weight_decay: float = flag(0.1, "pull of matrices towards zero", at_least=0.0)
+    beta1: float = flag(0.9, "memory of AdamW's mean", at_least=0.0)
+    beta2: float = flag(0.95, "memory of AdamW's mean square", at_least=0.0)
+    clip_grad: float = flag(1.0, "largest gradient norm; 0: any", at_least=0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_lr > self.lr:
+            raise UserError(f"--min_lr must be at most --lr: {self.min_lr} > {self.lr}")
+        if max(self.beta1, self.beta2) >= 1:
+            raise UserError(f"--beta1 and --beta2 must be below 1: {self.beta1}, {self.beta2}")
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -log softmax(logits)[target] in nats; logits [..., V], targets [...] int64.
+
+    Written out: logsumexp(logits) - logits[target]. Targets of -100 do not count.
+
+    >>> cross_entropy(torch.zeros(1, 1, 4), torch.tensor([[2]])) # ln 4: nothing known
+    tensor(1.3863)
+    """
+    # TRAP: bfloat16 has 8 bits of fraction; a sum over 50,000 exponentials needs more.
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+
+
+def learning_rate(
+    step: int, max_lr: float, min_lr: float, warmup_steps: int, max_steps: int
+) -> float:
+    """The learning rate of `step` (from 0): a linear rise, then half a cosine down to min_lr.
+
+    >>> [round(learning_rate(step, 1.0, 0.1, 2, 6), 3) for step in range(7)]
+    [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
+
+    By hand: warm-up gives 1/2 and 2/2; step 4 is half-way from 2 to 6, hence 0.55.
+    Source: Loshchilov & Hutter 2017 (arXiv 1608.03983), equation 5, without restarts.
+    """
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    done = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (max_lr - min_lr)
+
+
+def make_optimizer(model: nn.Module, config: LearningConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves the gains of the norms alone.
+
+    Decay pulls towards zero, which for a gain means a silent layer, not a simple one.
+    TRAP: build it after sharding. Sharding replaces the parameters, and an optimizer that
+    holds the old ones runs without an error while the weights never change.
+    """
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    gains = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": gains, "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=device.type != "mps")
+
+
+class Stepper:
+    """Clips, guards and applies the gradients, without waiting for the device.
+
+    The gradients' norm decides three things, all left to the fused AdamW kernel, which
+    divides by `grad_scale` and does nothing where `found_inf` is 1:
+    clipping: a norm above `clip_grad` is brought down to it;
+    non-finite numbers: the step is skipped and counted, the weights stay as they are;
+    loss scaling, for float16 only: its gradients underflow below 6e-8, so the loss is
+    multiplied by a large power of two, halved when something overflows and doubled after
+    2,000 good steps (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2).
+    """
+
+    LARGEST_RUN = 10  # skipped steps in a row that are taken for bad luck
+    GROWTH_STEPS = 2000
+
+    def __init__(self, optimizer: torch.optim.AdamW, clip_grad: float, device: torch.device, scaled: bool):
+        self.optimizer, self.clip_grad, self.scaled = optimizer, clip_grad, scaled
+        self.scale = torch.tensor(2.0**16 if scaled else 1.0, device=device)
+        self.good_steps = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+        self.skipped_in_a_row = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Update the weights and clear the gradients; the norm before clipping, a scalar."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        # TRAP: under FSDP every process holds a shard, and this is one shard's norm until
+        # it is reduced.
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm) / self.scale
+        bad = (~norm.isfinite()).float()
+        divisor = self.scale
+        if self.clip_grad:
+            divisor = divisor * (norm / self.clip_grad).clamp(min=1.0)
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.grad_scale, self.optimizer.found_inf = divisor, bad
+            self.optimizer.step()
+        elif not bad.item():
+            for p in parameters:
+                p.grad /= divisor
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.skipped += bad
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
+        if self.scaled:
+            self.good_steps = (self.good_steps + 1) * (1 - bad)
+            grown = (self.good_steps >= self.GROWTH_STEPS).float()
+            self.scale = self.scale * (1 + grown) * (1 - 0.5 * bad)
+            self.good_steps = self.good_steps * (1 - grown)
+        return norm
+
+    def state(self) -> dict[str, float]:
+        return {k: getattr(self, k).item() for k in ("scale", "good_steps", "skipped", "skipped_in_a_row")}
+
+    def load(self, state: dict[str, float]) -> None:
+        for key, value in state.items():
+            getattr(self, key).fill_(value)
+
+
+# ======================================================================================
+# 7. GENERATING TEXT
+#
+# Question    How does a model that scores next ids write a story?
+# Takes       a model and a prompt
+# Gives       ids, one after the other
+# Idea        Draw the next id from softmax(logits / temperature), append it, repeat. Keys
+#             and values of earlier positions never change, so keep them: each new token
+#             then costs one position of work instead of the whole sequence.
+# Source      Holtzman et al. 2020 (top-p, arXiv 1904.09751); Fan et al. 2018 (top-k)
+# Change it   `sample` turns one row of logits into an id.
+# Checked by  test_scratchformer.py, chapter 7
+# ======================================================================================
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Ids drawn from logits [B, V], int64 [B].
+
+    temperature 0 takes the likeliest id; top_k keeps the k likeliest; top_p keeps the
+    likeliest that together reach probability p (always at least one).
+
+    >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0)
+    tensor([1])
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p is not None:
+        ordered, ids = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = logits.scatter(-1, ids, ordered.masked_fill(before >= top_p, -math.inf))
+    # The largest of log p + Gumbel noise is a draw from p; argmax needs no look at the host.
+    uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
+    return (logits - (-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()).argmax(-1)
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """Yield up to `max_new_tokens` ids that continue `prompt_ids`, stopping after `eos_id`.
+
+    When the context is full, the later half of it is read again and writing goes on.
+    Raises UserError for an empty prompt or ids outside the vocabulary.
+    """
+    ids, config, device = list(prompt_ids), model.config, model.table.device
+    if not ids or min(ids) < 0 or max(ids) >= config.vocab_size:
+        raise UserError(f"a prompt needs ids from 0 to {config.vocab_size - 1}, at least one")
+    cache = model.new_cache(1, model.embedding.weight.dtype)
+    fresh = ids[-config.context_length :]  # not yet in the cache
+    filled = 0
+    for _ in range(max_new_tokens):
+        if filled + len(fresh) > config.context_length:
+            fresh, filled = ids[-(config.context_length + 1) // 2 :], 0
+        logits = model(torch.tensor([fresh], device=device), cache, filled)[:, -1]
+        filled += len(fresh)
+        fresh = sample(logits, temperature, top_k, top_p, generator).tolist()
+        ids += fresh
+        yield fresh[0]
+        if fresh[0] == eos_id:
+            return
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text of `ids`, piece by piece, each made of whole characters.
+
+    A character of several bytes may be spread over several tokens: its bytes wait.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in ids:
+        yield decoder.decode(tokenizer.decode_bytes([token]))
+    yield decoder.decode(b"", final=True)
+
+
+# ======================================================================================
+# 8. MANY DEVICES
+#
+# Question    How does the same loop run on a laptop, one GPU, or several with shared work?
+# Takes       flags, and what torchrun leaves in the environment
+# Gives       a World: a device, a precision, and a few verbs that do nothing on one device
+# Idea        DDP: every device holds the whole model, sees other rows, and gradients are
+#             averaged. FSDP: every device holds a share of each matrix, gathers the rest
+#             when a block needs it and lets go of it afterwards; memory for weights,
+#             gradients and optimizer falls with the number of devices.
+# Source      Zhao et al. 2023 (FSDP, arXiv 2304.11277); Rajbhandari et al. 2020 (ZeRO)
+# Change it   `World.shard` alone decides how a model is spread.
+# Checked by  test_scratchformer.py, chapter 8
+# ======================================================================================
+
+
+@dataclasses.dataclass(kw_only=True)
+class DeviceConfig(Config):
+    """Devices"""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to compute")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "precision of products")
+    compile: bool = flag(False, "fuse kernels with torch.compile: slower start, faster steps")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ShardConfig(Config):
+    """Processes (start them with torchrun)"""
+
+    fsdp: bool = flag(False, "share weights, gradients and optimizer out to the processes")
+
+
+# Dense bfloat16 peak in TFLOP/s without sparsity, from the vendors' data sheets; the
+# longest name that the device's name contains counts.
+PEAK_TFLOPS = {
+    "A100": 312, "A10G": 70, "A40": 150, "B200": 2250, "H100 PCIe": 756, "H100": 989,
+    "H200": 989, "L4": 121, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 210,
+}  # fmt: skip
+
+
+class World:
+    """This process's place among all: device, precision, rank, and the verbs of the loop.
+
+    Entering joins the process group that torchrun describes; leaving takes it down. With
+    one process every verb is harmless. Raises UserError for a device or precision that is
+    not there.
+    """
+
+    def __init__(self, config: DeviceConfig, fsdp: bool = False):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        kind = config.device
+        if kind == "auto":
+            mps = torch.backends.mps.is_available() and self.size == 1
+            kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch finds no CUDA device here")
+        if kind == "mps" and (not torch.backends.mps.is_available() or self.size > 1):
+            raise UserError("--device mps: there is none, or torchrun started several processes")
+        if fsdp and kind == "mps":
+            raise UserError("--fsdp needs CUDA devices or --device cpu")
+        self.device = torch.device(kind)
+        if kind == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            if local >= torch.cuda.device_count():
+                raise UserError(
+                    f"process {local} of this machine finds {torch.cuda.device_count()} CUDA "
+                    f"devices: start at most one process for each"
+                )
+            self.device = torch.device("cuda", local)
+            torch.cuda.set_device(self.device)
+        self.dtype = self.choose_dtype(config.dtype)
+        self.compile, self.fsdp = config.compile, fsdp
+        # float32 products on tensor cores with 10 bits of fraction, where they exist.
+        torch.set_float32_matmul_precision("high" if kind == "cuda" else "highest")
+
+    def choose_dtype(self, name: str) -> torch.dtype:
+        """bfloat16 has float32's range and needs no loss scaling; older GPUs lack it."""
+        kind = self.device.type
+        if name == "auto":
+            if kind != "cuda":
+                return torch.float32
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+        if name == "bfloat16" and kind == "cuda" and not torch.cuda.is_bf16_supported(False):
+            raise UserError("--dtype bfloat16: this GPU has none; use float16 or float32")
+        return getattr(torch, name)
+
+    def __enter__(self) -> World:
+        if "RANK" in os.environ:
+            # Two backends: gradients travel over NCCL, the loop's small decisions over gloo,
+            # which does not make the host wait for the GPU.
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend)
+        elif self.fsdp:
+            raise UserError("--fsdp needs torchrun: torchrun --nproc_per_node=N scratchformer.py ...")
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if not torch.distributed.is_initialized():
+            return
+        if error is not None and self.size > 1:
+            # The others may be waiting for this process inside a collective: tearing down
+            # in order would hang. Say why, leave at once, and torchrun ends the rest.
+            if not isinstance(error, UserError):
+                traceback.print_exception(kind, error, trace)
+            print(f"scratchformer: error: process {self.rank}: {error}", file=sys.stderr, flush=True)
+            os._exit(2 if isinstance(error, UserError) else 1)
+        # TRAP: a plain destroy_process_group() aborted 9 of 60 two-process CPU runs at exit
+        # ("terminate called without an active exception"), the work itself done. Whatever
+        # holds the group must be gone first, and nobody may leave while others still talk.
+        gc.collect()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+    def shard(self, model: Transformer) -> nn.Module:
+        """`model` made ready to learn on all processes; call it like the model itself.
+
+        In this order: compile, then shard each block, then the root, then (elsewhere) build
+        the optimizer. Parameters stay float32; products run in `self.dtype`.
+        """
+        if self.compile and self.size > 1:
+            # WHY block by block: gradients of one block can travel while the block before
+            # it is still computed, and one compilation serves all blocks.
+            for block in model.blocks:
+                block.compile()
+        if self.fsdp:
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+            mesh = torch.distributed.init_device_mesh(self.device.type, (self.size,))
+            # TRAP: by default FSDP casts what enters a block, the float32 table of RoPE too.
+            policy = MixedPrecisionPolicy(
+                param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+            # The root holds embedding, last norm and head: needed again at once by backward.
+            return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        if self.size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            with warnings.catch_warnings():  # torch 2.13 announces a new name for the flag
+                warnings.simplefilter("ignore", FutureWarning)
+                return nn.parallel.DistributedDataParallel(
+                    model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
+        return model
+
+    def loss_function(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        """(inputs, targets) -> mean loss in this world's precision, compiled if asked for."""
+
+        def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+            with self.precision():
+                return cross_entropy(model(inputs), targets)
+
+        return torch.compile(loss) if self.compile and self.size == 1 else loss
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """Products in `self.dtype`, sums in float32. FSDP does it by its own policy."""
+        if self.dtype == torch.float32 or self.fsdp:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def sync_gradients(self, model: nn.Module, now: bool) -> None:
+        """Whether the next backward pass averages gradients over processes.
+
+        Only the last micro-step of a step needs it: sums can be averaged once.
+        """
+        if self.fsdp:
+            model.set_requires_gradient_sync(now)
+        elif self.size > 1:
+            model.require_backward_grad_sync = now
+
+    def reshard(self, model: nn.Module) -> None:
+        """Let go of what a forward pass without a backward pass has left gathered."""
+        if self.fsdp:
+            model.reshard()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over processes."""
+        return self.sum(value) / self.size
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over processes."""
+        if self.size > 1:
+            value = value.detach().clone()
+            torch.distributed.all_reduce(value)
+        return value.detach()
+
+    def any(self, condition: bool) -> bool:
+        """Whether `condition` holds on any process: a decision that all take alike."""
+        if self.size > 1:
+            flag = torch.tensor(int(condition))
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            return bool(flag)
+        return condition
+
+    def full(self, tensor: Tensor) -> Tensor:
+        """The whole of a tensor that may be sharded, on the CPU, detached."""
+        whole = tensor.full_tensor() if self.fsdp else tensor
+        return whole.detach().to("cpu", copy=True)
+
+    def place(self, whole: Tensor, target: Tensor) -> None:
+        """Copy the main process's `whole` into `target`, which may be sharded, everywhere."""
+        whole = whole.to(target.device, target.dtype) if self.main else torch.empty(
+            target.shape, dtype=target.dtype, device=target.device)  # fmt: skip
+        with torch.no_grad():
+            if self.fsdp:
+                from torch.distributed.tensor import distribute_tensor
+
+                target.copy_(distribute_tensor(whole, target.device_mesh, target.placements))
+            else:
+                if self.size > 1:
+                    torch.distributed.broadcast(whole, 0)
+                target.copy_(whole)
+
+    def peak_flops(self) -> float | None:
+        """Floating-point operations per second this device can do at best, if known."""
+        if self.device.type != "cuda" or self.dtype == torch.float32:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        known = [key for key in PEAK_TFLOPS if key in name]
+        return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
+
+    def describe(self) -> str:
+        """Device, precision and processes in a few words."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else (
+            f"CPU, {torch.get_num_threads()} threads" if self.device.type == "cpu" else "Apple GPU")  # fmt: skip
+        how = "FSDP" if self.fsdp else "DDP" if self.size > 1 else "one process"
+        compiled = ", compiled" if self.compile else ""
+        return f"{name}, {str(self.dtype)[6:]}{compiled}, {how}" + (
+            f" on {self.size}" if self.size > 1 else "")  # fmt: skip
+
+
+# ======================================================================================
+# 9. CHECKPOINTS
+#
+# Question    What must be kept so that a run can go on as if it had never stopped?
+# Takes       model, optimizer, step
+# Gives       one file step_NNNNNN.pt, the same for one process, DDP and FSDP
+# Idea        Whole tensors under the names of the plain model: who loads them shards them
+#             as it likes. The copy to the host holds the loop up; the disk does not.
+# Source      the zip format of torch.save; batches need no state (chapter 4)
+# Change it   `gather` lists all that is saved, `restore` puts it back.
+# Checked by  test_scratchformer.py, chapter 9
+# ======================================================================================
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's running mean and mean square
+
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Write `state`, tensors and plain types, to `path`: whole or not at all."""
+    with whole_file(path) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The state saved in `path`, or in the newest checkpoint of the folder `path`.
+
+    Tensors stay on disk until used. Raises UserError where there is none, where it is
+    damaged (every part has a checksum), or where it is something else. No code in the file
+    is ever run.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = checkpoints_in(path)
+        if not found:
+            raise UserError(f"no checkpoint (step_NNNNNN.pt) in {path}")
+        path = found[-1]
+    try:
+        with zipfile.ZipFile(path) as parts:
+            if damaged := parts.testzip():
+                raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is no checkpoint, or only a part of one") from None
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} holds more than tensors and plain types: {reason}") from None
+    if not isinstance(state, dict) or not {"model", "model_config", "step"} <= state.keys():
+        raise UserError(f"{path} is not a Scratchformer checkpoint")
+    return state
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest last."""
+    return sorted(folder.glob("step_*.pt"), key=lambda path: int(re.sub(r"\D", "", path.stem)))
+
+
+def model_from_checkpoint(state: dict, device: torch.device | str = "cpu") -> Transformer:
+    """The model saved in `state`, in float32 on `device`, ready to evaluate."""
+    with torch.device(device):
+        model = Transformer(ModelConfig(**state["model_config"]))
+    model.load_state_dict(state["model"])
+    return model.eval()
+
+
+class Checkpoints:
+    """Saves and restores the whole state of a training run in `outdir`.
+
+    Every process must call `save` and `restore`; the main one touches the disk.
+    """
+
+    def __init__(self, outdir: Path, keep: int, world: World):
+        self.outdir, self.keep, self.world = outdir, keep, world
+        self.writer: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    def gather(self, model: Transformer, stepper: Stepper, weights_only: bool) -> dict:
+        """Whole tensors on the main process's host; other processes take part for nothing."""
+        kept: dict[str, Any] = {"model": {}, "stepper": stepper.state()}
+        if not weights_only:
+            kept |= {"optimizer": {key: {} for key in (*MOMENTS, "step")}}
+        for name, parameter in model.named_parameters():
+            tensors = {("model",): parameter}
+            if not weights_only:
+                moments = stepper.optimizer.state[parameter]
+                tensors |= {("optimizer", key): moments[key] for key in MOMENTS}
+                kept["optimizer"]["step"][name] = moments["step"].item()
+            for place, tensor in tensors.items():
+                whole = self.world.full(tensor)
+                if self.world.main:
+                    functools.reduce(dict.__getitem__, place, kept)[name] = whole
+        return kept
+
+    def save(self, step: int, model: Transformer, stepper: Stepper, notes: dict, weights_only: bool = False) -> None:
+        """Copy the state to the host now and write it beside the training that goes on."""
+        state = self.gather(model, stepper, weights_only)
+        if not self.world.main:
+            return
+        state |= {"step": step, "model_config": dataclasses.asdict(model.config), **notes}
+        self.wait()
+        self.writer = threading.Thread(target=self.write, args=(step, state))
+        self.writer.start()
+
+    def write(self, step: int, state: dict) -> None:
+        try:
+            save_checkpoint(self.outdir / f"step_{step:06d}.pt", state)
+            for old in checkpoints_in(self.outdir)[: -self.keep or None]:
+                old.unlink()
+        except Exception as error:  # told by the main thread: see `wait` and `failed`
+            self.error = error
+
+    def failed(self) -> bool:
+        return self.error is not None
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk. Raises UserError where that failed."""
+        if self.writer:
+            self.writer.join()
+        if self.error:
+            whole = ", ".join(path.name for path in checkpoints_in(self.outdir)) or "none"
+            raise UserError(
+                f"a checkpoint could not be written in {self.outdir} ({self.error}); "
+                f"earlier ones are whole: {whole}"
+            )
+
+    def restore(self, state: dict, model: Transformer, stepper: Stepper) -> None:
+        """Put a loaded state back, on any number of processes, sharded or not."""
+        for parameter in model.parameters():
+            moments = {key: torch.zeros_like(parameter) for key in MOMENTS}
+            # The fused kernel counts steps on the device, as float32.
+            stepper.optimizer.state[parameter] = {**moments, "step": torch.zeros((), device=self.world.device)}
+        for name, parameter in model.named_parameters():
+            self.world.place(state["model"][name], parameter)
+            moments = stepper.optimizer.state[parameter]
+            for key in MOMENTS:
+                self.world.place(state["optimizer"][key][name], moments[key])
+            moments["step"].fill_(state["optimizer"]["step"][name])
+        stepper.load(state["stepper"])
+
+
+def resumable(outdir: Path) -> dict | None:
+    """The newest state in `outdir` that training can go on from, or None."""
+    for path in reversed(checkpoints_in(outdir)):
+        state = load_checkpoint(path)
+        if "optimizer" in state:
+            return state
+    return None
+
+
+# ======================================================================================
+# 10. THE TRAINING LOOP
+#
+# Question    How do loss, optimizer, batches, devices and files become a trained model?
+# Takes       all of the above
+# Gives       checkpoints, metrics.jsonl, a line on the terminal now and then
+# Idea        For each step: set the learning rate, add up the gradients of some
+#             micro-steps, update. The host never waits for the device, except to log.
+# Source      the loop is everybody's; its order is that of Brown et al. 2020, appendix B
+# Change it   `train` is the loop: read it from the line "for step in".
+# Checked by  test_scratchformer.py, chapter 10
+# ======================================================================================
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunConfig(Config):
+    """Run"""
+
+    outdir: Path = flag(Path("out/run"), "folder for checkpoints, metrics and tokenizer")
+    resume: bool = flag(False, "go on from the newest checkpoint in outdir, if there is one")
+    log_interval: int = flag(10, "steps between lines of the log", at_least=1)
+    eval_interval: int = flag(250, "steps between measurements on valid_tokens", at_least=1)
+    eval_windows: int = flag(1024, "windows of valid_tokens to measure on; 0: all", at_least=0)
+    save_interval: int = flag(1000, "steps between checkpoints", at_least=1)
+    keep_checkpoints: int = flag(3, "newest checkpoints kept; 0: all", at_least=0)
+    weights_only: bool = flag(False, "last checkpoint without optimizer: a third of the size")
+    sample_interval: int = flag(0, "steps between samples of text; 0: none", at_least=0)
+
+
+def evaluation_windows(num_tokens: int, length: int, limit: int) -> np.ndarray:
+    """Where the windows to measure on begin: all of them, or `limit` spread evenly.
+
+    >>> evaluation_windows(11, 2, 0).tolist(), evaluation_windows(11, 2, 3).tolist()
+    ([0, 2, 4, 6, 8], [0, 4, 8])
+    """
+    starts = np.arange(0, num_tokens - length, length)
+    if limit and limit < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, limit).round().astype(int)]
+    return starts
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokens: TokenFiles,
+    length: int,
+    batch_size: int,
+    limit: int,
+    world: World,
+    tokenizer: Tokenizer | None = None,
+) -> dict[str, float]:
+    """Loss and perplexity per token on fixed windows, and per byte where the bytes are known.
+
+    The windows do not depend on `batch_size` or the number of processes. Every process
+    takes part in every forward pass, which FSDP needs; surplus rows count for nothing.
+    """
+    starts = evaluation_windows(len(tokens), length, limit)
+    if not len(starts):
+        raise UserError(f"{tokens.paths[0]} is shorter than one context of {length} tokens")
+    per_round = batch_size * world.size
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    for first in range(0, len(starts), per_round):
+        mine = np.arange(first, first + per_round)[world.rank :: world.size]
+        rows = np.stack([tokens.read(int(starts[i % len(starts)]), length + 1) for i in mine])
+        inputs = torch.from_numpy(rows).to(world.device)
+        with world.precision():
+            logits = model(inputs[:, :-1])
+        for row, target, number in zip(logits, inputs[:, 1:], mine):
+            if number < len(starts):
+                nats = cross_entropy(row, target).double().item() * length
+                sums += torch.tensor([nats, length, 0], dtype=torch.float64)
+                if tokenizer:
+                    sums[2] += len(tokenizer.decode_bytes(target.tolist()))
+    world.reshard(model)
+    nats, count, size = world.sum(sums).tolist()
+    result = {"valid_loss": nats / count, "perplexity": math.exp(min(nats / count, 700.0))}
+    if size:
+        result |= {"nats_per_byte": nats / size, "bits_per_byte": nats / size / math.log(2)}
+    if size and (floor := tokens.note.get("floor_nats_per_byte")):
+        result["floor_nats_per_byte"] = floor
+    return result
+
+
+def describe_evaluation(result: dict[str, float]) -> str:
+    """The result of `evaluate` as a line for people."""
+    text = f"loss {result['valid_loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}"
+    if "nats_per_byte" in result:
+        text += f", {result['nats_per_byte']:.4f} nats = {result['bits_per_byte']:.4f} bits per byte"
+    if "floor_nats_per_byte" in result:
+        above = result["nats_per_byte"] / result["floor_nats_per_byte"] - 1
+        text += f"; no model can beat {result['floor_nats_per_byte']:.4f} nats, this is {above:+.1%}"
+    return text
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """Floating-point operations of one token's forward and backward pass.
+
+    6 for each weight in a matrix product (2 forward, 4 backward), and 6 * T * D per block
+    for attention, half of the full square (Chowdhery et al. 2022, PaLM, appendix B).
+    """
+    c = config
+    weights = c.num_layers * (4 * c.d_model**2 + 3 * c.d_model * c.d_ff) + c.vocab_size * c.d_model
+    return 6 * weights + 6 * c.num_layers * c.context_length * c.d_model
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object for each logged step, in order, without gaps."""
+
+    def __init__(self, path: Path, last_step: int):
+        """Keep what an interrupted run wrote up to `last_step`, drop what came after."""
+        kept = []
+        for line in path.read_bytes().splitlines() if path.is_file() else []:
+            with contextlib.suppress(ValueError):  # the last line of a killed run is cut short
+                if json.loads(line)["step"] <= last_step:
+                    kept.append(line + b"\n")
+        with whole_file(path) as file:
+            file.writelines(kept)
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, record: dict) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+class StopSignal:
+    """Remembers SIGTERM or Ctrl-C until the loop asks. A second Ctrl-C leaves at once."""
+
+    def __enter__(self) -> StopSignal:
+        self.number, self.when = 0, 0.0
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.handle) for number in numbers}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: Any) -> None:
+        # torchrun and the terminal may both send the same Ctrl-C: hence the second of grace.
+        if self.number and number == signal.SIGINT and time.monotonic() - self.when > 1:
+            os._exit(128 + number)
+        if not self.number:
+            self.number, self.when = number, time.monotonic()
+
+
+def speed(world: World, config: ModelConfig, tokens: int, seconds: float) -> dict[str, float]:
+    """What the log says of speed: tokens/s of all processes, MFU where known, memory."""
+    rate = tokens / max(seconds, 1e-9)
+    result: dict[str, float] = {"tokens_per_second": round(rate, 1)}
+    if peak := world.peak_flops():
+        # MFU: the share of the devices' peak that useful operations take.
+        result["mfu"] = round(rate * flops_per_token(config) / (peak * world.size), 4)
+    if world.device.type == "cuda":
+        result["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return result
+
+
+def log_line(record: dict, max_steps: int, tokens_per_step: int) -> str:
+    """One line of the log."""
+    line = f"step {record['step']:>6}/{max_steps}  loss {record['train_loss']:.4f}  "
+    line += f"lr {record['lr']:.2e}  norm {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tok/s"
+    if "mfu" in record:
+        line += f"  MFU {record['mfu']:.1%}"
+    if "memory_gib" in record:
+        line += f"  {record['memory_gib']:.1f} GiB"
+    if record["skipped_steps"]:
+        line += f"  {record['skipped_steps']} skipped"
+    left = (max_steps - record["step"]) * tokens_per_step / record["tokens_per_second"]
+    return line + f"  {clock(left)} left"
+
+
+def sample_text(model: Transformer, tokenizer: Tokenizer, world: World) -> str:
+    """A short text by the model as it is. Every process takes part, for FSDP's sake."""
+    eot = tokenizer.special_tokens.get(END_OF_TEXT)
+    start = [eot] if eot is not None else tokenizer.encode("\n")
+    generator = torch.Generator(world.device).manual_seed(1)
+    with world.precision():
+        ids = list(generate(model, start, 100, 0.8, eos_id=eot, generator=generator))
+    return tokenizer.decode(ids)
+
+
+def compare_runs(old: dict, new: dict) -> None:
+    """Tell which flags differ between a checkpoint's run and this one."""
+    changed = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]
+    if changed:
+        say("changed since the checkpoint: " + ", ".join(changed))
+
+
+def prepare_outdir(data: DataConfig, run: RunConfig) -> dict | None:
+    """Make outdir; the state to resume from, or None for a fresh start.
+
+    Raises UserError rather than mix a fresh run with the checkpoints of another.
+    """
+    run.outdir.mkdir(parents=True, exist_ok=True)
+    state = resumable(run.outdir) if run.resume else None
+    if run.resume and not state:
+        say(f"no checkpoint to resume from in {run.outdir}: starting fresh")
+    if not state and (found := checkpoints_in(run.outdir)):
+        raise UserError(
+            f"{run.outdir} holds {found[-1].name}: continue it with --resume, or choose "
+            f"another --outdir"
+        )
+    return state
+
+
+def train(
+    data: DataConfig,
+    model_config: ModelConfig,
+    learning: LearningConfig,
+    run: RunConfig,
+    devices: DeviceConfig,
+    processes: ShardConfig,
+    console: ConsoleConfig,
+) -> int:
+    """Train a Transformer on token files. Under torchrun, on many devices."""
+    if learning.warmup_steps > learning.max_steps:
+        raise UserError(f"--warmup_steps {learning.warmup_steps} exceed --max_steps {learning.max_steps}")
+    tokens = TokenFiles(data.train_tokens, model_config.vocab_size)
+    model_config.vocab_size = tokens.vocab_size
+    valid = TokenFiles(data.valid_tokens, tokens.vocab_size) if data.valid_tokens else None
+    tokenizer = load_tokenizer(data.tokenizer_path, tokens)
+    world = World(devices, processes.fsdp)
+    batches = Batches(tokens, data, model_config.context_length, world.rank, world.size)
+    state = prepare_outdir(data, run)
+    if state and (was := state["model_config"]) != dataclasses.asdict(model_config):
+        changed = [k for k, v in dataclasses.asdict(model_config).items() if was.get(k) != v]
+        raise UserError("the checkpoint's model differs in " + ", ".join(
+            f"{k} ({was.get(k)}, not {getattr(model_config, k)})" for k in changed))  # fmt: skip
+    if tokenizer and world.main:
+        tokenizer.save(run.outdir / "tokenizer.json")
+    with world, StopSignal() as stop:
+        return train_loop(
+            batches, valid, tokenizer, model_config, learning, run, world, state, stop
+        )
+
+
+def load_tokenizer(path: Path | None, tokens: TokenFiles) -> Tokenizer | None:
+    """The tokenizer at `path`, which must be the one that encoded `tokens`."""
+    if path is None:
+        return None
+    tokenizer = Tokenizer.load(path)
+    stated = tokens.note.get("tokenizer_sha256")
+    if tokenizer.vocab_size > tokens.vocab_size or stated not in (None, tokenizer.fingerprint()):
+        raise UserError(f"{tokens.paths[0]} was encoded by another tokenizer than {path}")
+    return tokenizer
+
+
+def train_loop(
+    batches: Batches,
+    valid: TokenFiles | None,
+    tokenizer: Tokenizer | None,
+    model_config: ModelConfig,
+    learning: LearningConfig,
+    run: RunConfig,
+    world: World,
+    state: dict | None,
+    stop: StopSignal,
+) -> int:
+    """Train to the last step or a signal; the exit status."""
+    data, T = batches.config, model_config.context_length
+    torch.manual_seed(data.seed)
+    with world.device:
+        model = Transformer(model_config)
+    wrapped = world.shard(model)
+    loss_of = world.loss_function(wrapped)
+    optimizer = make_optimizer(model, learning, world.device)
+    scaled = world.dtype == torch.float16
+    stepper = Stepper(optimizer, learning.clip_grad, world.device, scaled)
+    checkpoints = Checkpoints(run.outdir, run.keep_checkpoints, world)
+    rows = data.batch_size * data.grad_accum_steps * world.size
+    notes = {"run": {"seed": data.seed, "rows_per_step": rows, **dataclasses.asdict(learning)}}
+    first_step = 0
+    if state:
+        checkpoints.restore(state, model, stepper)
+        first_step = state["step"]
+        compare_runs(state["run"], notes["run"])
+        state = None
+    metrics = Metrics(run.outdir / "metrics.jsonl", first_step) if world.main else None
+    size = sum(p.numel() for p in model.parameters())
+    tell = say if world.main else lambda text: None
+    tell(f"{world.describe()}: {size:,} weights in {run.outdir}, steps {first_step} to {learning.max_steps}")
+    tell(f"{rows} sequences = {rows * T:,} tokens per step: batch_size {data.batch_size} x "
+         f"grad_accum_steps {data.grad_accum_steps} x processes {world.size}")  # fmt: skip
+    stream = batches.stream(first_step, learning.max_steps, world.device)
+    began, timed_from, paused = time.monotonic(), first_step, 0.0
+    for step in range(first_step + 1, learning.max_steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                step - 1, learning.lr, learning.min_lr, learning.warmup_steps, learning.max_steps
+            )
+        loss = torch.zeros((), device=world.device)
+        for micro_step in range(data.grad_accum_steps):
+            inputs, targets = next(stream)
+            world.sync_gradients(wrapped, micro_step == data.grad_accum_steps - 1)
+            part = loss_of(inputs, targets) / data.grad_accum_steps
+            (part * stepper.scale).backward()
+            loss += part.detach()
+        norm = stepper.step()
+
+        last = step == learning.max_steps
+        record: dict[str, Any] = {}
+        if step % run.log_interval == 0 or last or step == first_step + 1:
+            record = {"step": step, "train_loss": world.mean(loss).item(), "lr": group["lr"], "grad_norm": norm.item()}
+            if (in_a_row := int(stepper.skipped_in_a_row.item())) >= stepper.LARGEST_RUN:
+                raise UserError(
+                    f"loss or gradients are not finite since step {step - in_a_row + 1}: the "
+                    f"weights are as they were then; try a smaller --lr or another --dtype"
+                )
+            now = time.monotonic()
+            record |= speed(world, model_config, rows * T * (step - timed_from), now - began - paused)
+            record["skipped_steps"] = int(stepper.skipped.item())
+            tell(log_line(record, learning.max_steps, rows * T))
+            # The first step compiles and allocates: it is told, and not counted after.
+            began, timed_from, paused = now, step, 0.0
+        pause = time.monotonic()
+        if valid and (step % run.eval_interval == 0 or last):
+            result = evaluate(wrapped, valid, T, data.batch_size, run.eval_windows, world, tokenizer)
+            tell(f"step {step}: valid {describe_evaluation(result)}")
+            record |= {"step": step, **result}
+        if run.sample_interval and step % run.sample_interval == 0 and tokenizer:
+            tell(sample_text(model, tokenizer, world))
+            world.reshard(model)
+        if record and metrics:
+            metrics.write(record)
+        stopping = world.any(bool(stop.number) or checkpoints.failed())
+        if last or stopping or step % run.save_interval == 0:
+            checkpoints.save(step, model, stepper, notes, run.weights_only and last)
+        paused += time.monotonic() - pause
+        if stopping:
+            break
+    stream.close()
+    checkpoints.wait()
+    if step < learning.max_steps:
+        tell(f"stopped by a signal after step {step}; go on with --resume")
+        return 128 + (stop.number or signal.SIGTERM)
+    return 0
+
+
+# ======================================================================================
+# 11. OTHER LIBRARIES
+#
+# Question    How does a model trained here run where people already run models?
+# Takes       a checkpoint and its tokenizer
+# Gives       a folder that `transformers` loads as a Llama, and what reads those
+# Idea        Our architecture is Llama's with plain heads, so only names and the order of
+#             some rows differ: this file turns neighbours (2i, 2i+1), as the paper does;
+#             Llama as Hugging Face stores it turns (i, i + K/2).
+# Source      transformers, modeling_llama.py: rotate_half, apply_rotary_pos_emb
+# Change it   `LLAMA_NAMES` maps the matrices that need no more than another name.
+# Checked by  test_scratchformer.py, chapter 11
+# ======================================================================================
+
+LLAMA_NAMES = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.output.weight": "self_attn.o_proj.weight",
+    "swiglu_norm.weight": "post_attention_layernorm.weight",
+    "swiglu.down.weight": "mlp.down_proj.weight",
+}
+
+
+def neighbours_to_halves(weight: Tensor, num_heads: int) -> Tensor:
+    """Rows of a query or key matrix [H * K, D] reordered from our pairs to Llama's.
+
+    Within each head, row 2i goes to i and row 2i + 1 to i + K/2. Query and key are reordered
+    alike, so their products, the scores, are the same.
+
+    >>> neighbours_to_halves(torch.arange(4.0)[:, None], 1)[:, 0]
+    tensor([0., 2., 1., 3.])
+    """
+    return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def llama_weights(model: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+    """Our weights under Llama's names, with its order of rows."""
+    result = {}
+    for name, weight in model.items():
+        match = re.fullmatch(r"blocks\.(\d+)\.(.*)", name)
+        prefix, part = (f"model.layers.{match[1]}.", match[2]) if match else ("", name)
+        if part == "attention.qkv.weight":
+            q, k, v = weight.chunk(3)
+            result[prefix + "self_attn.q_proj.weight"] = neighbours_to_halves(q, num_heads)
+            result[prefix + "self_attn.k_proj.weight"] = neighbours_to_halves(k, num_heads)
+            result[prefix + "self_attn.v_proj.weight"] = v
+        elif part == "swiglu.gate_up.weight":
+            result[prefix + "mlp.gate_proj.weight"], result[prefix + "mlp.up_proj.weight"] = weight.chunk(2)
+        else:
+            result[prefix + LLAMA_NAMES[part]] = weight
+    return result
+
+
+def llama_config(config: ModelConfig, eot: int | None, dtype: str) -> dict:
+    """The config.json that makes `transformers` build our architecture."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "head_dim": config.d_model // config.num_heads,
+        "max_position_embeddings": config.context_length,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "torch_dtype": dtype,
+    }
+
+
+@dataclasses.dataclass(kw_only=True)
+class ExportConfig(Config):
+    """Export"""
+
+    checkpoint: Path = flag(..., "a checkpoint, or the folder of a run")
+    outdir: Path = flag(..., "folder for the files")
+    tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
+    dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "type of the weights")
+
+
+def export(config: ExportConfig, console: ConsoleConfig) -> None:
+    """Write a folder that transformers loads with from_pretrained."""
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        raise UserError("export needs the package safetensors: pip install safetensors, or "
+                        "uv run --extra export scratchformer.py export ...") from None  # fmt: skip
+    state = load_checkpoint(config.checkpoint)
+    model_config = ModelConfig(**state["model_config"])
+    tokenizer = tokenizer_beside(config.checkpoint, config.tokenizer_path)
+    weights = llama_weights(state["model"], model_config.num_heads)
+    dtype = getattr(torch, config.dtype)
+    packed = save({k: w.to(dtype).contiguous().clone() for k, w in weights.items()}, {"format": "pt"})
+    with whole_file(config.outdir / "model.safetensors") as file:
+        file.write(packed)
+    eot = tokenizer.special_tokens.get(END_OF_TEXT)
+    write_json(config.outdir / "config.json", llama_config(model_config, eot, config.dtype))
+    ends = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+    write_json(config.outdir / "generation_config.json", {k: v for k, v in ends.items() if v is not None})
+    tokenizer.save(config.outdir / "tokenizer.json")
+    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT} if eot is not None else {}
+    write_json(config.outdir / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model_config.context_length,
+        "clean_up_tokenization_spaces": False,
+        **special,
+    })  # fmt: skip
+    say(f"{config.outdir}: load it with AutoModelForCausalLM.from_pretrained")
+
+
+def tokenizer_beside(checkpoint: Path, path: Path | None) -> Tokenizer:
+    """The tokenizer at `path`, or else the copy that training left beside the checkpoint."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    path = path or folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"no tokenizer at {path}: give --tokenizer_path")
+    return Tokenizer.load(path)
+
+
+# ======================================================================================
+# 12. THE COMMAND LINE
+#
+# Question    How is all this started?
+# Takes       a command and its flags
+# Gives       an exit status: 0 done, 2 a mistake to mend, 128 + n stopped by signal n
+# Idea        A command is a function; its parameters are dataclasses; their fields are the
+#             flags. Default, type and help of a flag stand in one place: its field.
+# Change it   Write a function, add it to COMMANDS.
+# Checked by  test_scratchformer.py, chapter 12
+# ======================================================================================
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvalConfig(Config):
+    """Evaluation"""
+
+    checkpoint: Path = flag(..., "a checkpoint, or the folder of a run")
+    valid_tokens: list[Path] | None = flag(None, "token files to measure on")
+    text_path: list[Path] | None = flag(None, "text files to measure on, instead")
+    tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
+    batch_size: int = flag(16, "sequences at a time", at_least=1)
+    eval_windows: int = flag(1024, "windows to measure on; 0: all", at_least=0)
+
+
+def evaluate_command(config: EvalConfig, devices: DeviceConfig, console: ConsoleConfig) -> None:
+    """Measure a model's loss on token files or on text."""
+    if bool(config.valid_tokens) == bool(config.text_path):
+        raise UserError("give either --valid_tokens or --text_path")
+    world = World(devices)
+    model = model_from_checkpoint(load_checkpoint(config.checkpoint), world.device)
+    with contextlib.ExitStack() as stack:
+        paths, tokenizer = config.valid_tokens, None
+        folder = config.checkpoint if config.checkpoint.is_dir() else config.checkpoint.parent
+        if config.text_path or config.tokenizer_path or (folder / "tokenizer.json").is_file():
+            tokenizer = tokenizer_beside(config.checkpoint, config.tokenizer_path)
+        if config.text_path and tokenizer:
+            paths = [Path(stack.enter_context(tempfile.TemporaryDirectory())) / "text.bin"]
+            encode_file(tokenizer, config.text_path, paths[0])
+        tokens = TokenFiles(paths or [], model.config.vocab_size)
+        result = evaluate(
+            model, tokens, model.config.context_length, config.batch_size, config.eval_windows, world, tokenizer
+        )
+    say(describe_evaluation(result))
+    print(json.dumps(result))
+
+
+@dataclasses.dataclass(kw_only=True)
+class GenerateConfig(Config):
+    """Text"""
+
+    checkpoint: Path = flag(..., "a checkpoint, or the folder of a run")
+    prompt: str | None = flag(None, "text to continue (default: from standard input)")
+    tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
+    max_new_tokens: int = flag(256, "tokens to write at most", at_least=1)
+    num_samples: int = flag(1, "texts to write", at_least=1)
+    temperature: float = flag(0.8, "0: the likeliest token; 1: as learned", at_least=0.0)
+    top_k: int | None = flag(None, "draw from the k likeliest tokens", at_least=1)
+    top_p: float | None = flag(None, "draw from the likeliest that reach p together", at_least=0.0)
+    seed: int | None = flag(None, "the same seed gives the same text", at_least=0)
+
+
+def generate_command(config: GenerateConfig, devices: DeviceConfig, console: ConsoleConfig) -> None:
+    """Write text with a trained model."""
+    world = World(devices)
+    model = model_from_checkpoint(load_checkpoint(config.checkpoint), world.device).to(world.dtype)
+    tokenizer = tokenizer_beside(config.checkpoint, config.tokenizer_path)
+    eot = tokenizer.special_tokens.get(END_OF_TEXT)
+    generator = torch.Generator(world.device)
+    generator.seed() if config.seed is None else generator.manual_seed(config.seed)
+    if config.prompt is None and sys.stdin.isatty():
+        say("write the beginning of a text, or Ctrl-D to leave")
+        prompts: Iterable[str] = (line.rstrip("\n") for line in iter(lambda: prompt_line(), ""))
+    else:
+        prompts = [sys.stdin.read() if config.prompt is None else config.prompt]
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt) or ([eot] if eot is not None else [])
+        for _ in range(config.num_samples):
+            print(prompt, end="", flush=True)
+            new = generate(
+                model, ids, config.max_new_tokens, config.temperature, config.top_k, config.top_p, eot, generator
+            )
+            shown = (token for token in new if token != eot)
+            for text in stream_text(tokenizer, shown):
+                print(text, end="", flush=True)
+            print()
+
+
+def prompt_line() -> str:
+    """One line from the person at the terminal; empty at the end of input."""
+    print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline()
+
+
+@dataclasses.dataclass(kw_only=True)
+class DemoConfig(Config):
+    """Demo"""
+
+    outdir: Path = flag(Path("out/demo"), "folder for what the demo makes")
+    max_steps: int = flag(400, "updates of the weights", at_least=1)
+
+
+def demo(config: DemoConfig, console: ConsoleConfig) -> int:
+    """Run the whole pipeline on the bundled stories, showing each command."""
+    data, out = Path(__file__).parent / "data", config.outdir
+    for old in checkpoints_in(out / "run"):  # the demo's own, from an earlier time
+        old.unlink()
+    tokenizer = ["--tokenizer_path", out / "tokenizer.json"]
+    commands: list[list] = [
+        ["bpe-train", "--file_path", data / "stories-train.txt", "--vocab_size", 1024,
+         "--special_tokens_path", data / "special_tokens.txt", "--tokenizer_out_path", out / "tokenizer.json"],
+        ["bpe-encode", "--dataset_path", data / "stories-train.txt", *tokenizer, "--out_path", out / "train.bin", "--append_eot"],
+        ["bpe-encode", "--dataset_path", data / "stories-valid.txt", *tokenizer, "--out_path", out / "valid.bin", "--append_eot"],
+        ["train", "--train_tokens", out / "train.bin", "--valid_tokens", out / "valid.bin", *tokenizer,
+         "--outdir", out / "run", "--context_length", 256, "--num_layers", 4, "--d_model", 128, "--num_heads", 4,
+         "--d_ff", 352, "--batch_size", 16, "--lr", 3e-3, "--min_lr", 1e-4, "--warmup_steps", 20,
+         "--max_steps", config.max_steps, "--log_interval", 20, "--eval_interval", 200],
+        ["eval", "--checkpoint", out / "run", "--valid_tokens", out / "valid.bin"],
+        ["generate", "--checkpoint", out / "run", "--prompt", "One", "--seed", 1],
+    ]  # fmt: skip
+    for command in commands:
+        argv = [str(word) for word in command]
+        say("\n$ python scratchformer.py " + shlex.join(argv))
+        if status := main(argv):
+            return status
+    return 0
+
+
+COMMANDS |= {
+    "train": train,
+    "eval": evaluate_command,
+    "generate": generate_command,
+    "export": export,
+    "demo": demo,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; `argv` as after the name of the program. The exit status."""
+    return run_command(COMMANDS, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
