@@ -95,7 +95,7 @@ import warnings
 import zipfile
 from array import array
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
@@ -129,6 +129,8 @@ def whole_file(path: Path | str) -> Iterator[BinaryIO]:
     stays there until then, and stays for good if the block raises. Folders are created.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -197,10 +199,12 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def flag(default: Any, help: str, *, at_least: float | None = None) -> Any:
+def flag(
+    default: Any, help: str, *, at_least: float = -math.inf, at_most: float = math.inf
+) -> Any:
     """A dataclass field that is a command-line flag too. `...` as default: required."""
     required = {} if default is ... else {"default": default}
-    return dataclasses.field(**required, metadata={"help": help, "at_least": at_least})
+    return dataclasses.field(**required, metadata={"help": help, "range": (at_least, at_most)})
 
 
 class Config:
@@ -208,11 +212,19 @@ class Config:
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, least = getattr(self, entry.name), entry.metadata.get("at_least")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{entry.name} must be a finite number, not {value}")
-            if least is not None and value is not None and value < least:
-                raise UserError(f"--{entry.name} must be at least {least}, not {value}")
+            value = getattr(self, entry.name)
+            if isinstance(value, (int, float)):
+                least, most = entry.metadata["range"]
+                if not (math.isfinite(value) and least <= value <= most):
+                    raise UserError(
+                        f"--{entry.name} must be "
+                        + (
+                            f"at least {least}"
+                            if math.isinf(most)
+                            else f"from {least} to {most}"
+                        )
+                        + f", not {value}"
+                    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -226,11 +238,17 @@ class Parser(argparse.ArgumentParser):
     """argparse, with mistakes told in one line that suggests what was meant."""
 
     def error(self, message: str) -> NoReturn:
-        flags = [option for action in self._actions for option in action.option_strings]
-        if unknown := re.match(r"unrecognized arguments: (--[^\s=]*)", message):
-            near = difflib.get_close_matches(unknown[1], flags, n=1)
-            message = f"unknown flag {unknown[1]}" + (f", did you mean {near[0]}?" if near else "")
         raise UserError(f"{message} (see --help)")
+
+    def check_names(self, argv: list[str]) -> None:
+        """Raise UserError for the first flag in `argv` that does not exist."""
+        known = [option for action in self._actions for option in action.option_strings]
+        for name in (word.split("=")[0] for word in argv if word.startswith("--")):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                self.error(
+                    f"unknown flag {name}" + (f", did you mean {near[0]}?" if near else "")
+                )
 
 
 def add_flag(group: Any, entry: dataclasses.Field, kind: Any) -> None:
@@ -261,19 +279,24 @@ def parse_flags(name: str, command: Callable, argv: list[str]) -> list[Config]:
     """
     kinds = [k for n, k in typing.get_type_hints(command).items() if n != "return"]
     parser = Parser(
-        prog=f"scratchformer {name}", usage="%(prog)s [flags]", allow_abbrev=False,
+        prog=f"scratchformer {name}",
+        usage="%(prog)s [flags]",
+        allow_abbrev=False,
         description=inspect.getdoc(command),
     )
     for kind in kinds:
-        group = parser.add_argument_group(inspect.getdoc(kind).splitlines()[0])
+        group = parser.add_argument_group((kind.__doc__ or "").splitlines()[0])
         hints = typing.get_type_hints(kind)
         for entry in dataclasses.fields(kind):
             add_flag(group, entry, hints[entry.name])
     spelled = re.compile(r"--[a-z][a-z0-9-]*")
     argv = [spelled.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a, count=1)
             if spelled.match(a) else a for a in argv]  # fmt: skip
+    parser.check_names(argv)
     values = vars(parser.parse_args(argv))
-    return [kind(**{e.name: values[e.name] for e in dataclasses.fields(kind)}) for kind in kinds]
+    return [
+        kind(**{e.name: values[e.name] for e in dataclasses.fields(kind)}) for kind in kinds
+    ]
 
 
 def run_command(commands: dict[str, Callable], argv: list[str]) -> int:
@@ -295,7 +318,7 @@ def run_command(commands: dict[str, Callable], argv: list[str]) -> int:
     except UserError as error:
         message = str(error)
     except BrokenPipeError:  # the reader of our output, `head` say, has had enough
-        sys.stdout = open(os.devnull, "w")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         message = f"{error.filename or argv[0]}: {error.strerror or error}"
@@ -324,7 +347,9 @@ def run_command(commands: dict[str, Callable], argv: list[str]) -> int:
 
 # GPT-2's pattern, unchanged: contractions, letters, numbers, the rest, white space. The
 # last-but-one alternative leaves the final space of a run to the word that follows.
-PRETOKEN_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+PRETOKEN_PATTERN = (
+    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+)
 find_pretokens = regex.compile(PRETOKEN_PATTERN).findall
 
 # WHY it is exact to cut before a space that has no white space on one of its sides:
@@ -404,7 +429,9 @@ def last_cut(text: str, special_tokens: Sequence[str]) -> int:
     end = len(text) - reach
     while end > reach and (match := CUT.search(text, reach, end)):
         end = match.start()
-        if not any(text.find(s, end - len(s) + 1, end + len(s) - 1) >= 0 for s in special_tokens):
+        if not any(
+            text.find(s, end - len(s) + 1, end + len(s) - 1) >= 0 for s in special_tokens
+        ):
             return end
     return 0
 
@@ -447,12 +474,12 @@ def spans(whole: Span, size: int, special_tokens: Sequence[str]) -> Iterator[Spa
 
 def input_files(paths: str | Path | Sequence[str | Path]) -> list[Span]:
     """The text files to read, each as one span. A folder stands for all files below it."""
-    files = []
-    for path in [Path(paths)] if isinstance(paths, (str, Path)) else map(Path, paths):
+    files, given = [], [paths] if isinstance(paths, (str, Path)) else list(paths)
+    for path in map(Path, given):
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         files += [Span(str(p), 0, p.stat().st_size) for p in inside]
     if not sum(span.end for span in files):
-        raise UserError(f"no text to read in {', '.join(map(str, paths))}")
+        raise UserError(f"no text to read in {', '.join(map(str, given))}")
     return files
 
 
@@ -566,16 +593,22 @@ def bpe_worker() -> None:
 
 
 def count_files(
-    paths: str | Path | Sequence[str | Path], special_tokens: Sequence[str], num_workers: int | None
+    paths: str | Path | Sequence[str | Path],
+    special_tokens: Sequence[str],
+    num_workers: int | None,
 ) -> Counter[str]:
     """How often each pre-token occurs in text files, counted on `num_workers` cores."""
     files = input_files(paths)
     total = sum(file.end for file in files)
     # Few large tasks: each reply carries every distinct pre-token of its span once more.
-    size = min(max(total // (2 * (num_workers or os.cpu_count() or 1)), 2 * CHUNK_BYTES), 1 << 25)
+    size = min(
+        max(total // (2 * (num_workers or os.cpu_count() or 1)), 2 * CHUNK_BYTES), 1 << 25
+    )
     tasks = [span for file in files for span in spans(file, size, special_tokens)]
     counts, done, progress = Counter[str](), 0.0, Progress("counting", total / 1e6, "MB")
-    for task, reply in zip(tasks, in_parallel({"special_tokens": list(special_tokens)}, tasks, num_workers)):
+    for task, reply in zip(
+        tasks, in_parallel({"special_tokens": list(special_tokens)}, tasks, num_workers)
+    ):
         counts.update(json.loads(reply))
         progress.update(done := done + (task.end - task.start) / 1e6)
     progress.close()
@@ -693,12 +726,13 @@ def learn_merges(pretoken_counts: dict[str, int], num_merges: int) -> list[Merge
             else:
                 del pair_counts[heapq.heappop(heap)[2]]
             continue
-        first, second = pair
+        first, second = pair[0], pair[1]
         merges.append((tokens[ord(first)], tokens[ord(second)]))
         tokens.append(b"".join(merges[-1]))
         order.append(merge_order(tokens[-1]))
         merged = chr(len(tokens) - 1)
-        before, after = defaultdict(int), defaultdict(int)  # neighbour -> occurrences
+        before: dict[str, int] = defaultdict(int)  # neighbour -> occurrences
+        after: dict[str, int] = defaultdict(int)
         new_holders: dict[str, list[int]] = defaultdict(list)
         for index in holders.pop(pair):
             left, found, right = words[index].partition(pair)
@@ -752,8 +786,8 @@ def train_bpe(
     check_special_tokens(special_tokens)
     if not 256 + len(special_tokens) <= vocab_size <= sys.maxunicode:
         raise UserError(
-            f"vocab_size must be at least {256 + len(special_tokens)} (256 bytes and "
-            f"{len(special_tokens)} special tokens) and at most {sys.maxunicode}, not {vocab_size}"
+            f"vocab_size must be from {256 + len(special_tokens)} (256 bytes and "
+            f"{len(special_tokens)} special tokens) to {sys.maxunicode}, not {vocab_size}"
         )
     num_merges = vocab_size - 256 - len(special_tokens)
     merges = learn_merges(count_files(input_path, special_tokens, num_workers), num_merges)
@@ -877,17 +911,22 @@ class Tokenizer:
     def merge(self, word: str) -> str:
         """`word`, a string of ranks, after all merges that apply.
 
-        The pair of lowest rank is merged everywhere at once. That is the order of learning:
-        new pairs hold the new token, so their ranks are higher than the one just applied.
+        The pair of lowest rank is merged first, the leftmost of several. That is the order
+        of learning: a new pair holds the new token, so its rank is higher than the last.
         """
-        if len(word) > 512:
+        if len(word) > 256:
             return self.merge_long(word)
-        while True:
-            ranks = map(self.rank_of_pair.get, pairs_of(word), itertools.repeat(NO_MERGE))
-            rank = min(ranks, default=NO_MERGE)
-            if rank == NO_MERGE:
-                return word
-            word = word.replace(self.pairs[rank - 256], chr(rank))
+        tokens, rank_of = list(word), self.rank_of_pair.get
+        ranks = [rank_of(pair, NO_MERGE) for pair in pairs_of(word)]
+        while ranks and (rank := min(ranks)) != NO_MERGE:
+            i = ranks.index(rank)
+            tokens[i : i + 2] = [chr(rank)]
+            del ranks[i]
+            if i > 0:
+                ranks[i - 1] = rank_of(tokens[i - 1] + tokens[i], NO_MERGE)
+            if i < len(ranks):
+                ranks[i] = rank_of(tokens[i] + tokens[i + 1], NO_MERGE)
+        return "".join(tokens)
 
     def merge_long(self, word: str) -> str:
         """What `merge` gives, in time that grows as the length, not as length times merges.
@@ -929,12 +968,16 @@ class Tokenizer:
     def pack_pretoken(self, pretoken: str) -> bytes:
         """The ids of one pre-token, packed as in a token file."""
         word = self.merge(encode_text(pretoken).decode("latin-1"))
-        return struct.pack(f"<{len(word)}{self.typecode}", *[self.ids[ord(rank)] for rank in word])
+        return struct.pack(
+            f"<{len(word)}{self.typecode}", *[self.ids[ord(rank)] for rank in word]
+        )
 
     def pack_ordinary(self, text: str) -> bytes:
         """The ids of text without special tokens, packed as in a token file."""
         if HELD_SPACE in text:
-            raise UserError("the text holds U+D800, half a surrogate pair: no bytes stand for it")
+            raise UserError(
+                "the text holds U+D800, half a surrogate pair: no bytes stand for it"
+            )
         first, *rest = space_pieces(text)
         pretokens = find_pretokens(first.replace(HELD_SPACE, " "))
         packed = b"".join(map(self.of_pretoken.__getitem__, pretokens))
@@ -944,12 +987,18 @@ class Tokenizer:
         """The ids of text, special tokens recognised, packed as in a token file."""
         parts = self.split(text)
         packed = [self.pack_ordinary(part) for part in parts[::2]]
-        specials = [struct.pack("<" + self.typecode, self.special_tokens[s]) for s in parts[1::2]]
+        specials = [
+            struct.pack("<" + self.typecode, self.special_tokens[s]) for s in parts[1::2]
+        ]
         return b"".join(itertools.chain(*zip(packed, specials))) + packed[-1]
 
     def unpack(self, packed: bytes) -> list[int]:
         """The ids in `packed`."""
-        return list(struct.unpack(f"<{len(packed) // struct.calcsize(self.typecode)}{self.typecode}", packed))
+        return list(
+            struct.unpack(
+                f"<{len(packed) // struct.calcsize(self.typecode)}{self.typecode}", packed
+            )
+        )
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; special tokens in it become their own ids."""
@@ -961,12 +1010,15 @@ class Tokenizer:
 
     def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
         """The ids of the chunks joined, without ever holding them all."""
-        buffer = ""
+        buffer, enough = "", 1 << 16
         for chunk in chunks:
             buffer += chunk
-            if len(buffer) >= 1 << 16 and (cut := last_cut(buffer, list(self.special_tokens))):
+            if len(buffer) >= enough:
+                cut = last_cut(buffer, list(self.special_tokens))
                 yield from self.encode(buffer[:cut])
                 buffer = buffer[cut:]
+                # Without a cut wait for twice as much: searching stays linear in all.
+                enough = max(1 << 16, 2 * len(buffer))
         yield from self.encode(buffer)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -995,7 +1047,8 @@ class Tokenizer:
             "truncation": None,
             "padding": None,
             "added_tokens": [
-                {"id": i, "content": specials[i], **flags, "special": True} for i in sorted(specials)
+                {"id": i, "content": specials[i], **flags, "special": True}
+                for i in sorted(specials)
             ],
             "normalizer": None,
             "pre_tokenizer": {"type": "ByteLevel", **common},
@@ -1074,6 +1127,10 @@ def check_kind(content: Any) -> None:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise UserError(f"its {key} is {model[key]!r}, which is not supported")
+    if model.get("ignore_merges"):
+        raise UserError(
+            "its ignore_merges takes whole words from the vocabulary, merged or not"
+        )
     if model.get("byte_fallback"):
         raise UserError("it is a SentencePiece conversion (byte_fallback), not byte-level BPE")
     if content.get("normalizer") is not None:
@@ -1151,7 +1208,9 @@ class BPETrainConfig(Config):
     """Vocabulary"""
 
     file_path: list[Path] = flag(..., "text files, or folders of them")
-    vocab_size: int = flag(50304, "entries of the vocabulary, bytes and special tokens included")
+    vocab_size: int = flag(
+        50304, "entries of the vocabulary, bytes and special tokens included"
+    )
     special_tokens_path: Path | None = flag(None, "file of special tokens, one on each line")
     tokenizer_out_path: Path = flag(..., "where the tokenizer.json goes")
     num_workers: int | None = flag(None, "processes (default: one per core)", at_least=1)
@@ -1172,7 +1231,11 @@ def read_special_tokens(path: Path | None) -> list[str]:
     """The special tokens in a file, one on each line; none for None."""
     if path is None:
         return []
-    tokens = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from None
+    tokens = lines.removesuffix("\n").split("\n") if lines else []
     check_special_tokens(tokens)
     return tokens
 
@@ -1181,8 +1244,11 @@ def bpe_train(config: BPETrainConfig, console: ConsoleConfig) -> None:
     """Learn a byte-level BPE vocabulary from text."""
     start = time.monotonic()
     specials = read_special_tokens(config.special_tokens_path)
-    vocab, merges = train_bpe(config.file_path, config.vocab_size, specials, config.num_workers)
-    Tokenizer(vocab, merges, specials).save(config.tokenizer_out_path)
+    with whole_file(config.tokenizer_out_path) as out:  # opened first: a bad path costs nothing
+        vocab, merges = train_bpe(
+            config.file_path, config.vocab_size, specials, config.num_workers
+        )
+        out.write(Tokenizer(vocab, merges, specials).to_json().encode())
     longest = max(merges, key=lambda pair: len(b"".join(pair)), default=(b"", b""))
     say(f"{config.tokenizer_out_path}: {len(vocab)} entries, {len(merges)} merges, "
         f"longest {b''.join(longest).decode(errors='replace')!r}, "
@@ -1209,7 +1275,9 @@ COMMANDS: dict[str, Callable] = {
 
 # The commands above leave here, and so do --help and the workers: none needs a tensor, and
 # `import torch` takes 2 s (CPU build) to 5 s (CUDA build), measured 2026-11 on two cores.
-if __name__ == "__main__" and (not sys.argv[1:] or sys.argv[1] in (*COMMANDS, "-h", "--help", "--version")):
+if __name__ == "__main__" and (
+    not sys.argv[1:] or sys.argv[1] in (*COMMANDS, "-h", "--help", "--version")
+):
     sys.exit(run_command(COMMANDS, sys.argv[1:]))
 
 
@@ -1239,10 +1307,25 @@ class DataConfig(Config):
 
     train_tokens: list[Path] = flag(..., "token files to learn from, read as one sequence")
     valid_tokens: list[Path] | None = flag(None, "token files to measure the loss on")
-    tokenizer_path: Path | None = flag(None, "their tokenizer: copied to outdir, used for samples")
+    tokenizer_path: Path | None = flag(
+        None, "their tokenizer: copied to outdir, used for samples"
+    )
     batch_size: int = flag(64, "sequences per process and micro-step", at_least=1)
     grad_accum_steps: int = flag(1, "micro-steps per update of the weights", at_least=1)
-    seed: int = flag(1, "decides weights and batches", at_least=0)
+    seed: int = flag(1, "decides weights and batches", at_least=0, at_most=2**32)
+
+
+def read_note(path: Path) -> dict:
+    """The description beside a token file. Raises UserError where it makes no sense."""
+    note = read_json(path, "token file description")
+    kinds = {"dtype": str, "vocab_size": int, "num_tokens": int, "floor_nats_per_byte": float}
+    for key, kind in kinds.items() if isinstance(note, dict) else [("dtype", dict)]:
+        value = note.get(key) if isinstance(note, dict) else note
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"{path} is no token file description: {key} is {value!r}")
+    if note.get("dtype", "uint16") not in ("uint16", "uint32"):
+        raise UserError(f"{path}: dtype is {note['dtype']!r}, not uint16 or uint32")
+    return note
 
 
 class TokenFiles:
@@ -1250,15 +1333,15 @@ class TokenFiles:
 
     The description NAME.bin.json tells the type of the ids and the size of the vocabulary.
     Without one, as from nanoGPT, the ids are uint16. Raises UserError for files that are
-    empty, cut short, or contradict their description, each other, or `vocab_size` (0: take
-    it from the description).
+    cut short, contradict their description or each other, or have a larger vocabulary than
+    `vocab_size` (0: take it from the description; more is allowed, and only costs memory).
     """
 
     def __init__(self, paths: Sequence[str | Path], vocab_size: int = 0):
         self.paths, self.dtypes, lengths, notes = list(map(Path, paths)), [], [], []
         for path in self.paths:
             note = Path(f"{path}.json")
-            notes.append(read_json(note, "token file description") if note.is_file() else {})
+            notes.append(read_note(note) if note.is_file() else {})
             dtype = np.dtype(notes[-1].get("dtype", "uint16")).newbyteorder("<")
             size = path.stat().st_size
             if size % dtype.itemsize or notes[-1].get("num_tokens", size // dtype.itemsize) != (
@@ -1270,16 +1353,18 @@ class TokenFiles:
         self.ends = np.cumsum(lengths)
         self.note = notes[0]
         stated = {note["vocab_size"] for note in notes if "vocab_size" in note}
-        if len(stated | ({vocab_size} if vocab_size else set())) > 1:
+        if len(stated) > 1 or vocab_size and stated and vocab_size < max(stated):
             raise UserError(
-                f"vocab_size is {vocab_size or 'not given'}, but {self.paths[0]} and its fellows "
-                f"state {sorted(stated)}: use one tokenizer throughout"
+                f"vocab_size is {vocab_size or 'not given'}, but {', '.join(map(str, paths))} "
+                f"state {' and '.join(map(str, sorted(stated)))}"
             )
         self.vocab_size = vocab_size or next(iter(stated), 0)
         if not self.vocab_size:
             raise UserError(f"{self.paths[0]} has no description: give --vocab_size")
         if len({note.get("tokenizer_sha256") for note in notes}) > 1:
-            raise UserError(f"{', '.join(map(str, paths))} were encoded by different tokenizers")
+            raise UserError(
+                f"{', '.join(map(str, paths))} were encoded by different tokenizers"
+            )
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -1291,9 +1376,9 @@ class TokenFiles:
             if start < end and count:
                 # A map made anew for each read: pages touched through a lasting one would
                 # count as this process's memory, until it holds the whole file.
-                ids = np.memmap(path, dtype, mode="r")
-                first = len(ids) - (end - start)
-                parts.append(ids[first : first + count].astype(np.int64))
+                mapped = np.memmap(path, dtype, mode="r")
+                first = len(mapped) - (end - start)
+                parts.append(mapped[first : first + count].astype(np.int64))
                 start, count = start + len(parts[-1]), count - len(parts[-1])
         ids = np.concatenate(parts)
         # TRAP: on a GPU an id outside the embedding is a device-side assert that names
@@ -1317,7 +1402,9 @@ class Batches:
     [0, 4, 8, 12]
     """
 
-    def __init__(self, tokens: TokenFiles, config: DataConfig, length: int, rank: int, world: int):
+    def __init__(
+        self, tokens: TokenFiles, config: DataConfig, length: int, rank: int, world: int
+    ):
         if len(tokens) <= length:
             raise UserError(
                 f"{tokens.paths[0]} holds {len(tokens)} tokens, too few for a context_length "
@@ -1346,9 +1433,13 @@ class Batches:
         first = self.first_row(micro_step, self.rank, self.world_size, size)
         starts = self.row_starts(step, first, size)
         rows = np.stack([self.tokens.read(int(start), self.length + 1) for start in starts])
-        return torch.from_numpy(rows[:, :-1]).contiguous(), torch.from_numpy(rows[:, 1:]).contiguous()
+        return torch.from_numpy(rows[:, :-1]).contiguous(), torch.from_numpy(
+            rows[:, 1:]
+        ).contiguous()
 
-    def stream(self, first_step: int, last_step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def stream(
+        self, first_step: int, last_step: int, device: torch.device
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """All micro-batches of steps first_step to last_step - 1, on `device`.
 
         A thread reads two ahead. Pinned memory lets the copy to a GPU run beside its work.
@@ -1359,14 +1450,19 @@ class Batches:
         def put(item: Any) -> None:
             while not stopped.is_set():
                 with contextlib.suppress(queue.Full):
-                    return ready.put(item, timeout=0.1)
+                    ready.put(item, timeout=0.1)
+                    return
 
         def read_ahead() -> None:
             try:
                 for step in range(first_step, last_step):
                     for micro_step in range(self.config.grad_accum_steps):
                         pair = self.get(step, micro_step)
-                        put(tuple(t.pin_memory() for t in pair) if device.type == "cuda" else pair)
+                        put(
+                            tuple(t.pin_memory() for t in pair)
+                            if device.type == "cuda"
+                            else pair
+                        )
                         if stopped.is_set():
                             return
             except BaseException as error:
@@ -1380,7 +1476,10 @@ class Batches:
                 if isinstance(item, BaseException):
                     raise item
                 inputs, targets = item
-                yield inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                yield (
+                    inputs.to(device, non_blocking=True),
+                    targets.to(device, non_blocking=True),
+                )
         finally:
             stopped.set()
             thread.join()
@@ -1412,7 +1511,9 @@ class Batches:
 class ModelConfig(Config):
     """Model"""
 
-    vocab_size: int = flag(0, "entries of the vocabulary; 0: as the token file says", at_least=0)
+    vocab_size: int = flag(
+        0, "entries of the vocabulary; 0: as the token file says", at_least=0
+    )
     context_length: int = flag(512, "tokens the model looks at", at_least=1)
     num_layers: int = flag(8, "blocks", at_least=1)
     d_model: int = flag(768, "width of the residual stream", at_least=1)
@@ -1453,26 +1554,30 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
-    """cos and sin of position * theta^(-2i / width), for i < width / 2; float32 [2, T, K/2].
+    """cos and -+sin of position * theta^(-2i / width) for pairs i; float32 [2, T, K].
 
     Pair i of a head turns by that angle: the first pairs fast, the last ones slowly, as the
-    hands of a clock. TRAP: in bfloat16 the position 257 is 256; so float32 throughout.
+    hands of a clock. Each stands twice, once for either member of the pair, the sine of the
+    first negative. TRAP: in bfloat16 the position 257 is 256; so float32 throughout.
     """
     frequencies = theta ** (-torch.arange(0, width, 2, device=positions.device).float() / width)
-    angles = positions.float()[:, None] * frequencies
-    return torch.stack([angles.cos(), angles.sin()])
+    angles = positions.float()[:, None] * frequencies  # (T, K/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]).flatten(2)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """`x` [..., T, K] with each pair (x[2i], x[2i+1]) turned counter-clockwise as `table` says.
 
+    (a, b) becomes (a cos - b sin, b cos + a sin): each entry times cos, plus its partner
+    times -sin or sin. Written so, without taking the pairs apart, the fused backward pass
+    is one sweep over memory instead of several.
     Source: Su et al. 2021, RoFormer (arXiv 2104.09864), equation 34: neighbours are paired.
     (Hugging Face Llama pairs entry i with entry i + K/2 instead: chapter 11.)
     """
     cos, sin = table
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-2).type_as(x)
+    partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x * cos + partner * sin).type_as(x)
 
 
 def apply_rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -1513,7 +1618,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, table: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, table: Tensor, cache: Tensor | None = None, start: int = 0
+    ) -> Tensor:
         """`cache` [2, B, H, >= start + T, K] holds keys and values of earlier positions."""
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
@@ -1562,7 +1669,9 @@ class Block(nn.Module):
         self.swiglu_norm = RMSNorm(config.d_model, config.norm_eps)
         self.swiglu = SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x: Tensor, table: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, table: Tensor, cache: Tensor | None = None, start: int = 0
+    ) -> Tensor:
         # TRAP: `x += ...` would change FSDP's view of a block's output and lose gradients.
         x = x + self.attention(self.attention_norm(x), table, cache, start)
         return x + self.swiglu(self.swiglu_norm(x))
@@ -1586,6 +1695,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         head_width = config.d_model // config.num_heads
         table = rope_table(torch.arange(config.context_length), head_width, config.rope_theta)
+        self.table: Tensor
         self.register_buffer("table", table, persistent=False)
         self.initialise()
 
@@ -1606,7 +1716,7 @@ class Transformer(nn.Module):
         B, T = tokens.shape
         if start + T > self.config.context_length:
             raise UserError(
-                f"{start + T} tokens are more than the context_length {self.config.context_length}"
+                f"{start + T} tokens are more than context_length {self.config.context_length}"
             )
         x, table = self.embedding(tokens), self.table[:, start : start + T]  # (B, T, D)
         for layer, block in enumerate(self.blocks):
@@ -1616,7 +1726,14 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> Tensor:
         """An empty key-value cache, [layers, 2, B, H, context_length, K]."""
         c = self.config
-        shape = (c.num_layers, 2, batch_size, c.num_heads, c.context_length, c.d_model // c.num_heads)
+        shape = (
+            c.num_layers,
+            2,
+            batch_size,
+            c.num_heads,
+            c.context_length,
+            c.d_model // c.num_heads,
+        )
         return torch.empty(shape, dtype=dtype, device=self.table.device)
 
 
@@ -1643,16 +1760,14 @@ class LearningConfig(Config):
     min_lr: float = flag(1e-4, "learning rate at the end", at_least=0.0)
     warmup_steps: int = flag(200, "steps in which the learning rate rises", at_least=0)
     weight_decay: float = flag(0.1, "pull of matrices towards zero", at_least=0.0)
-    beta1: float = flag(0.9, "memory of AdamW's mean", at_least=0.0)
-    beta2: float = flag(0.95, "memory of AdamW's mean square", at_least=0.0)
+    beta1: float = flag(0.9, "memory of AdamW's mean", at_least=0.0, at_most=0.9999)
+    beta2: float = flag(0.95, "memory of AdamW's mean square", at_least=0.0, at_most=0.99999)
     clip_grad: float = flag(1.0, "largest gradient norm; 0: any", at_least=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.min_lr > self.lr:
             raise UserError(f"--min_lr must be at most --lr: {self.min_lr} > {self.lr}")
-        if max(self.beta1, self.beta2) >= 1:
-            raise UserError(f"--beta1 and --beta2 must be below 1: {self.beta1}, {self.beta2}")
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -1684,7 +1799,9 @@ def learning_rate(
     return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (max_lr - min_lr)
 
 
-def make_optimizer(model: nn.Module, config: LearningConfig, device: torch.device) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, config: LearningConfig, device: torch.device
+) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves the gains of the norms alone.
 
     Decay pulls towards zero, which for a gain means a silent layer, not a simple one.
@@ -1716,7 +1833,9 @@ class Stepper:
     LARGEST_RUN = 10  # skipped steps in a row that are taken for bad luck
     GROWTH_STEPS = 2000
 
-    def __init__(self, optimizer: torch.optim.AdamW, clip_grad: float, device: torch.device, scaled: bool):
+    def __init__(
+        self, optimizer: torch.optim.AdamW, clip_grad: float, device: torch.device, scaled: bool
+    ):
         self.optimizer, self.clip_grad, self.scaled = optimizer, clip_grad, scaled
         self.scale = torch.tensor(2.0**16 if scaled else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
@@ -1736,7 +1855,7 @@ class Stepper:
         if self.clip_grad:
             divisor = divisor * (norm / self.clip_grad).clamp(min=1.0)
         if self.optimizer.defaults["fused"]:
-            self.optimizer.grad_scale, self.optimizer.found_inf = divisor, bad
+            vars(self.optimizer).update(grad_scale=divisor, found_inf=bad)
             self.optimizer.step()
         elif not bad.item():
             for p in parameters:
@@ -1753,7 +1872,10 @@ class Stepper:
         return norm
 
     def state(self) -> dict[str, float]:
-        return {k: getattr(self, k).item() for k in ("scale", "good_steps", "skipped", "skipped_in_a_row")}
+        return {
+            k: getattr(self, k).item()
+            for k in ("scale", "good_steps", "skipped", "skipped_in_a_row")
+        }
 
     def load(self, state: dict[str, float]) -> None:
         for key, value in state.items():
@@ -1799,7 +1921,9 @@ def sample(
     if top_p is not None:
         ordered, ids = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.scatter(-1, ids, ordered.masked_fill(before >= top_p, -math.inf))
+        beyond = before >= top_p
+        beyond[:, 0] = False
+        logits = logits.scatter(-1, ids, ordered.masked_fill(beyond, -math.inf))
     # The largest of log p + Gumbel noise is a draw from p; argmax needs no look at the host.
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
     return (logits - (-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()).argmax(-1)
@@ -1871,7 +1995,9 @@ class DeviceConfig(Config):
     """Devices"""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to compute")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "precision of products")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "precision of products"
+    )
     compile: bool = flag(False, "fuse kernels with torch.compile: slower start, faster steps")
 
 
@@ -1908,10 +2034,14 @@ class World:
             kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         if kind == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no CUDA device here")
-        if kind == "mps" and (not torch.backends.mps.is_available() or self.size > 1):
-            raise UserError("--device mps: there is none, or torchrun started several processes")
-        if fsdp and kind == "mps":
-            raise UserError("--fsdp needs CUDA devices or --device cpu")
+        if kind == "mps" and (not torch.backends.mps.is_available() or self.size > 1 or fsdp):
+            raise UserError(
+                "--device mps: there is none here, or torchrun is at work: it takes one process"
+            )
+        if fsdp and "RANK" not in os.environ:
+            raise UserError(
+                "--fsdp needs torchrun: torchrun --nproc_per_node=N scratchformer.py ..."
+            )
         self.device = torch.device(kind)
         if kind == "cuda":
             local = int(os.environ.get("LOCAL_RANK", 0))
@@ -1944,8 +2074,6 @@ class World:
             # which does not make the host wait for the GPU.
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend)
-        elif self.fsdp:
-            raise UserError("--fsdp needs torchrun: torchrun --nproc_per_node=N scratchformer.py ...")
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -1956,7 +2084,11 @@ class World:
             # in order would hang. Say why, leave at once, and torchrun ends the rest.
             if not isinstance(error, UserError):
                 traceback.print_exception(kind, error, trace)
-            print(f"scratchformer: error: process {self.rank}: {error}", file=sys.stderr, flush=True)
+            print(
+                f"scratchformer: error: process {self.rank}: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(2 if isinstance(error, UserError) else 1)
         # TRAP: a plain destroy_process_group() aborted 9 of 60 two-process CPU runs at exit
         # ("terminate called without an active exception"), the work itself done. Whatever
@@ -1965,12 +2097,16 @@ class World:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
-    def shard(self, model: Transformer) -> nn.Module:
+    def shard(self, model: Transformer) -> Any:
         """`model` made ready to learn on all processes; call it like the model itself.
 
         In this order: compile, then shard each block, then the root, then (elsewhere) build
         the optimizer. Parameters stay float32; products run in `self.dtype`.
         """
+        if self.dtype != torch.float32 and not self.fsdp:
+            # autocast leaves the embedding in float32, and with it the whole residual
+            # stream: half the speed for every norm and sum. (FSDP casts the embedding too.)
+            model.embedding.register_forward_hook(lambda module, inputs, x: x.to(self.dtype))
         if self.compile and self.size > 1:
             # WHY block by block: gradients of one block can travel while the block before
             # it is still computed, and one compilation serves all blocks.
@@ -2012,7 +2148,7 @@ class World:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def sync_gradients(self, model: nn.Module, now: bool) -> None:
+    def sync_gradients(self, model: Any, now: bool) -> None:
         """Whether the next backward pass averages gradients over processes.
 
         Only the last micro-step of a step needs it: sums can be averaged once.
@@ -2022,7 +2158,7 @@ class World:
         elif self.size > 1:
             model.require_backward_grad_sync = now
 
-    def reshard(self, model: nn.Module) -> None:
+    def reshard(self, model: Any) -> None:
         """Let go of what a forward pass without a backward pass has left gathered."""
         if self.fsdp:
             model.reshard()
@@ -2046,12 +2182,12 @@ class World:
             return bool(flag)
         return condition
 
-    def full(self, tensor: Tensor) -> Tensor:
+    def full(self, tensor: Any) -> Tensor:
         """The whole of a tensor that may be sharded, on the CPU, detached."""
         whole = tensor.full_tensor() if self.fsdp else tensor
         return whole.detach().to("cpu", copy=True)
 
-    def place(self, whole: Tensor, target: Tensor) -> None:
+    def place(self, whole: Tensor, target: Any) -> None:
         """Copy the main process's `whole` into `target`, which may be sharded, everywhere."""
         whole = whole.to(target.device, target.dtype) if self.main else torch.empty(
             target.shape, dtype=target.dtype, device=target.device)  # fmt: skip
@@ -2075,12 +2211,15 @@ class World:
 
     def describe(self) -> str:
         """Device, precision and processes in a few words."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else (
-            f"CPU, {torch.get_num_threads()} threads" if self.device.type == "cpu" else "Apple GPU")  # fmt: skip
-        how = "FSDP" if self.fsdp else "DDP" if self.size > 1 else "one process"
-        compiled = ", compiled" if self.compile else ""
-        return f"{name}, {str(self.dtype)[6:]}{compiled}, {how}" + (
-            f" on {self.size}" if self.size > 1 else "")  # fmt: skip
+        name = {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple GPU"}.get(
+            self.device.type
+        ) or torch.cuda.get_device_name(self.device)
+        how = (
+            f"{'FSDP' if self.fsdp else 'DDP'} on {self.size}"
+            if self.size > 1
+            else "one process"
+        )
+        return f"{name}, {str(self.dtype)[6:]}{', compiled' * self.compile}, {how}"
 
 
 # ======================================================================================
@@ -2121,16 +2260,19 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         with zipfile.ZipFile(path) as parts:
             if damaged := parts.testzip():
-                raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong")
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except zipfile.BadZipFile:
-        raise UserError(f"{path} is no checkpoint, or only a part of one") from None
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} holds more than tensors and plain types: {reason}") from None
+    except Exception as error:  # damage shows in a dozen ways, some of them in C++
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise UserError(f"{path} is no checkpoint, or damaged: {reason}") from None
     if not isinstance(state, dict) or not {"model", "model_config", "step"} <= state.keys():
         raise UserError(f"{path} is not a Scratchformer checkpoint")
-    return state
+    return {**state, "path": str(path)}
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -2139,10 +2281,16 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def model_from_checkpoint(state: dict, device: torch.device | str = "cpu") -> Transformer:
-    """The model saved in `state`, in float32 on `device`, ready to evaluate."""
-    with torch.device(device):
-        model = Transformer(ModelConfig(**state["model_config"]))
-    model.load_state_dict(state["model"])
+    """The model of a loaded checkpoint, in float32 on `device`, ready to evaluate."""
+    try:
+        with torch.device(device):
+            model = Transformer(ModelConfig(**state["model_config"]))
+        model.load_state_dict(state["model"])
+    except (TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{state['path']}: weights and configuration do not fit together: "
+            f"{str(error).splitlines()[-1].strip()}"
+        ) from None
     return model.eval()
 
 
@@ -2163,7 +2311,7 @@ class Checkpoints:
         if not weights_only:
             kept |= {"optimizer": {key: {} for key in (*MOMENTS, "step")}}
         for name, parameter in model.named_parameters():
-            tensors = {("model",): parameter}
+            tensors: dict[tuple[str, ...], Tensor] = {("model",): parameter}
             if not weights_only:
                 moments = stepper.optimizer.state[parameter]
                 tensors |= {("optimizer", key): moments[key] for key in MOMENTS}
@@ -2174,7 +2322,14 @@ class Checkpoints:
                     functools.reduce(dict.__getitem__, place, kept)[name] = whole
         return kept
 
-    def save(self, step: int, model: Transformer, stepper: Stepper, notes: dict, weights_only: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        model: Transformer,
+        stepper: Stepper,
+        notes: dict,
+        weights_only: bool = False,
+    ) -> None:
         """Copy the state to the host now and write it beside the training that goes on."""
         state = self.gather(model, stepper, weights_only)
         if not self.world.main:
@@ -2211,7 +2366,10 @@ class Checkpoints:
         for parameter in model.parameters():
             moments = {key: torch.zeros_like(parameter) for key in MOMENTS}
             # The fused kernel counts steps on the device, as float32.
-            stepper.optimizer.state[parameter] = {**moments, "step": torch.zeros((), device=self.world.device)}
+            stepper.optimizer.state[parameter] = {
+                **moments,
+                "step": torch.zeros((), device=self.world.device),
+            }
         for name, parameter in model.named_parameters():
             self.world.place(state["model"][name], parameter)
             moments = stepper.optimizer.state[parameter]
@@ -2315,12 +2473,15 @@ def evaluate(
 
 def describe_evaluation(result: dict[str, float]) -> str:
     """The result of `evaluate` as a line for people."""
-    text = f"loss {result['valid_loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}"
+    text = (
+        f"loss {result['valid_loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}"
+    )
     if "nats_per_byte" in result:
-        text += f", {result['nats_per_byte']:.4f} nats = {result['bits_per_byte']:.4f} bits per byte"
+        nats, bits = result["nats_per_byte"], result["bits_per_byte"]
+        text += f", {nats:.4f} nats = {bits:.4f} bits per byte"
     if "floor_nats_per_byte" in result:
-        above = result["nats_per_byte"] / result["floor_nats_per_byte"] - 1
-        text += f"; no model can beat {result['floor_nats_per_byte']:.4f} nats, this is {above:+.1%}"
+        floor = result["floor_nats_per_byte"]
+        text += f"; no model can beat {floor:.4f} nats, this is {nats / floor - 1:+.1%}"
     return text
 
 
@@ -2331,7 +2492,9 @@ def flops_per_token(config: ModelConfig) -> float:
     for attention, half of the full square (Chowdhery et al. 2022, PaLM, appendix B).
     """
     c = config
-    weights = c.num_layers * (4 * c.d_model**2 + 3 * c.d_model * c.d_ff) + c.vocab_size * c.d_model
+    weights = (
+        c.num_layers * (4 * c.d_model**2 + 3 * c.d_model * c.d_ff) + c.vocab_size * c.d_model
+    )
     return 6 * weights + 6 * c.num_layers * c.context_length * c.d_model
 
 
@@ -2347,11 +2510,11 @@ class Metrics:
                     kept.append(line + b"\n")
         with whole_file(path) as file:
             file.writelines(kept)
-        self.file = open(path, "a", encoding="utf-8")
+        self.path = path
 
     def write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 class StopSignal:
@@ -2390,7 +2553,8 @@ def speed(world: World, config: ModelConfig, tokens: int, seconds: float) -> dic
 def log_line(record: dict, max_steps: int, tokens_per_step: int) -> str:
     """One line of the log."""
     line = f"step {record['step']:>6}/{max_steps}  loss {record['train_loss']:.4f}  "
-    line += f"lr {record['lr']:.2e}  norm {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tok/s"
+    line += f"lr {record['lr']:.2e}  norm {record['grad_norm']:.3f}  "
+    line += f"{record['tokens_per_second']:,.0f} tok/s"
     if "mfu" in record:
         line += f"  MFU {record['mfu']:.1%}"
     if "memory_gib" in record:
@@ -2418,7 +2582,7 @@ def compare_runs(old: dict, new: dict) -> None:
         say("changed since the checkpoint: " + ", ".join(changed))
 
 
-def prepare_outdir(data: DataConfig, run: RunConfig) -> dict | None:
+def prepare_outdir(run: RunConfig) -> dict | None:
     """Make outdir; the state to resume from, or None for a fresh start.
 
     Raises UserError rather than mix a fresh run with the checkpoints of another.
@@ -2446,18 +2610,27 @@ def train(
 ) -> int:
     """Train a Transformer on token files. Under torchrun, on many devices."""
     if learning.warmup_steps > learning.max_steps:
-        raise UserError(f"--warmup_steps {learning.warmup_steps} exceed --max_steps {learning.max_steps}")
+        raise UserError(
+            f"--warmup_steps {learning.warmup_steps} exceed --max_steps {learning.max_steps}"
+        )
     tokens = TokenFiles(data.train_tokens, model_config.vocab_size)
     model_config.vocab_size = tokens.vocab_size
     valid = TokenFiles(data.valid_tokens, tokens.vocab_size) if data.valid_tokens else None
     tokenizer = load_tokenizer(data.tokenizer_path, tokens)
     world = World(devices, processes.fsdp)
     batches = Batches(tokens, data, model_config.context_length, world.rank, world.size)
-    state = prepare_outdir(data, run)
+    if valid and not len(evaluation_windows(len(valid), model_config.context_length, 0)):
+        raise UserError(
+            f"{valid.paths[0]} holds {len(valid)} tokens, too few for a context_length of "
+            f"{model_config.context_length}"
+        )
+    state = prepare_outdir(run)
     if state and (was := state["model_config"]) != dataclasses.asdict(model_config):
-        changed = [k for k, v in dataclasses.asdict(model_config).items() if was.get(k) != v]
-        raise UserError("the checkpoint's model differs in " + ", ".join(
-            f"{k} ({was.get(k)}, not {getattr(model_config, k)})" for k in changed))  # fmt: skip
+        now = dataclasses.asdict(model_config)
+        changed = [
+            f"{key} {was.get(key)}, not {now[key]}" for key in now if was.get(key) != now[key]
+        ]
+        raise UserError(f"the checkpoint's model differs: {', '.join(changed)}")
     if tokenizer and world.main:
         tokenizer.save(run.outdir / "tokenizer.json")
     with world, StopSignal() as stop:
@@ -2472,7 +2645,10 @@ def load_tokenizer(path: Path | None, tokens: TokenFiles) -> Tokenizer | None:
         return None
     tokenizer = Tokenizer.load(path)
     stated = tokens.note.get("tokenizer_sha256")
-    if tokenizer.vocab_size > tokens.vocab_size or stated not in (None, tokenizer.fingerprint()):
+    if tokenizer.vocab_size > tokens.vocab_size or stated not in (
+        None,
+        tokenizer.fingerprint(),
+    ):
         raise UserError(f"{tokens.paths[0]} was encoded by another tokenizer than {path}")
     return tokenizer
 
@@ -2510,15 +2686,22 @@ def train_loop(
     metrics = Metrics(run.outdir / "metrics.jsonl", first_step) if world.main else None
     size = sum(p.numel() for p in model.parameters())
     tell = say if world.main else lambda text: None
-    tell(f"{world.describe()}: {size:,} weights in {run.outdir}, steps {first_step} to {learning.max_steps}")
+    tell(
+        f"{world.describe()}: {size:,} weights in {run.outdir}, "
+        f"steps {first_step} to {learning.max_steps}"
+    )
     tell(f"{rows} sequences = {rows * T:,} tokens per step: batch_size {data.batch_size} x "
          f"grad_accum_steps {data.grad_accum_steps} x processes {world.size}")  # fmt: skip
     stream = batches.stream(first_step, learning.max_steps, world.device)
-    began, timed_from, paused = time.monotonic(), first_step, 0.0
+    began, timed_from, paused, step = time.monotonic(), first_step, 0.0, first_step
     for step in range(first_step + 1, learning.max_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
-                step - 1, learning.lr, learning.min_lr, learning.warmup_steps, learning.max_steps
+                step - 1,
+                learning.lr,
+                learning.min_lr,
+                learning.warmup_steps,
+                learning.max_steps,
             )
         loss = torch.zeros((), device=world.device)
         for micro_step in range(data.grad_accum_steps):
@@ -2531,22 +2714,31 @@ def train_loop(
 
         last = step == learning.max_steps
         record: dict[str, Any] = {}
-        if step % run.log_interval == 0 or last or step == first_step + 1:
-            record = {"step": step, "train_loss": world.mean(loss).item(), "lr": group["lr"], "grad_norm": norm.item()}
+        if step % run.log_interval == 0 or last or step == 1:
+            record = {
+                "step": step,
+                "train_loss": world.mean(loss).item(),
+                "lr": group["lr"],
+                "grad_norm": norm.item(),
+            }
             if (in_a_row := int(stepper.skipped_in_a_row.item())) >= stepper.LARGEST_RUN:
                 raise UserError(
                     f"loss or gradients are not finite since step {step - in_a_row + 1}: the "
                     f"weights are as they were then; try a smaller --lr or another --dtype"
                 )
             now = time.monotonic()
-            record |= speed(world, model_config, rows * T * (step - timed_from), now - began - paused)
+            record |= speed(
+                world, model_config, rows * T * (step - timed_from), now - began - paused
+            )
             record["skipped_steps"] = int(stepper.skipped.item())
             tell(log_line(record, learning.max_steps, rows * T))
             # The first step compiles and allocates: it is told, and not counted after.
             began, timed_from, paused = now, step, 0.0
         pause = time.monotonic()
         if valid and (step % run.eval_interval == 0 or last):
-            result = evaluate(wrapped, valid, T, data.batch_size, run.eval_windows, world, tokenizer)
+            result = evaluate(
+                wrapped, valid, T, data.batch_size, run.eval_windows, world, tokenizer
+            )
             tell(f"step {step}: valid {describe_evaluation(result)}")
             record |= {"step": step, **result}
         if run.sample_interval and step % run.sample_interval == 0 and tokenizer:
@@ -2617,7 +2809,9 @@ def llama_weights(model: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]
             result[prefix + "self_attn.k_proj.weight"] = neighbours_to_halves(k, num_heads)
             result[prefix + "self_attn.v_proj.weight"] = v
         elif part == "swiglu.gate_up.weight":
-            result[prefix + "mlp.gate_proj.weight"], result[prefix + "mlp.up_proj.weight"] = weight.chunk(2)
+            result[prefix + "mlp.gate_proj.weight"], result[prefix + "mlp.up_proj.weight"] = (
+                weight.chunk(2)
+            )
         else:
             result[prefix + LLAMA_NAMES[part]] = weight
     return result
@@ -2664,22 +2858,33 @@ def export(config: ExportConfig, console: ConsoleConfig) -> None:
     try:
         from safetensors.torch import save
     except ImportError:
-        raise UserError("export needs the package safetensors: pip install safetensors, or "
-                        "uv run --extra export scratchformer.py export ...") from None  # fmt: skip
+        raise UserError(
+            "export needs the package safetensors: pip install safetensors, or "
+            "uv run --extra export scratchformer.py export ..."
+        ) from None
     state = load_checkpoint(config.checkpoint)
     model_config = ModelConfig(**state["model_config"])
     tokenizer = tokenizer_beside(config.checkpoint, config.tokenizer_path)
     weights = llama_weights(state["model"], model_config.num_heads)
     dtype = getattr(torch, config.dtype)
-    packed = save({k: w.to(dtype).contiguous().clone() for k, w in weights.items()}, {"format": "pt"})
+    packed = save(
+        {k: w.to(dtype).contiguous().clone() for k, w in weights.items()}, {"format": "pt"}
+    )
     with whole_file(config.outdir / "model.safetensors") as file:
         file.write(packed)
     eot = tokenizer.special_tokens.get(END_OF_TEXT)
     write_json(config.outdir / "config.json", llama_config(model_config, eot, config.dtype))
     ends = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-    write_json(config.outdir / "generation_config.json", {k: v for k, v in ends.items() if v is not None})
+    write_json(
+        config.outdir / "generation_config.json",
+        {k: v for k, v in ends.items() if v is not None},
+    )
     tokenizer.save(config.outdir / "tokenizer.json")
-    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT} if eot is not None else {}
+    special = (
+        {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+        if eot is not None
+        else {}
+    )
     write_json(config.outdir / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model_config.context_length,
@@ -2739,7 +2944,13 @@ def evaluate_command(config: EvalConfig, devices: DeviceConfig, console: Console
             encode_file(tokenizer, config.text_path, paths[0])
         tokens = TokenFiles(paths or [], model.config.vocab_size)
         result = evaluate(
-            model, tokens, model.config.context_length, config.batch_size, config.eval_windows, world, tokenizer
+            model,
+            tokens,
+            model.config.context_length,
+            config.batch_size,
+            config.eval_windows,
+            world,
+            tokenizer,
         )
     say(describe_evaluation(result))
     print(json.dumps(result))
@@ -2756,14 +2967,22 @@ class GenerateConfig(Config):
     num_samples: int = flag(1, "texts to write", at_least=1)
     temperature: float = flag(0.8, "0: the likeliest token; 1: as learned", at_least=0.0)
     top_k: int | None = flag(None, "draw from the k likeliest tokens", at_least=1)
-    top_p: float | None = flag(None, "draw from the likeliest that reach p together", at_least=0.0)
-    seed: int | None = flag(None, "the same seed gives the same text", at_least=0)
+    top_p: float | None = flag(
+        None, "draw from the likeliest that reach p together", at_least=0.0, at_most=1.0
+    )
+    seed: int | None = flag(
+        None, "the same seed gives the same text", at_least=0, at_most=2**32
+    )
 
 
-def generate_command(config: GenerateConfig, devices: DeviceConfig, console: ConsoleConfig) -> None:
+def generate_command(
+    config: GenerateConfig, devices: DeviceConfig, console: ConsoleConfig
+) -> None:
     """Write text with a trained model."""
     world = World(devices)
-    model = model_from_checkpoint(load_checkpoint(config.checkpoint), world.device).to(world.dtype)
+    model = model_from_checkpoint(load_checkpoint(config.checkpoint), world.device).to(
+        world.dtype
+    )
     tokenizer = tokenizer_beside(config.checkpoint, config.tokenizer_path)
     eot = tokenizer.special_tokens.get(END_OF_TEXT)
     generator = torch.Generator(world.device)
@@ -2778,7 +2997,14 @@ def generate_command(config: GenerateConfig, devices: DeviceConfig, console: Con
         for _ in range(config.num_samples):
             print(prompt, end="", flush=True)
             new = generate(
-                model, ids, config.max_new_tokens, config.temperature, config.top_k, config.top_p, eot, generator
+                model,
+                ids,
+                config.max_new_tokens,
+                config.temperature,
+                config.top_k,
+                config.top_p,
+                eot,
+                generator,
             )
             shown = (token for token in new if token != eot)
             for text in stream_text(tokenizer, shown):
@@ -2800,26 +3026,29 @@ class DemoConfig(Config):
     max_steps: int = flag(400, "updates of the weights", at_least=1)
 
 
+DEMO = """
+bpe-train --file_path {data}/stories-train.txt --special_tokens_path {data}/special_tokens.txt
+    --vocab_size 2048 --tokenizer_out_path {out}/tokenizer.json
+bpe-encode --dataset_path {data}/stories-train.txt --tokenizer_path {out}/tokenizer.json
+    --out_path {out}/train.bin --append_eot
+bpe-encode --dataset_path {data}/stories-valid.txt --tokenizer_path {out}/tokenizer.json
+    --out_path {out}/valid.bin --append_eot
+train --train_tokens {out}/train.bin --valid_tokens {out}/valid.bin --outdir {out}/run
+    --tokenizer_path {out}/tokenizer.json --context_length 256 --num_layers 2 --d_model 128
+    --num_heads 4 --d_ff 352 --batch_size 16 --lr 5e-3 --min_lr 1e-4 --warmup_steps 20
+    --max_steps {max_steps} --log_interval 20 --eval_interval 200
+eval --checkpoint {out}/run --valid_tokens {out}/valid.bin
+generate --checkpoint {out}/run --prompt Once --seed 1
+"""
+
+
 def demo(config: DemoConfig, console: ConsoleConfig) -> int:
     """Run the whole pipeline on the bundled stories, showing each command."""
-    data, out = Path(__file__).parent / "data", config.outdir
-    for old in checkpoints_in(out / "run"):  # the demo's own, from an earlier time
+    places = {"data": Path(__file__).parent / "data", "out": config.outdir}
+    for old in checkpoints_in(config.outdir / "run"):  # the demo's own, from an earlier time
         old.unlink()
-    tokenizer = ["--tokenizer_path", out / "tokenizer.json"]
-    commands: list[list] = [
-        ["bpe-train", "--file_path", data / "stories-train.txt", "--vocab_size", 1024,
-         "--special_tokens_path", data / "special_tokens.txt", "--tokenizer_out_path", out / "tokenizer.json"],
-        ["bpe-encode", "--dataset_path", data / "stories-train.txt", *tokenizer, "--out_path", out / "train.bin", "--append_eot"],
-        ["bpe-encode", "--dataset_path", data / "stories-valid.txt", *tokenizer, "--out_path", out / "valid.bin", "--append_eot"],
-        ["train", "--train_tokens", out / "train.bin", "--valid_tokens", out / "valid.bin", *tokenizer,
-         "--outdir", out / "run", "--context_length", 256, "--num_layers", 4, "--d_model", 128, "--num_heads", 4,
-         "--d_ff", 352, "--batch_size", 16, "--lr", 3e-3, "--min_lr", 1e-4, "--warmup_steps", 20,
-         "--max_steps", config.max_steps, "--log_interval", 20, "--eval_interval", 200],
-        ["eval", "--checkpoint", out / "run", "--valid_tokens", out / "valid.bin"],
-        ["generate", "--checkpoint", out / "run", "--prompt", "One", "--seed", 1],
-    ]  # fmt: skip
-    for command in commands:
-        argv = [str(word) for word in command]
+    for command in DEMO.replace("\n    ", " ").split("\n")[1:-1]:
+        argv = [word.format(max_steps=config.max_steps, **places) for word in command.split()]
         say("\n$ python scratchformer.py " + shlex.join(argv))
         if status := main(argv):
             return status
