@@ -3023,19 +3023,19 @@ class DemoConfig(Config):
     """Demo"""
 
     outdir: Path = flag(Path("out/demo"), "folder for what the demo makes")
-    max_steps: int = flag(400, "updates of the weights", at_least=1)
+    max_steps: int = flag(450, "updates of the weights", at_least=1)
 
 
 DEMO = """
 bpe-train --file_path {data}/stories-train.txt --special_tokens_path {data}/special_tokens.txt
-    --vocab_size 2048 --tokenizer_out_path {out}/tokenizer.json
+    --vocab_size 1536 --tokenizer_out_path {out}/tokenizer.json
 bpe-encode --dataset_path {data}/stories-train.txt --tokenizer_path {out}/tokenizer.json
     --out_path {out}/train.bin --append_eot
 bpe-encode --dataset_path {data}/stories-valid.txt --tokenizer_path {out}/tokenizer.json
     --out_path {out}/valid.bin --append_eot
 train --train_tokens {out}/train.bin --valid_tokens {out}/valid.bin --outdir {out}/run
     --tokenizer_path {out}/tokenizer.json --context_length 256 --num_layers 2 --d_model 128
-    --num_heads 4 --d_ff 352 --batch_size 16 --lr 5e-3 --min_lr 1e-4 --warmup_steps 20
+    --num_heads 8 --d_ff 256 --batch_size 16 --lr 6e-3 --min_lr 1e-4 --warmup_steps 20
     --max_steps {max_steps} --log_interval 20 --eval_interval 200
 eval --checkpoint {out}/run --valid_tokens {out}/valid.bin
 generate --checkpoint {out}/run --prompt Once --seed 1
