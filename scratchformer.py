@@ -5,7 +5,7 @@ SwiGLU and RMSNorm, a memory-mapped batcher, and a training loop that runs on a 
 one GPU, or on many with FSDP. It needs torch, regex and numpy, and imports nothing else
 beyond the standard library.
 
-Four commands, a few minutes on a laptop:
+Four commands, each on one line, a few minutes on a laptop:
 
     python scratchformer.py bpe-train  --file_path data/stories-train.txt --vocab_size 1024
                                        --special_tokens_path data/special_tokens.txt
@@ -14,8 +14,10 @@ Four commands, a few minutes on a laptop:
                                        --tokenizer_path out/tokenizer.json
                                        --out_path out/train.bin --append_eot
     python scratchformer.py train      --train_tokens out/train.bin --outdir out/run
-                                       --num_layers 4 --d_model 128 --num_heads 4 --d_ff 352
-                                       --context_length 256 --batch_size 8 --max_steps 200
+                                       --tokenizer_path out/tokenizer.json
+                                       --num_layers 2 --d_model 128 --num_heads 8 --d_ff 256
+                                       --context_length 256 --batch_size 16
+                                       --max_steps 400 --warmup_steps 20 --lr 6e-3
     python scratchformer.py generate   --checkpoint out/run --prompt "One day"
 
 Commands (each explains its flags with --help):
@@ -194,8 +196,8 @@ def clock(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Tell the person at the terminal. Standard output is kept for data."""
-    if Progress.allowed:
+    """Tell the person at the terminal, once. Standard output is kept for data."""
+    if Progress.allowed and os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 
 
@@ -2685,12 +2687,11 @@ def train_loop(
         state = None
     metrics = Metrics(run.outdir / "metrics.jsonl", first_step) if world.main else None
     size = sum(p.numel() for p in model.parameters())
-    tell = say if world.main else lambda text: None
-    tell(
+    say(
         f"{world.describe()}: {size:,} weights in {run.outdir}, "
         f"steps {first_step} to {learning.max_steps}"
     )
-    tell(f"{rows} sequences = {rows * T:,} tokens per step: batch_size {data.batch_size} x "
+    say(f"{rows} sequences = {rows * T:,} tokens per step: batch_size {data.batch_size} x "
          f"grad_accum_steps {data.grad_accum_steps} x processes {world.size}")  # fmt: skip
     stream = batches.stream(first_step, learning.max_steps, world.device)
     began, timed_from, paused, step = time.monotonic(), first_step, 0.0, first_step
@@ -2731,7 +2732,7 @@ def train_loop(
                 world, model_config, rows * T * (step - timed_from), now - began - paused
             )
             record["skipped_steps"] = int(stepper.skipped.item())
-            tell(log_line(record, learning.max_steps, rows * T))
+            say(log_line(record, learning.max_steps, rows * T))
             # The first step compiles and allocates: it is told, and not counted after.
             began, timed_from, paused = now, step, 0.0
         pause = time.monotonic()
@@ -2739,10 +2740,10 @@ def train_loop(
             result = evaluate(
                 wrapped, valid, T, data.batch_size, run.eval_windows, world, tokenizer
             )
-            tell(f"step {step}: valid {describe_evaluation(result)}")
+            say(f"step {step}: valid {describe_evaluation(result)}")
             record |= {"step": step, **result}
         if run.sample_interval and step % run.sample_interval == 0 and tokenizer:
-            tell(sample_text(model, tokenizer, world))
+            say(sample_text(model, tokenizer, world))
             world.reshard(model)
         if record and metrics:
             metrics.write(record)
@@ -2755,7 +2756,7 @@ def train_loop(
     stream.close()
     checkpoints.wait()
     if step < learning.max_steps:
-        tell(f"stopped by a signal after step {step}; go on with --resume")
+        say(f"stopped by a signal after step {step}; go on with --resume")
         return 128 + (stop.number or signal.SIGTERM)
     return 0
 
