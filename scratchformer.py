@@ -84,6 +84,7 @@ import queue
 import re
 import shlex
 import signal
+import string
 import struct
 import subprocess
 import sys
@@ -146,10 +147,15 @@ def whole_file(path: Path | str) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def json_bytes(content: Any) -> bytes:
+    """`content` as indented JSON."""
+    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
 def write_json(path: Path | str, content: Any) -> None:
     """Write `content` as indented JSON, whole or not at all."""
     with whole_file(path) as file:
-        file.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+        file.write(json_bytes(content))
 
 
 def read_json(path: Path | str, what: str) -> Any:
@@ -359,9 +365,11 @@ find_pretokens = regex.compile(PRETOKEN_PATTERN).findall
 #   it, because no alternative goes on with white space after something else;
 # only on the left: a run of white space gives its last space to the word on its right.
 # Only a space inside a run, or at its end with nothing after, must not be cut: hold those.
+# A line break may be cut off likewise, if what stands before it is no white space.
 # (`re` counts four more characters as white space than `regex`: it holds more, never less.)
 INNER_SPACE = re.compile(r" (?!\S)(?<=\s )")
-HELD_SPACE = "\ud800"  # half a surrogate pair, which no decoded text contains
+LINE_BREAK = re.compile("\n(?<=[^\\s\ud800]\n)")
+HELD_SPACE, NEW_LINE = "\ud800", "\ud801"  # halves of surrogate pairs: no decoded text has them
 
 # A longer text may be cut after any letter or digit whose right neighbour is neither: no
 # pre-token holds such a pair, and the only look-ahead stands after white space. It is
@@ -405,23 +413,32 @@ def check_special_tokens(special_tokens: Sequence[str]) -> None:
 
 
 def space_pieces(text: str) -> list[str]:
-    """`text` cut before every space where that is exact.
+    """`text` cut before every space, and line break, where that is exact.
 
-    Every piece but the first has lost its leading space; spaces kept inside are held.
+    Every piece but the first has lost its leading space, or begins with NEW_LINE instead.
+    Spaces that stay inside a piece are held.
 
-    >>> space_pieces("to be  or") == ["to", "be", "", "or"]
+    >>> space_pieces("to be  or\\nnot") == ["to", "be", "", "or", NEW_LINE + "not"]
     True
     """
-    return INNER_SPACE.sub(HELD_SPACE, text).split(" ")
+    return LINE_BREAK.sub(" " + NEW_LINE, INNER_SPACE.sub(HELD_SPACE, text)).split(" ")
 
 
 def pretokens_of_piece(piece: str) -> list[str]:
     """The pre-tokens of a piece that has lost its leading space.
 
-    >>> pretokens_of_piece("don't!")
-    [' don', "'t", '!']
+    Letters followed by marks are two pre-tokens, and most pieces are no more than that:
+    seeing it without the pattern takes a tenth of the time.
+
+    >>> pretokens_of_piece("don't!"), pretokens_of_piece("not,"), pretokens_of_piece("")
+    ([' don', "'t", '!'], [' not', ','], [' '])
     """
-    return find_pretokens(" " + piece.replace(HELD_SPACE, " "))
+    start, rest = ("\n", piece[1:]) if piece[:1] == NEW_LINE else (" ", piece)
+    word = rest.rstrip(string.punctuation)
+    if word.isascii() and word.isalpha():
+        pretokens = [" " + word] if start == " " else ["\n", word]
+        return pretokens + [rest[len(word) :]] if word != rest else pretokens
+    return find_pretokens(start + rest.replace(HELD_SPACE, " "))
 
 
 def last_cut(text: str, special_tokens: Sequence[str]) -> int:
@@ -670,9 +687,9 @@ def learn_merges_plainly(pretoken_counts: dict[str, int], num_merges: int) -> li
 #    like the loop above, takes occurrences from the left without overlap.
 # 2. A merge changes only words that hold the pair. `holders` lists them (and some that no
 #    longer do: the pair is then not found), and only their pairs are counted again.
-# 3. A pair's count grows only in the merge that creates it and shrinks ever after. So each
-#    pair stands once in a heap, with a count that may be too high: the top, if its count is
-#    out of date, goes back with the true one. The first top that is true is the maximum.
+# 3. A pair's count grows only in the merge that creates it and shrinks ever after. So pairs
+#    wait in buckets, one for each count, and the buckets are emptied from the highest down:
+#    a pair whose count has shrunk meanwhile goes to the bucket where it now belongs.
 
 
 def pairs_of(word: str) -> Iterator[str]:
@@ -696,6 +713,62 @@ def merge_order(token: bytes) -> str:
     return "".join(chr(255 - byte) for byte in token) + "\u0100"
 
 
+class PairCounts(defaultdict):
+    """How often each pair occurs, kept up to date while pairs are merged.
+
+    >>> counts = PairCounts({"low": 5, "slow": 2})
+    >>> counts["lo"], counts.merge("lo", "L"), counts["Lw"], counts["sL"], counts["sl"]
+    (7, ['Lw', 'sL'], 7, 2, 0)
+    """
+
+    def __init__(self, pretoken_counts: dict[str, int]):
+        super().__init__(int)
+        self.words = [encode_text(p).decode("latin-1") for p in pretoken_counts]
+        self.word_counts = list(pretoken_counts.values())
+        self.holders: dict[str, list[int]] = defaultdict(list)  # pair -> places of words
+        for place, (word, count) in enumerate(zip(self.words, self.word_counts)):
+            for pair in pairs_of(word):
+                self[pair] += count
+                self.holders[pair].append(place)
+
+    def merge(self, pair: str, merged: str) -> list[str]:
+        """Replace `pair` by the character `merged` in all words; the pairs this creates."""
+        (first, second), words = pair, self.words
+        before: dict[str, int] = defaultdict(int)  # neighbour -> occurrences
+        after: dict[str, int] = defaultdict(int)
+        holders: dict[str, list[int]] = defaultdict(list)
+        for place in self.holders.pop(pair):
+            left, found, right = words[place].partition(pair)
+            if not found:
+                continue
+            count = self.word_counts[place]
+            if pair in right:  # several occurrences, perhaps side by side: count all anew
+                for old in pairs_of(words[place]):
+                    self[old] -= count
+                words[place] = words[place].replace(pair, merged)
+                for new in pairs_of(words[place]):
+                    self[new] += count
+                    if merged in new:
+                        holders[new].append(place)
+                continue
+            words[place] = left + merged + right
+            if left:
+                before[left[-1]] += count
+                holders[left[-1] + merged].append(place)
+            if right:
+                after[right[0]] += count
+                holders[merged + right[0]].append(place)
+        for neighbour, count in before.items():
+            self[neighbour + first] -= count
+            self[neighbour + merged] += count
+        for neighbour, count in after.items():
+            self[second + neighbour] -= count
+            self[merged + neighbour] += count
+        del self[pair]
+        self.holders |= holders
+        return list(holders)
+
+
 def learn_merges(pretoken_counts: dict[str, int], num_merges: int) -> list[Merge]:
     """The merges of `learn_merges_plainly`, in a fraction of the time.
 
@@ -704,68 +777,39 @@ def learn_merges(pretoken_counts: dict[str, int], num_merges: int) -> list[Merge
     """
     tokens = [bytes([i]) for i in range(256)]
     order = [merge_order(token) for token in tokens]
-    words = [encode_text(pretoken).decode("latin-1") for pretoken in pretoken_counts]
-    counts = list(pretoken_counts.values())
-    pair_counts: dict[str, int] = defaultdict(int)
-    holders: dict[str, list[int]] = defaultdict(list)
-    for index, (word, count) in enumerate(zip(words, counts)):
-        for pair in pairs_of(word):
-            pair_counts[pair] += count
-            holders[pair].append(index)
+    pair_counts = PairCounts(pretoken_counts)
+    buckets: dict[int, list[str]] = defaultdict(list)  # count -> pairs that wait there
+    waiting: list[int] = []  # a heap of the buckets' counts, negative: the highest first
+    ready: list[tuple[str, str, str]] = []  # a heap of the pairs that have the count `highest`
+    highest, merges = 0, list[Merge]()
 
-    def entry(pair: str) -> tuple[int, str, str]:
-        return -pair_counts[pair], order[ord(pair[0])] + order[ord(pair[1])], pair
+    def enter(pair: str) -> None:
+        count = pair_counts[pair]
+        if count == highest:
+            heapq.heappush(ready, (order[ord(pair[0])], order[ord(pair[1])], pair))
+        elif count:
+            if count not in buckets:
+                heapq.heappush(waiting, -count)
+            buckets[count].append(pair)
 
-    heap = [entry(pair) for pair in pair_counts]
-    heapq.heapify(heap)
-    merges: list[Merge] = []
+    for pair in pair_counts:
+        enter(pair)
     progress = Progress("merging", num_merges, "merges")
-    while heap and len(merges) < num_merges:
-        negative_count, _, pair = heap[0]
-        if -negative_count != pair_counts[pair]:
-            if pair_counts[pair]:
-                heapq.heapreplace(heap, entry(pair))
-            else:
-                del pair_counts[heapq.heappop(heap)[2]]
+    while (ready or waiting) and len(merges) < num_merges:
+        if not ready:
+            highest = -heapq.heappop(waiting)
+            for pair in buckets.pop(highest):
+                enter(pair)
             continue
-        first, second = pair[0], pair[1]
-        merges.append((tokens[ord(first)], tokens[ord(second)]))
+        pair = heapq.heappop(ready)[2]
+        if pair_counts[pair] != highest:
+            enter(pair)
+            continue
+        merges.append((tokens[ord(pair[0])], tokens[ord(pair[1])]))
         tokens.append(b"".join(merges[-1]))
         order.append(merge_order(tokens[-1]))
-        merged = chr(len(tokens) - 1)
-        before: dict[str, int] = defaultdict(int)  # neighbour -> occurrences
-        after: dict[str, int] = defaultdict(int)
-        new_holders: dict[str, list[int]] = defaultdict(list)
-        for index in holders.pop(pair):
-            left, found, right = words[index].partition(pair)
-            if not found:
-                continue
-            if pair in right:  # several occurrences, perhaps side by side: count all pairs anew
-                for old in pairs_of(words[index]):
-                    pair_counts[old] -= counts[index]
-                words[index] = words[index].replace(pair, merged)
-                for new in pairs_of(words[index]):
-                    pair_counts[new] += counts[index]
-                    if merged in new:
-                        new_holders[new].append(index)
-                continue
-            words[index] = left + merged + right
-            if left:
-                before[left[-1]] += counts[index]
-                new_holders[left[-1] + merged].append(index)
-            if right:
-                after[right[0]] += counts[index]
-                new_holders[merged + right[0]].append(index)
-        for neighbour, count in before.items():
-            pair_counts[neighbour + first] -= count
-            pair_counts[neighbour + merged] += count
-        for neighbour, count in after.items():
-            pair_counts[second + neighbour] -= count
-            pair_counts[merged + neighbour] += count
-        pair_counts[pair] = 0
-        for new, indices in new_holders.items():
-            holders[new] = indices
-            heapq.heappush(heap, entry(new))
+        for new in pair_counts.merge(pair, chr(len(tokens) - 1)):
+            enter(new)
         progress.update(len(merges))
     progress.close()
     return merges
@@ -816,7 +860,7 @@ def train_bpe(
 # ======================================================================================
 
 END_OF_TEXT = "<|endoftext|>"
-NO_MERGE = sys.maxunicode + 1
+NO_MERGE = sys.maxsize
 
 
 def byte_letters() -> dict[int, str]:
@@ -830,6 +874,7 @@ def byte_letters() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
+BYTES = [bytes([byte]) for byte in range(256)]
 LETTER_OF_BYTE = byte_letters()
 BYTE_OF_LETTER = {letter: byte for byte, letter in LETTER_OF_BYTE.items()}
 
@@ -887,23 +932,28 @@ class Tokenizer:
                 id_of[token.encode()] = max(self.vocab, default=-1) + 1
                 self.vocab[id_of[token.encode()]] = token.encode()
             self.special_tokens[token] = id_of[token.encode()]
-        # As in chapter 2, a word being merged is a string. Its characters are *ranks*: the
-        # byte, or 256 plus the place of the merge that makes the token. In our own files
-        # ranks are ids; in other people's they need not be, so `ids` translates.
-        rank_of = {bytes([byte]): byte for byte in range(256)}
-        self.pairs: list[str] = []
+        made = dict.fromkeys(BYTES)
         for left, right in self.merges:
-            if left not in rank_of or right not in rank_of:
+            if left not in made or right not in made:
                 raise UserError(f"merge {left!r} + {right!r} comes before its parts are made")
-            if rank_of.setdefault(left + right, 256 + len(self.pairs)) != 256 + len(self.pairs):
-                raise UserError(f"merge {left!r} + {right!r} makes a token that exists already")
-            self.pairs.append(chr(rank_of[left]) + chr(rank_of[right]))
-        self.rank_of_pair = {pair: 256 + place for place, pair in enumerate(self.pairs)}
-        if missing := [token for token in rank_of if token not in id_of]:
+            made[left + right] = None
+        if missing := [token for token in made if token not in id_of]:
             raise UserError(f"the vocabulary lacks {missing[0]!r}, which is a byte or a merge")
-        self.ids = [id_of[token] for token in rank_of]
         self.vocab_size = max(self.vocab) + 1
-        self.typecode = "H" if self.vocab_size <= 1 << 16 else "I"
+        if self.vocab_size > sys.maxunicode:
+            raise UserError(f"the id {max(self.vocab)} is too large: at most {sys.maxunicode}")
+        self.typecode, self.codec = ("H", "utf-16-le") if self.vocab_size <= 1 << 16 else (
+            "I", "utf-32-le")  # fmt: skip
+        # As in chapter 2, a word being merged is a string whose characters are ids. The rank
+        # of a pair is its place among the merges.
+        self.byte_ids = "".join(chr(id_of[byte]) for byte in BYTES)
+        self.rank_of: dict[str, int] = {}
+        self.merged: list[str] = []  # by rank
+        for left, right in self.merges:
+            self.rank_of[chr(id_of[left]) + chr(id_of[right])] = len(self.merged)
+            self.merged.append(chr(id_of[left + right]))
+        if len(self.rank_of) < len(self.merged):
+            raise UserError("a merge is given twice")
         self.split = splitter(self.special_tokens)
         self.of_pretoken = Cache(self.pack_pretoken)
         self.of_piece = Cache(
@@ -911,23 +961,23 @@ class Tokenizer:
         )
 
     def merge(self, word: str) -> str:
-        """`word`, a string of ranks, after all merges that apply.
+        """`word`, a string of ids, after all merges that apply.
 
         The pair of lowest rank is merged first, the leftmost of several. That is the order
         of learning: a new pair holds the new token, so its rank is higher than the last.
         """
         if len(word) > 256:
             return self.merge_long(word)
-        tokens, rank_of = list(word), self.rank_of_pair.get
-        ranks = [rank_of(pair, NO_MERGE) for pair in pairs_of(word)]
+        tokens, rank_of, merged = list(word), self.rank_of.get, self.merged
+        ranks = list(map(rank_of, pairs_of(word), itertools.repeat(NO_MERGE)))
         while ranks and (rank := min(ranks)) != NO_MERGE:
             i = ranks.index(rank)
-            tokens[i : i + 2] = [chr(rank)]
-            del ranks[i]
+            tokens[i] = token = merged[rank]
+            del tokens[i + 1], ranks[i]
             if i > 0:
-                ranks[i - 1] = rank_of(tokens[i - 1] + tokens[i], NO_MERGE)
+                ranks[i - 1] = rank_of(tokens[i - 1] + token, NO_MERGE)
             if i < len(ranks):
-                ranks[i] = rank_of(tokens[i] + tokens[i + 1], NO_MERGE)
+                ranks[i] = rank_of(token + tokens[i + 1], NO_MERGE)
         return "".join(tokens)
 
     def merge_long(self, word: str) -> str:
@@ -937,49 +987,45 @@ class Tokenizer:
         a position whose pair has changed since is passed over. `following` and `preceding`
         link the tokens that are left.
         """
-        ranks = array("i", map(ord, word))
+        tokens, pairs = list(word), list(self.rank_of)
         following = array("i", range(1, len(word) + 1))
         preceding = array("i", range(-1, len(word) - 1))
         places: dict[int, array] = defaultdict(lambda: array("i"))
         for place, pair in enumerate(pairs_of(word)):
-            if pair in self.rank_of_pair:
-                places[self.rank_of_pair[pair]].append(place)
+            if pair in self.rank_of:
+                places[self.rank_of[pair]].append(place)
         heap = list(places)
         heapq.heapify(heap)
         while heap:
             rank = heapq.heappop(heap)
-            first, second = map(ord, self.pairs[rank - 256])
+            first, second = pairs[rank]
             for place in sorted(places.pop(rank)):
                 other = following[place]
-                if ranks[place] != first or other >= len(word) or ranks[other] != second:
+                if tokens[place] != first or other >= len(word) or tokens[other] != second:
                     continue
-                ranks[place], ranks[other] = rank, -1
+                tokens[place], tokens[other] = self.merged[rank], ""
                 following[place] = after = following[other]
                 if after < len(word):
                     preceding[after] = place
                 for start, end in ((preceding[place], place), (place, after)):
                     if start < 0 or end >= len(word):
                         continue
-                    new = self.rank_of_pair.get(chr(ranks[start]) + chr(ranks[end]))
+                    new = self.rank_of.get(tokens[start] + tokens[end])
                     if new is not None:
                         if new not in places:
                             heapq.heappush(heap, new)
                         places[new].append(start)
-        return "".join(map(chr, filter(lambda rank: rank >= 0, ranks)))
+        return "".join(tokens)
 
     def pack_pretoken(self, pretoken: str) -> bytes:
         """The ids of one pre-token, packed as in a token file."""
-        word = self.merge(encode_text(pretoken).decode("latin-1"))
-        return struct.pack(
-            f"<{len(word)}{self.typecode}", *[self.ids[ord(rank)] for rank in word]
-        )
+        word = codecs.charmap_decode(encode_text(pretoken), "strict", self.byte_ids)[0]
+        return self.merge(word).encode(self.codec, "surrogatepass")
 
     def pack_ordinary(self, text: str) -> bytes:
         """The ids of text without special tokens, packed as in a token file."""
-        if HELD_SPACE in text:
-            raise UserError(
-                "the text holds U+D800, half a surrogate pair: no bytes stand for it"
-            )
+        if HELD_SPACE in text or NEW_LINE in text:
+            raise UserError("the text holds half a surrogate pair: no bytes stand for it")
         first, *rest = space_pieces(text)
         pretokens = find_pretokens(first.replace(HELD_SPACE, " "))
         packed = b"".join(map(self.of_pretoken.__getitem__, pretokens))
@@ -1036,15 +1082,15 @@ class Tokenizer:
         """The text of `ids`. Bytes that are no UTF-8 become U+FFFD, after joining."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def to_json(self) -> str:
-        """This tokenizer as the text of a Hugging Face tokenizer.json."""
+    def to_json(self) -> dict:
+        """This tokenizer as the content of a Hugging Face tokenizer.json."""
         specials = {i: token for token, i in self.special_tokens.items()}
         spell = {i: specials[i] if i in specials else spelled(t) for i, t in self.vocab.items()}
         if twice := [name for name, count in Counter(spell.values()).items() if count > 1]:
             raise UserError(f"special token {twice[0]!r} is spelled like another token")
         common = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        content = {
+        return {
             "version": "1.0",
             "truncation": None,
             "padding": None,
@@ -1069,13 +1115,10 @@ class Tokenizer:
                 "merges": [[spelled(left), spelled(right)] for left, right in self.merges],
             },
         }
-        return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write `path`, one file that `tokenizers.Tokenizer.from_file` reads too."""
-        text = self.to_json().encode()
-        with whole_file(path) as file:
-            file.write(text)
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -1105,7 +1148,7 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """A hash that two tokenizers share exactly when they give the same ids."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()
 
 
 def spelled(token: bytes) -> str:
@@ -1168,7 +1211,7 @@ def encode_file(
     tail = struct.pack("<" + tokenizer.typecode, eot) if append_eot else b""
     tasks = [span for file in files for span in spans(file, CHUNK_BYTES, specials)]
     total, done, num_tokens = sum(file.end for file in files) / 1e6, 0.0, 0
-    setup = {"special_tokens": specials, "tokenizer": json.loads(tokenizer.to_json())}
+    setup = {"special_tokens": specials, "tokenizer": tokenizer.to_json()}
     progress = Progress("encoding", total, "MB")
     with whole_file(out_path) as out:
         for task, packed in zip(tasks, in_parallel(setup, tasks, num_workers)):
@@ -1250,7 +1293,7 @@ def bpe_train(config: BPETrainConfig, console: ConsoleConfig) -> None:
         vocab, merges = train_bpe(
             config.file_path, config.vocab_size, specials, config.num_workers
         )
-        out.write(Tokenizer(vocab, merges, specials).to_json().encode())
+        out.write(json_bytes(Tokenizer(vocab, merges, specials).to_json()))
     longest = max(merges, key=lambda pair: len(b"".join(pair)), default=(b"", b""))
     say(f"{config.tokenizer_out_path}: {len(vocab)} entries, {len(merges)} merges, "
         f"longest {b''.join(longest).decode(errors='replace')!r}, "

@@ -436,6 +436,8 @@ def test_the_pattern_cuts_as_tiktokens_gpt2_pattern(text):
 @given(any_texts)
 @example(" \x1c a")
 @example("a  \n b   c ")
+@example("a  \n\nb\n  c\n\n d")
+@example("it's\n'tis, \x0b\nend.\n")
 def test_cutting_at_spaces_first_changes_no_pretoken(text):
     first, *rest = space_pieces(text)
     found = find_pretokens(first.replace(HELD_SPACE, " "))
@@ -833,7 +835,7 @@ def test_a_foreign_tokenizer_survives_saving(foreign, tmp_path):
 
 def changed(**changes):
     """Our tokenizer.json with some entries changed; a__b=x changes content["a"]["b"]."""
-    content = json.loads(OURS.to_json())
+    content = json.loads(json.dumps(OURS.to_json()))
     for place, value in changes.items():
         *path, last = place.split("__")
         where = content
@@ -2193,3 +2195,116 @@ def test_the_demo_runs_every_command_it_shows(tmp_path):
     result, story = done.stdout.split(b"\n", 1)
     assert json.loads(result)["floor_nats_per_byte"] < json.loads(result)["nats_per_byte"]
     assert story.startswith(b"Once")
+
+
+# ======================================================================================
+# PEERS: measured, printed, never asserted; left out of the normal run
+#
+#   uv run pytest -m peers -s
+#   SCRATCHFORMER_CORPUS=book.txt uv run pytest -m peers -s      your own text as well
+#
+# Each line is the wall time of a whole process: start, read the text, work, write the file.
+# The peers get what makes them fastest: text cut into megabytes so that all threads work.
+# ======================================================================================
+
+PEER_SETUP = """
+import json, os, sys
+text_path, tokenizer_path, out_path, vocab_size = *sys.argv[1:4], int(sys.argv[4])
+def parts():
+    text, start = open(text_path, encoding="utf-8").read(), 0
+    while start < len(text):
+        end = text.find("<|endoftext|>", start + (1 << 20)) % (len(text) + 1)
+        yield text[start:end]
+        start = end
+"""
+PEERS = {
+    ("train", "tokenizers"): """
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+tokenizer = Tokenizer(models.BPE())
+tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+tokenizer.train([text_path], trainers.BpeTrainer(
+    vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+tokenizer.save(out_path)
+""",
+    ("train", "rustbpe"): """
+import rustbpe
+tokenizer, pattern = rustbpe.Tokenizer(), sys.argv[5]
+tokenizer.train_from_iterator(
+    (story for part in parts() for story in part.split("<|endoftext|>")),
+    vocab_size - 1, pattern=pattern)
+json.dump([[list(token), rank] for token, rank in tokenizer.get_mergeable_ranks()],
+    open(out_path, "w"))
+""",
+    ("encode", "tiktoken"): """
+import numpy, tiktoken
+model = json.load(open(tokenizer_path, encoding="utf-8"))
+printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+others = [byte for byte in range(256) if byte not in printable]
+byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+special = {entry["content"]: entry["id"] for entry in model["added_tokens"]}
+ranks = {bytes(map(byte_of.get, token)): i for token, i in model["model"]["vocab"].items()
+         if token not in special}
+encoding = tiktoken.Encoding(
+    "ours", pat_str=sys.argv[5], mergeable_ranks=ranks, special_tokens=special)
+with open(out_path, "wb") as out:
+    for ids in encoding.encode_batch(
+            list(parts()), num_threads=os.cpu_count(), allowed_special="all"):
+        out.write(numpy.array(ids, "<u2").tobytes())
+""",
+    ("encode", "tokenizers"): """
+import numpy, tokenizers
+tokenizer = tokenizers.Tokenizer.from_file(tokenizer_path)
+with open(out_path, "wb") as out:
+    for encoding in tokenizer.encode_batch_fast(list(parts()), add_special_tokens=False):
+        out.write(numpy.array(encoding.ids, "<u2").tobytes())
+""",
+}
+
+
+def seconds_of(argv) -> float:
+    start = time.perf_counter()
+    subprocess.run(argv, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def measure_peers(corpus: Path, folder: Path, vocab_size: int) -> None:
+    """Print how long training and encoding take here and elsewhere, medians of three."""
+    ours, size = folder / "ours.json", corpus.stat().st_size / 1e6
+    special = folder / "special"
+    special.write_text(END_OF_TEXT + "\n")
+    python = [sys.executable, str(FILE)]
+    commands = {
+        ("train", "scratchformer"): [
+            *python, "bpe-train", "--file_path", corpus, "--vocab_size", str(vocab_size),
+            "--special_tokens_path", special, "--tokenizer_out_path", ours],
+        ("encode", "scratchformer"): [
+            *python, "bpe-encode", "--dataset_path", corpus, "--tokenizer_path", ours,
+            "--out_path", folder / "ours.bin"],
+    }  # fmt: skip
+    for (work, name), code in PEERS.items():
+        if importlib.util.find_spec(name):
+            commands[work, name] = [
+                sys.executable, "-c", PEER_SETUP + code, corpus, ours,
+                folder / f"{name}.out", str(vocab_size), PRETOKEN_PATTERN]  # fmt: skip
+    times = {key: [] for key in commands}
+    for _ in range(3):  # in turns, so that a noisy minute hurts all alike
+        for key, argv in commands.items():
+            if not (key == ("encode", "tokenizers") and times[key]):  # minutes; once is enough
+                times[key].append(seconds_of(list(map(str, argv))))
+    print(f"\n{corpus.name}, {size:.1f} MB, {vocab_size} entries, {os.cpu_count()} cores")
+    for (work, name), taken in sorted(times.items(), reverse=True):
+        middle = sorted(taken)[len(taken) // 2]
+        mine = sorted(times[work, "scratchformer"])[1]
+        print(f"  {work:7}{name:14}{middle:8.2f} s {size / middle:8.1f} MB/s"
+              f"   {middle / mine:5.2f} x ours")  # fmt: skip
+    assert (folder / "ours.bin").read_bytes() == (folder / "tiktoken.out").read_bytes()
+
+
+@pytest.mark.peers
+def test_speed_against_peers(make_stories, tmp_path):
+    corpora = [Path(path) for path in os.environ.get("SCRATCHFORMER_CORPUS", "").split()]
+    stories = tmp_path / "stories.txt"
+    make_stories.write_stories(stories, 200, 0)
+    for corpus in [*corpora, stories]:
+        measure_peers(corpus, tmp_path, 10_000)
