@@ -46,7 +46,7 @@ Commands (each explains its flags with --help):
 #    5. The model              RMSNorm, RoPE, attention, SwiGLU, and how they are stacked
 #    6. Learning               the loss, AdamW, the learning-rate schedule
 #    7. Generating text        key-value cache, sampling, streaming
-#    8. Many devices           precision, processes, FSDP and DDP, leaving cleanly
+#    8. Many devices           precision, processes, data parallel and FSDP, leaving cleanly
 #    9. Checkpoints            saved whole or not at all, loaded on any number of devices
 #   10. The training loop      accumulation, clipping, evaluation, logging, signals
 #   11. Other libraries        export to the Hugging Face Llama layout
@@ -94,7 +94,6 @@ import time
 import traceback
 import types
 import typing
-import warnings
 import zipfile
 from array import array
 from collections import Counter, defaultdict, deque
@@ -733,7 +732,7 @@ class PairCounts(defaultdict):
 
     def merge(self, pair: str, merged: str) -> list[str]:
         """Replace `pair` by the character `merged` in all words; the pairs this creates."""
-        (first, second), words = pair, self.words
+        first, second, words = pair[0], pair[1], self.words
         before: dict[str, int] = defaultdict(int)  # neighbour -> occurrences
         after: dict[str, int] = defaultdict(int)
         holders: dict[str, list[int]] = defaultdict(list)
@@ -998,7 +997,7 @@ class Tokenizer:
         heapq.heapify(heap)
         while heap:
             rank = heapq.heappop(heap)
-            first, second = pairs[rank]
+            first, second = pairs[rank][0], pairs[rank][1]
             for place in sorted(places.pop(rank)):
                 other = following[place]
                 if tokens[place] != first or other >= len(word) or tokens[other] != second:
@@ -1668,8 +1667,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`cache` [2, B, H, >= start + T, K] holds keys and values of earlier positions."""
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
-        q, k = rotate(q, table), rotate(k, table)  # (B, H, T, K)
+        qk, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).split([2, 1], dim=2)
+        # WHY rotated together, before heads and positions trade places: one fused kernel
+        # forwards and one backwards, 2% of a step on an H100 (2026-11).
+        q, k = rotate(qk, table[:, :, None, None]).permute(2, 0, 3, 1, 4).unbind()
+        v = v.squeeze(2).transpose(1, 2)  # (B, H, T, K), as q and k
         if cache is None:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -2025,9 +2027,9 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 # Question    How does the same loop run on a laptop, one GPU, or several with shared work?
 # Takes       flags, and what torchrun leaves in the environment
 # Gives       a World: a device, a precision, and a few verbs that do nothing on one device
-# Idea        DDP: every device holds the whole model, sees other rows, and gradients are
-#             averaged. FSDP: every device holds a share of each matrix, gathers the rest
-#             when a block needs it and lets go of it afterwards; memory for weights,
+# Idea        Data parallel: every device holds the whole model, sees other rows, and the
+#             gradients are averaged. FSDP: every device holds a share of each matrix, gathers
+#             the rest when it is needed and lets go of it afterwards; memory for weights,
 #             gradients and optimizer falls with the number of devices.
 # Source      Zhao et al. 2023 (FSDP, arXiv 2304.11277); Rajbhandari et al. 2020 (ZeRO)
 # Change it   `World.shard` alone decides how a model is spread.
@@ -2051,6 +2053,12 @@ class ShardConfig(Config):
     """Processes (start them with torchrun)"""
 
     fsdp: bool = flag(False, "share weights, gradients and optimizer out to the processes")
+    fsdp_unit: Literal["auto", "model", "block"] = flag(
+        "auto", "what is gathered at once; auto: the model up to 10^9 weights, else a block"
+    )
+    shard_size: int = flag(
+        0, "processes that share one model (a node's, say), copied across; 0: all", at_least=0
+    )
 
 
 # Dense bfloat16 peak in TFLOP/s without sparsity, from the vendors' data sheets; the
@@ -2069,7 +2077,13 @@ class World:
     not there.
     """
 
-    def __init__(self, config: DeviceConfig, fsdp: bool = False):
+    def __init__(self, config: DeviceConfig, processes: ShardConfig | None = None):
+        processes = processes or ShardConfig()
+        fsdp, self.unit, self.shard_size = (
+            processes.fsdp,
+            processes.fsdp_unit,
+            processes.shard_size,
+        )
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
@@ -2098,7 +2112,12 @@ class World:
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         self.dtype = self.choose_dtype(config.dtype)
-        self.compile, self.fsdp = config.compile, fsdp
+        self.compile, self.fsdp, self.by_block = config.compile, fsdp, False
+        if self.shard_size and (not fsdp or self.size % self.shard_size):
+            raise UserError(
+                f"--shard_size {self.shard_size} needs --fsdp and a number of processes that "
+                f"it divides, not {self.size}"
+            )
         # float32 products on tensor cores with 10 bits of fraction, where they exist.
         torch.set_float32_matmul_precision("high" if kind == "cuda" else "highest")
 
@@ -2142,41 +2161,49 @@ class World:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
-    def shard(self, model: Transformer) -> Any:
-        """`model` made ready to learn on all processes; call it like the model itself.
+    def shard(self, model: Transformer) -> None:
+        """Make `model` ready to learn on all processes.
 
-        In this order: compile, then shard each block, then the root, then (elsewhere) build
+        In this order: compile, then shard each unit, then the root, then (elsewhere) build
         the optimizer. Parameters stay float32; products run in `self.dtype`.
         """
-        if self.dtype != torch.float32 and not self.fsdp:
-            # autocast leaves the embedding in float32, and with it the whole residual
-            # stream: half the speed for every norm and sum. (FSDP casts the embedding too.)
-            model.embedding.register_forward_hook(lambda module, inputs, x: x.to(self.dtype))
-        if self.compile and self.size > 1:
-            # WHY block by block: gradients of one block can travel while the block before
-            # it is still computed, and one compilation serves all blocks.
-            for block in model.blocks:
-                block.compile()
-        if self.fsdp:
-            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        if not self.fsdp:
+            if self.dtype != torch.float32:
+                # autocast leaves the embedding in float32, and with it the whole residual
+                # stream: half the speed for every norm and sum. (FSDP casts that too.)
+                model.embedding.register_forward_hook(lambda module, args, x: x.to(self.dtype))
+            return
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-            mesh = torch.distributed.init_device_mesh(self.device.type, (self.size,))
-            # TRAP: by default FSDP casts what enters a block, the float32 table of RoPE too.
-            policy = MixedPrecisionPolicy(
-                param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
-            for block in model.blocks:
-                fully_shard(block, mesh=mesh, mp_policy=policy)
-            # The root holds embedding, last norm and head: needed again at once by backward.
-            return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        if self.size > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            with warnings.catch_warnings():  # torch 2.13 announces a new name for the flag
-                warnings.simplefilter("ignore", FutureWarning)
-                return nn.parallel.DistributedDataParallel(
-                    model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-                )
-        return model
+        # TRAP: by default FSDP casts what enters a unit, the float32 table of RoPE too.
+        policy = MixedPrecisionPolicy(
+            param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        # A unit is what is gathered at once. WHY not always block by block: each unit costs
+        # the host some milliseconds. 24 blocks of 13 million weights on two H200 took 105 ms
+        # per micro-step that way and 47 ms as one unit (2026-11).
+        size = sum(p.numel() for p in model.parameters())
+        self.by_block = self.unit == "block" or self.unit == "auto" and size > 1e9
+        if self.compile and not self.by_block:
+            model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
+        options: dict[str, Any] = {"mesh": self.mesh(), "mp_policy": policy}
+        for block in model.blocks if self.by_block else []:
+            if self.compile:
+                block.compile()  # one compilation serves all blocks
+            fully_shard(block, **options)
+        # What the root holds is needed again at once by backward, so it stays gathered.
+        fully_shard(model, reshard_after_forward=False, **options)
+
+    def mesh(self) -> Any:
+        """The processes in a row, or in rows of `shard_size`: sharded within, alike across."""
+        mesh = torch.distributed.init_device_mesh
+        if self.shard_size in (0, self.size):
+            return mesh(self.device.type, (self.size,))
+        return mesh(
+            self.device.type,
+            (self.size // self.shard_size, self.shard_size),
+            mesh_dim_names=("replicate", "shard"),
+        )
 
     def loss_function(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         """(inputs, targets) -> mean loss in this world's precision, compiled if asked for."""
@@ -2185,7 +2212,17 @@ class World:
             with self.precision():
                 return cross_entropy(model(inputs), targets)
 
-        return torch.compile(loss) if self.compile and self.size == 1 else loss
+        def loss_of_sharded(inputs: Tensor, targets: Tensor) -> Tensor:
+            return compiled_cross_entropy(model(inputs), targets)  # `shard` compiled the model
+
+        if not self.compile:
+            return loss
+        compiled_cross_entropy = torch.compile(cross_entropy)
+        return loss_of_sharded if self.fsdp else torch.compile(loss)
+
+    def eager(self) -> Any:
+        """A context in which nothing is compiled: for shapes that come once."""
+        return torch.compiler.set_stance("force_eager")
 
     def precision(self) -> contextlib.AbstractContextManager:
         """Products in `self.dtype`, sums in float32. FSDP does it by its own policy."""
@@ -2193,15 +2230,30 @@ class World:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def sync_gradients(self, model: Any, now: bool) -> None:
-        """Whether the next backward pass averages gradients over processes.
+    def before_backward(self, model: Any, last: bool) -> None:
+        """Tell FSDP whether this micro-step is the step's last: then gradients are averaged.
 
-        Only the last micro-step of a step needs it: sums can be averaged once.
+        Sums can be averaged once. Weights gathered as one unit stay so until then.
         """
         if self.fsdp:
-            model.set_requires_gradient_sync(now)
-        elif self.size > 1:
-            model.require_backward_grad_sync = now
+            model.set_requires_gradient_sync(last)
+            if not self.by_block:
+                model.set_reshard_after_backward(last)
+
+    def average_gradients(self, model: nn.Module) -> None:
+        """Replace every gradient by its mean over processes; FSDP has done so already.
+
+        One long message, since many short ones wait for each other. (torch's own
+        DistributedDataParallel, which sends while backward runs, took 75 ms per micro-step
+        where this takes 49: it splits what --compile fuses; two H200, 2026-11.)
+        """
+        if self.size > 1 and not self.fsdp:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(flat)
+            flat /= self.size
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+                gradient.copy_(part.view_as(gradient))
 
     def reshard(self, model: Any) -> None:
         """Let go of what a forward pass without a backward pass has left gathered."""
@@ -2260,7 +2312,7 @@ class World:
             self.device.type
         ) or torch.cuda.get_device_name(self.device)
         how = (
-            f"{'FSDP' if self.fsdp else 'DDP'} on {self.size}"
+            f"{'FSDP' if self.fsdp else 'data parallel'} on {self.size}"
             if self.size > 1
             else "one process"
         )
@@ -2272,7 +2324,7 @@ class World:
 #
 # Question    What must be kept so that a run can go on as if it had never stopped?
 # Takes       model, optimizer, step
-# Gives       one file step_NNNNNN.pt, the same for one process, DDP and FSDP
+# Gives       one file step_NNNNNN.pt, the same for one process or many, sharded or not
 # Idea        Whole tensors under the names of the plain model: who loads them shards them
 #             as it likes. The copy to the host holds the loop up; the disk does not.
 # Source      the zip format of torch.save; batches need no state (chapter 4)
@@ -2498,7 +2550,7 @@ def evaluate(
         mine = np.arange(first, first + per_round)[world.rank :: world.size]
         rows = np.stack([tokens.read(int(starts[i % len(starts)]), length + 1) for i in mine])
         inputs = torch.from_numpy(rows).to(world.device)
-        with world.precision():
+        with world.precision(), world.eager():
             logits = model(inputs[:, :-1])
         for row, target, number in zip(logits, inputs[:, 1:], mine):
             if number < len(starts):
@@ -2615,7 +2667,7 @@ def sample_text(model: Transformer, tokenizer: Tokenizer, world: World) -> str:
     eot = tokenizer.special_tokens.get(END_OF_TEXT)
     start = [eot] if eot is not None else tokenizer.encode("\n")
     generator = torch.Generator(world.device).manual_seed(1)
-    with world.precision():
+    with world.precision(), world.eager():
         ids = list(generate(model, start, 100, 0.8, eos_id=eot, generator=generator))
     return tokenizer.decode(ids)
 
@@ -2662,7 +2714,7 @@ def train(
     model_config.vocab_size = tokens.vocab_size
     valid = TokenFiles(data.valid_tokens, tokens.vocab_size) if data.valid_tokens else None
     tokenizer = load_tokenizer(data.tokenizer_path, tokens)
-    world = World(devices, processes.fsdp)
+    world = World(devices, processes)
     batches = Batches(tokens, data, model_config.context_length, world.rank, world.size)
     if valid and not len(evaluation_windows(len(valid), model_config.context_length, 0)):
         raise UserError(
@@ -2714,8 +2766,8 @@ def train_loop(
     torch.manual_seed(data.seed)
     with world.device:
         model = Transformer(model_config)
-    wrapped = world.shard(model)
-    loss_of = world.loss_function(wrapped)
+    world.shard(model)
+    loss_of = world.loss_function(model)
     optimizer = make_optimizer(model, learning, world.device)
     scaled = world.dtype == torch.float16
     stepper = Stepper(optimizer, learning.clip_grad, world.device, scaled)
@@ -2750,10 +2802,11 @@ def train_loop(
         loss = torch.zeros((), device=world.device)
         for micro_step in range(data.grad_accum_steps):
             inputs, targets = next(stream)
-            world.sync_gradients(wrapped, micro_step == data.grad_accum_steps - 1)
+            world.before_backward(model, micro_step == data.grad_accum_steps - 1)
             part = loss_of(inputs, targets) / data.grad_accum_steps
             (part * stepper.scale).backward()
             loss += part.detach()
+        world.average_gradients(model)
         norm = stepper.step()
 
         last = step == learning.max_steps
@@ -2781,7 +2834,7 @@ def train_loop(
         pause = time.monotonic()
         if valid and (step % run.eval_interval == 0 or last):
             result = evaluate(
-                wrapped, valid, T, data.batch_size, run.eval_windows, world, tokenizer
+                model, valid, T, data.batch_size, run.eval_windows, world, tokenizer
             )
             say(f"step {step}: valid {describe_evaluation(result)}")
             record |= {"step": step, **result}

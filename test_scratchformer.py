@@ -1497,8 +1497,10 @@ def test_a_prompt_outside_the_vocabulary_is_refused(prompt):
 SPREAD = {  # processes, flags: always 8 sequences per step
     "one": (0, "--batch_size 8"),
     "accumulated": (0, "--batch_size 2 --grad_accum_steps 4"),
-    "ddp": (2, "--batch_size 2 --grad_accum_steps 2"),
+    "replicated": (2, "--batch_size 2 --grad_accum_steps 2"),
     "fsdp": (2, "--batch_size 2 --grad_accum_steps 2 --fsdp"),
+    "block_by_block": (2, "--batch_size 2 --grad_accum_steps 2 --fsdp --fsdp_unit block"),
+    "hybrid": (4, "--batch_size 1 --grad_accum_steps 2 --fsdp --shard_size 2"),
 }
 
 
@@ -1538,7 +1540,7 @@ def close_rows(rows, expected, tolerance=1e-5):
 
 
 @slow
-@pytest.mark.parametrize("how", ["accumulated", "ddp", "fsdp"])
+@pytest.mark.parametrize("how", list(SPREAD)[1:])
 def test_two_ranks_learn_what_one_rank_learns(spread, how):
     columns = ["step", "train_loss", "valid_loss", "grad_norm"]
     rows = metrics(spread / how, *columns)
