@@ -73,6 +73,7 @@ import functools
 import gc
 import hashlib
 import heapq
+import importlib
 import inspect
 import itertools
 import json
@@ -83,6 +84,7 @@ import pickle
 import queue
 import re
 import shlex
+import shutil
 import signal
 import string
 import struct
@@ -204,6 +206,18 @@ def say(text: str) -> None:
     """Tell the person at the terminal, once. Standard output is kept for data."""
     if Progress.allowed and os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
+
+
+def needs(module: str, extra: str) -> Any:
+    """An optional module. Raises UserError that names the extra where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[0] if extra == "export" else extra
+        raise UserError(
+            f"this needs the package {package}: pip install {package}, or "
+            f"uv run --extra {extra} scratchformer.py ..."
+        ) from None
 
 
 def flag(
@@ -1311,18 +1325,16 @@ def bpe_encode(config: BPEEncodeConfig, console: ConsoleConfig) -> None:
         f"{seconds:.1f} s, {size / seconds / 1e6:.1f} MB/s")  # fmt: skip
 
 
-COMMANDS: dict[str, Callable] = {
-    "bpe-train": bpe_train,
-    "bpe-encode": bpe_encode,
-    "bpe-worker": bpe_worker,
-}
+COMMANDS: dict[str, Callable] = {"bpe-train": bpe_train, "bpe-encode": bpe_encode}
 
 # The commands above leave here, and so do --help and the workers: none needs a tensor, and
 # `import torch` takes 2 s (CPU build) to 5 s (CUDA build), measured 2026-11 on two cores.
-if __name__ == "__main__" and (
-    not sys.argv[1:] or sys.argv[1] in (*COMMANDS, "-h", "--help", "--version")
-):
-    sys.exit(run_command(COMMANDS, sys.argv[1:]))
+if __name__ == "__main__":
+    if sys.argv[1:] == ["bpe-worker"]:
+        bpe_worker()
+        sys.exit()
+    if not sys.argv[1:] or sys.argv[1] in (*COMMANDS, "-h", "--help", "help", "--version"):
+        sys.exit(run_command(COMMANDS, sys.argv[1:]))
 
 
 # ======================================================================================
@@ -1341,6 +1353,7 @@ if __name__ == "__main__" and (
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -2050,7 +2063,11 @@ class DeviceConfig(Config):
 
 @dataclasses.dataclass(kw_only=True)
 class ShardConfig(Config):
-    """Processes (start them with torchrun)"""
+    """Memory and processes (start several with torchrun)"""
+
+    activation_checkpointing: bool = flag(
+        False, "compute activations again for backward instead of keeping them"
+    )
 
     fsdp: bool = flag(False, "share weights, gradients and optimizer out to the processes")
     fsdp_unit: Literal["auto", "model", "block"] = flag(
@@ -2079,6 +2096,7 @@ class World:
 
     def __init__(self, config: DeviceConfig, processes: ShardConfig | None = None):
         processes = processes or ShardConfig()
+        self.recompute = processes.activation_checkpointing
         fsdp, self.unit, self.shard_size = (
             processes.fsdp,
             processes.fsdp_unit,
@@ -2164,9 +2182,14 @@ class World:
     def shard(self, model: Transformer) -> None:
         """Make `model` ready to learn on all processes.
 
-        In this order: compile, then shard each unit, then the root, then (elsewhere) build
-        the optimizer. Parameters stay float32; products run in `self.dtype`.
+        In this order: recomputation, compile, then shard each unit, then the root, then
+        (elsewhere) build the optimizer. Parameters stay float32; products run in `self.dtype`.
         """
+        for block in model.blocks if self.recompute else []:
+            # A block then keeps what enters it, and backward runs it forward again.
+            block.forward = functools.partial(
+                torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
+            )
         if not self.fsdp:
             if self.dtype != torch.float32:
                 # autocast leaves the embedding in float32, and with it the whole residual
@@ -2439,7 +2462,7 @@ class Checkpoints:
     def write(self, step: int, state: dict) -> None:
         try:
             save_checkpoint(self.outdir / f"step_{step:06d}.pt", state)
-            for old in checkpoints_in(self.outdir)[: -self.keep or None]:
+            for old in checkpoints_in(self.outdir)[: -self.keep] if self.keep else []:
                 old.unlink()
         except Exception as error:  # told by the main thread: see `wait` and `failed`
             self.error = error
@@ -2454,12 +2477,20 @@ class Checkpoints:
         if self.error:
             whole = ", ".join(path.name for path in checkpoints_in(self.outdir)) or "none"
             raise UserError(
-                f"a checkpoint could not be written in {self.outdir} ({self.error}); "
-                f"earlier ones are whole: {whole}"
+                f"a checkpoint could not be written in {self.outdir} ({self.error}), where "
+                f"{shutil.disk_usage(self.outdir).free / 1e6:,.1f} MB are free; earlier ones "
+                f"are whole: {whole}"
             )
 
     def restore(self, state: dict, model: Transformer, stepper: Stepper) -> None:
-        """Put a loaded state back, on any number of processes, sharded or not."""
+        """Put a loaded state back, on any number of processes, sharded or not.
+
+        Without an optimizer in it, as from --init_from, only the weights.
+        """
+        for name, parameter in model.named_parameters():
+            self.world.place(state["model"][name], parameter)
+        if "optimizer" not in state:
+            return
         for parameter in model.parameters():
             moments = {key: torch.zeros_like(parameter) for key in MOMENTS}
             # The fused kernel counts steps on the device, as float32.
@@ -2468,7 +2499,6 @@ class Checkpoints:
                 "step": torch.zeros((), device=self.world.device),
             }
         for name, parameter in model.named_parameters():
-            self.world.place(state["model"][name], parameter)
             moments = stepper.optimizer.state[parameter]
             for key in MOMENTS:
                 self.world.place(state["optimizer"][key][name], moments[key])
@@ -2512,6 +2542,7 @@ class RunConfig(Config):
     keep_checkpoints: int = flag(3, "newest checkpoints kept; 0: all", at_least=0)
     weights_only: bool = flag(False, "last checkpoint without optimizer: a third of the size")
     sample_interval: int = flag(0, "steps between samples of text; 0: none", at_least=0)
+    tensorboard: bool = flag(False, "write the metrics for TensorBoard as well, to outdir")
 
 
 def evaluation_windows(num_tokens: int, length: int, limit: int) -> np.ndarray:
@@ -2596,22 +2627,32 @@ def flops_per_token(config: ModelConfig) -> float:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object for each logged step, in order, without gaps."""
+    """metrics.jsonl: one JSON object for each logged step, in order, without gaps.
 
-    def __init__(self, path: Path, last_step: int):
+    With `tensorboard` the same numbers go to TensorBoard's event files beside it.
+    """
+
+    def __init__(self, outdir: Path, last_step: int, tensorboard: bool):
         """Keep what an interrupted run wrote up to `last_step`, drop what came after."""
-        kept = []
-        for line in path.read_bytes().splitlines() if path.is_file() else []:
+        self.path, self.board, kept = outdir / "metrics.jsonl", None, []
+        for line in self.path.read_bytes().splitlines() if self.path.is_file() else []:
             with contextlib.suppress(ValueError):  # the last line of a killed run is cut short
                 if json.loads(line)["step"] <= last_step:
                     kept.append(line + b"\n")
-        with whole_file(path) as file:
+        with whole_file(self.path) as file:
             file.writelines(kept)
-        self.path = path
+        if tensorboard:
+            writer = needs("torch.utils.tensorboard", "tensorboard").SummaryWriter
+            self.board = writer(str(outdir), purge_step=last_step + 1)
 
     def write(self, record: dict) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self.board:
+            for name, value in record.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, record["step"])
+            self.board.flush()
 
 
 class StopSignal:
@@ -2685,6 +2726,9 @@ def prepare_outdir(run: RunConfig) -> dict | None:
     Raises UserError rather than mix a fresh run with the checkpoints of another.
     """
     run.outdir.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("RANK", "0") == "0":
+        for left_over in run.outdir.glob(".step_*.tmp"):  # of a process that was killed
+            left_over.unlink()
     state = resumable(run.outdir) if run.resume else None
     if run.resume and not state:
         say(f"no checkpoint to resume from in {run.outdir}: starting fresh")
@@ -2694,46 +2738,6 @@ def prepare_outdir(run: RunConfig) -> dict | None:
             f"another --outdir"
         )
     return state
-
-
-def train(
-    data: DataConfig,
-    model_config: ModelConfig,
-    learning: LearningConfig,
-    run: RunConfig,
-    devices: DeviceConfig,
-    processes: ShardConfig,
-    console: ConsoleConfig,
-) -> int:
-    """Train a Transformer on token files. Under torchrun, on many devices."""
-    if learning.warmup_steps > learning.max_steps:
-        raise UserError(
-            f"--warmup_steps {learning.warmup_steps} exceed --max_steps {learning.max_steps}"
-        )
-    tokens = TokenFiles(data.train_tokens, model_config.vocab_size)
-    model_config.vocab_size = tokens.vocab_size
-    valid = TokenFiles(data.valid_tokens, tokens.vocab_size) if data.valid_tokens else None
-    tokenizer = load_tokenizer(data.tokenizer_path, tokens)
-    world = World(devices, processes)
-    batches = Batches(tokens, data, model_config.context_length, world.rank, world.size)
-    if valid and not len(evaluation_windows(len(valid), model_config.context_length, 0)):
-        raise UserError(
-            f"{valid.paths[0]} holds {len(valid)} tokens, too few for a context_length of "
-            f"{model_config.context_length}"
-        )
-    state = prepare_outdir(run)
-    if state and (was := state["model_config"]) != dataclasses.asdict(model_config):
-        now = dataclasses.asdict(model_config)
-        changed = [
-            f"{key} {was.get(key)}, not {now[key]}" for key in now if was.get(key) != now[key]
-        ]
-        raise UserError(f"the checkpoint's model differs: {', '.join(changed)}")
-    if tokenizer and world.main:
-        tokenizer.save(run.outdir / "tokenizer.json")
-    with world, StopSignal() as stop:
-        return train_loop(
-            batches, valid, tokenizer, model_config, learning, run, world, state, stop
-        )
 
 
 def load_tokenizer(path: Path | None, tokens: TokenFiles) -> Tokenizer | None:
@@ -2777,10 +2781,11 @@ def train_loop(
     first_step = 0
     if state:
         checkpoints.restore(state, model, stepper)
-        first_step = state["step"]
-        compare_runs(state["run"], notes["run"])
+        if "optimizer" in state:
+            first_step = state["step"]
+            compare_runs(state["run"], notes["run"])
         state = None
-    metrics = Metrics(run.outdir / "metrics.jsonl", first_step) if world.main else None
+    metrics = Metrics(run.outdir, first_step, run.tensorboard) if world.main else None
     size = sum(p.numel() for p in model.parameters())
     say(
         f"{world.describe()}: {size:,} weights in {run.outdir}, "
@@ -2860,26 +2865,40 @@ def train_loop(
 # ======================================================================================
 # 11. OTHER LIBRARIES
 #
-# Question    How does a model trained here run where people already run models?
-# Takes       a checkpoint and its tokenizer
-# Gives       a folder that `transformers` loads as a Llama, and what reads those
+# Question    How does a model trained here run where people already run models, and back?
+# Takes       a checkpoint and its tokenizer; or a folder that `transformers` has saved
+# Gives       a folder that `transformers` loads as a Llama, and what reads those; or a model
 # Idea        Our architecture is Llama's with plain heads, so only names and the order of
 #             some rows differ: this file turns neighbours (2i, 2i+1), as the paper does;
 #             Llama as Hugging Face stores it turns (i, i + K/2).
 # Source      transformers, modeling_llama.py: rotate_half, apply_rotary_pos_emb
-# Change it   `LLAMA_NAMES` maps the matrices that need no more than another name.
+# Change it   `LLAMA_NAMES` says of which Llama matrices each of ours consists.
 # Checked by  test_scratchformer.py, chapter 11
 # ======================================================================================
 
 LLAMA_NAMES = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-    "attention_norm.weight": "input_layernorm.weight",
-    "attention.output.weight": "self_attn.o_proj.weight",
-    "swiglu_norm.weight": "post_attention_layernorm.weight",
-    "swiglu.down.weight": "mlp.down_proj.weight",
+    "embedding": ["model.embed_tokens"],
+    "norm": ["model.norm"],
+    "head": ["lm_head"],
+    "attention_norm": ["input_layernorm"],
+    "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.output": ["self_attn.o_proj"],
+    "swiglu_norm": ["post_attention_layernorm"],
+    "swiglu.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    "swiglu.down": ["mlp.down_proj"],
 }
+
+
+def llama_names(name: str) -> list[str]:
+    """The names of the Llama matrices that, one below the other, are our matrix `name`.
+
+    >>> llama_names("blocks.7.swiglu.gate_up.weight")
+    ['model.layers.7.mlp.gate_proj.weight', 'model.layers.7.mlp.up_proj.weight']
+    """
+    part, prefix = name.removesuffix(".weight"), ""
+    if match := re.fullmatch(r"blocks\.(\d+)\.(.*)", part):
+        prefix, part = f"model.layers.{match[1]}.", match[2]
+    return [f"{prefix}{theirs}.weight" for theirs in LLAMA_NAMES[part]]
 
 
 def neighbours_to_halves(weight: Tensor, num_heads: int) -> Tensor:
@@ -2894,23 +2913,34 @@ def neighbours_to_halves(weight: Tensor, num_heads: int) -> Tensor:
     return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
+def halves_to_neighbours(weight: Tensor, num_heads: int) -> Tensor:
+    """The inverse of `neighbours_to_halves`."""
+    return weight.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
 def llama_weights(model: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
     """Our weights under Llama's names, with its order of rows."""
     result = {}
     for name, weight in model.items():
-        match = re.fullmatch(r"blocks\.(\d+)\.(.*)", name)
-        prefix, part = (f"model.layers.{match[1]}.", match[2]) if match else ("", name)
-        if part == "attention.qkv.weight":
-            q, k, v = weight.chunk(3)
-            result[prefix + "self_attn.q_proj.weight"] = neighbours_to_halves(q, num_heads)
-            result[prefix + "self_attn.k_proj.weight"] = neighbours_to_halves(k, num_heads)
-            result[prefix + "self_attn.v_proj.weight"] = v
-        elif part == "swiglu.gate_up.weight":
-            result[prefix + "mlp.gate_proj.weight"], result[prefix + "mlp.up_proj.weight"] = (
-                weight.chunk(2)
-            )
-        else:
-            result[prefix + LLAMA_NAMES[part]] = weight
+        names = llama_names(name)
+        for theirs, part in zip(names, weight.chunk(len(names))):
+            turned = theirs.endswith(("q_proj.weight", "k_proj.weight"))
+            result[theirs] = neighbours_to_halves(part, num_heads) if turned else part
+    return result
+
+
+def weights_of_llama(llama: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Llama's weights under our names, in our order, as float32."""
+    with torch.device("meta"):
+        expected = [name for name, _ in Transformer(config).named_parameters()]
+    result = {}
+    for name in expected:
+        parts = []
+        for theirs in llama_names(name):
+            part = llama[theirs].float()
+            turned = theirs.endswith(("q_proj.weight", "k_proj.weight"))
+            parts.append(halves_to_neighbours(part, config.num_heads) if turned else part)
+        result[name] = torch.cat(parts)
     return result
 
 
@@ -2940,11 +2970,72 @@ def llama_config(config: ModelConfig, eot: int | None, dtype: str) -> dict:
     }
 
 
+def model_config_of_llama(content: dict) -> ModelConfig:
+    """Our configuration for a Llama's config.json.
+
+    Raises UserError that says which property our architecture does not have.
+    """
+    heads = content.get("num_attention_heads")
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    wanted: dict[str, tuple[Any, Any]] = {  # property -> what it is, what it must be
+        "model_type": (content.get("model_type"), "llama"),
+        "num_key_value_heads": (content.get("num_key_value_heads", heads), heads),
+        "tie_word_embeddings": (content.get("tie_word_embeddings", False), False),
+        "attention_bias": (content.get("attention_bias", False), False),
+        "mlp_bias": (content.get("mlp_bias", False), False),
+        "hidden_act": (content.get("hidden_act", "silu"), "silu"),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+    }
+    for name, (found, needed) in wanted.items():
+        if found != needed:
+            raise UserError(f"its {name} is {found!r}, where this model has {needed!r}")
+    config = ModelConfig(
+        vocab_size=content["vocab_size"],
+        context_length=content["max_position_embeddings"],
+        num_layers=content["num_hidden_layers"],
+        d_model=content["hidden_size"],
+        num_heads=heads or 0,
+        d_ff=content["intermediate_size"],
+        rope_theta=float(rope.get("rope_theta") or content.get("rope_theta", 10000.0)),
+        norm_eps=content["rms_norm_eps"],
+    )
+    width = config.d_model // config.num_heads
+    if content.get("head_dim") not in (None, width):
+        raise UserError(f"its head_dim is {content['head_dim']}, not d_model / heads = {width}")
+    return config
+
+
+def load_llama(folder: Path) -> dict:
+    """The model in a folder that `transformers` has saved, as a checkpoint without a past."""
+    safetensors = needs("safetensors.torch", "export")
+    content = read_json(folder / "config.json", "config.json of a model")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no *.safetensors")
+    try:
+        config = model_config_of_llama(content)
+        tensors = {k: t for file in files for k, t in safetensors.load_file(file).items()}
+        model = weights_of_llama(tensors, config)
+    except UserError as error:
+        raise UserError(f"{folder} cannot be read: {error}") from None
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder} is damaged or no Llama: {error!r}") from None
+    except Exception as error:  # safetensors has an error class of its own
+        raise UserError(f"{folder} is damaged: {error}") from None
+    return {"model": model, "model_config": dataclasses.asdict(config), "step": 0,
+            "path": str(folder)}  # fmt: skip
+
+
+def load_weights(path: Path) -> dict:
+    """What `load_checkpoint` gives, for a checkpoint, a run's folder, or a Llama folder."""
+    return load_llama(path) if (path / "config.json").is_file() else load_checkpoint(path)
+
+
 @dataclasses.dataclass(kw_only=True)
 class ExportConfig(Config):
     """Export"""
 
-    checkpoint: Path = flag(..., "a checkpoint, or the folder of a run")
+    checkpoint: Path = flag(..., "a checkpoint, a run's folder, or a Llama's")
     outdir: Path = flag(..., "folder for the files")
     tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "type of the weights")
@@ -2952,13 +3043,7 @@ class ExportConfig(Config):
 
 def export(config: ExportConfig, console: ConsoleConfig) -> None:
     """Write a folder that transformers loads with from_pretrained."""
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        raise UserError(
-            "export needs the package safetensors: pip install safetensors, or "
-            "uv run --extra export scratchformer.py export ..."
-        ) from None
+    save = needs("safetensors.torch", "export").save
     state = load_checkpoint(config.checkpoint)
     model_config = ModelConfig(**state["model_config"])
     tokenizer = tokenizer_beside(config.checkpoint, config.tokenizer_path)
@@ -3014,10 +3099,84 @@ def tokenizer_beside(checkpoint: Path, path: Path | None) -> Tokenizer:
 
 
 @dataclasses.dataclass(kw_only=True)
+class StartConfig(Config):
+    """Start"""
+
+    init_from: Path | None = flag(
+        None,
+        "begin with this model's weights and shape: a checkpoint, a run, or a Llama folder",
+    )
+
+
+def shape_of_run(flags: ModelConfig, given: dict) -> ModelConfig:
+    """The configuration `given` with a model, if the flags leave it be.
+
+    A flag at its default follows; another must agree, except context_length, which no
+    weight depends on. Raises UserError for one that does not.
+    """
+    defaults, chosen = ModelConfig(), dict(given)
+    for name, value in dataclasses.asdict(flags).items():
+        if value not in (getattr(defaults, name), given[name]):
+            if name != "context_length":
+                raise UserError(f"--{name} is {value}, but init_from's model has {given[name]}")
+            chosen[name] = value
+    return ModelConfig(**chosen)
+
+
+def train(
+    data: DataConfig,
+    model_config: ModelConfig,
+    learning: LearningConfig,
+    run: RunConfig,
+    start: StartConfig,
+    devices: DeviceConfig,
+    processes: ShardConfig,
+    console: ConsoleConfig,
+) -> int:
+    """Train a Transformer on token files. Under torchrun, on many devices."""
+    if learning.warmup_steps > learning.max_steps:
+        raise UserError(
+            f"--warmup_steps {learning.warmup_steps} exceed --max_steps {learning.max_steps}"
+        )
+    weights, tokenizer_path = None, data.tokenizer_path
+    if start.init_from:
+        weights = load_weights(start.init_from)
+        weights = {key: weights[key] for key in ("model", "model_config")}  # no optimizer
+        model_config = shape_of_run(model_config, weights["model_config"])
+        beside = start.init_from / "tokenizer.json"
+        tokenizer_path = tokenizer_path or (beside if beside.is_file() else None)
+    tokens = TokenFiles(data.train_tokens, model_config.vocab_size)
+    model_config.vocab_size, length = tokens.vocab_size, model_config.context_length
+    valid = TokenFiles(data.valid_tokens, tokens.vocab_size) if data.valid_tokens else None
+    tokenizer = load_tokenizer(tokenizer_path, tokens)
+    world = World(devices, processes)
+    batches = Batches(tokens, data, length, world.rank, world.size)
+    if valid and not len(evaluation_windows(len(valid), length, 0)):
+        raise UserError(
+            f"{valid.paths[0]} holds {len(valid)} tokens, too few for a context_length of "
+            f"{length}"
+        )
+    state = prepare_outdir(run)
+    if state and (was := state["model_config"]) != dataclasses.asdict(model_config):
+        now = dataclasses.asdict(model_config)
+        changed = [
+            f"{key} {was.get(key)}, not {now[key]}" for key in now if was.get(key) != now[key]
+        ]
+        raise UserError(f"the checkpoint's model differs: {', '.join(changed)}")
+    if tokenizer and world.main:
+        tokenizer.save(run.outdir / "tokenizer.json")
+    state = state or weights
+    with world, StopSignal() as stop:
+        return train_loop(
+            batches, valid, tokenizer, model_config, learning, run, world, state, stop
+        )
+
+
+@dataclasses.dataclass(kw_only=True)
 class EvalConfig(Config):
     """Evaluation"""
 
-    checkpoint: Path = flag(..., "a checkpoint, or the folder of a run")
+    checkpoint: Path = flag(..., "a checkpoint, a run's folder, or a Llama's")
     valid_tokens: list[Path] | None = flag(None, "token files to measure on")
     text_path: list[Path] | None = flag(None, "text files to measure on, instead")
     tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
@@ -3030,7 +3189,7 @@ def evaluate_command(config: EvalConfig, devices: DeviceConfig, console: Console
     if bool(config.valid_tokens) == bool(config.text_path):
         raise UserError("give either --valid_tokens or --text_path")
     world = World(devices)
-    model = model_from_checkpoint(load_checkpoint(config.checkpoint), world.device)
+    model = model_from_checkpoint(load_weights(config.checkpoint), world.device)
     with contextlib.ExitStack() as stack:
         paths, tokenizer = config.valid_tokens, None
         folder = config.checkpoint if config.checkpoint.is_dir() else config.checkpoint.parent
@@ -3057,7 +3216,7 @@ def evaluate_command(config: EvalConfig, devices: DeviceConfig, console: Console
 class GenerateConfig(Config):
     """Text"""
 
-    checkpoint: Path = flag(..., "a checkpoint, or the folder of a run")
+    checkpoint: Path = flag(..., "a checkpoint, a run's folder, or a Llama's")
     prompt: str | None = flag(None, "text to continue (default: from standard input)")
     tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
     max_new_tokens: int = flag(256, "tokens to write at most", at_least=1)
@@ -3077,9 +3236,8 @@ def generate_command(
 ) -> None:
     """Write text with a trained model."""
     world = World(devices)
-    model = model_from_checkpoint(load_checkpoint(config.checkpoint), world.device).to(
-        world.dtype
-    )
+    model = model_from_checkpoint(load_weights(config.checkpoint), world.device)
+    model = model.to(world.dtype)
     tokenizer = tokenizer_beside(config.checkpoint, config.tokenizer_path)
     eot = tokenizer.special_tokens.get(END_OF_TEXT)
     generator = torch.Generator(world.device)
@@ -3120,7 +3278,7 @@ class DemoConfig(Config):
     """Demo"""
 
     outdir: Path = flag(Path("out/demo"), "folder for what the demo makes")
-    max_steps: int = flag(450, "updates of the weights", at_least=1)
+    max_steps: int = flag(1500, "updates of the weights", at_least=1)
 
 
 DEMO = """
@@ -3131,9 +3289,9 @@ bpe-encode --dataset_path {data}/stories-train.txt --tokenizer_path {out}/tokeni
 bpe-encode --dataset_path {data}/stories-valid.txt --tokenizer_path {out}/tokenizer.json
     --out_path {out}/valid.bin --append_eot
 train --train_tokens {out}/train.bin --valid_tokens {out}/valid.bin --outdir {out}/run
-    --tokenizer_path {out}/tokenizer.json --context_length 256 --num_layers 2 --d_model 128
-    --num_heads 8 --d_ff 256 --batch_size 16 --lr 6e-3 --min_lr 1e-4 --warmup_steps 20
-    --max_steps {max_steps} --log_interval 20 --eval_interval 200
+    --tokenizer_path {out}/tokenizer.json --context_length 512 --num_layers 2 --d_model 128
+    --num_heads 8 --d_ff 256 --batch_size 4 --lr 3e-3 --min_lr 1e-5 --warmup_steps 10
+    --max_steps {max_steps} --log_interval 50 --eval_interval 400
 eval --checkpoint {out}/run --valid_tokens {out}/valid.bin
 generate --checkpoint {out}/run --prompt Once --seed 1
 """

@@ -79,6 +79,7 @@ from scratchformer import (
     learning_rate,
     llama_weights,
     load_checkpoint,
+    load_llama,
     main,
     make_optimizer,
     model_from_checkpoint,
@@ -1564,6 +1565,14 @@ def test_a_run_says_its_global_batch_and_how_it_came_about(toy, tmp_path):
     assert re.search(r"step +4/4  loss \d\.\d{4}  lr \S+  norm \S+  \S+ tok/s", error)
 
 
+@pytest.mark.parametrize("flags", ["", "--compile"])
+def test_recomputed_activations_give_the_same_run(toy, tmp_path, flags):
+    for name, more in (("kept", ""), ("again", "--activation_checkpointing")):
+        do("train", *training(toy, tmp_path / name), f"--max_steps 5 {flags} {more}")
+    kept, again = (metrics(tmp_path / name, "train_loss") for name in ("kept", "again"))
+    assert again == [pytest.approx(row, rel=1e-5) for row in kept]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_lower_precision_learns_nearly_the_same(toy, tmp_path, dtype):
     for name in ("float32", dtype):
@@ -1634,6 +1643,14 @@ def test_a_model_survives_saving_and_loading(tmp_path):
     )
     for path in (tmp_path, tmp_path / "step_000003.pt"):
         assert torch.equal(model_from_checkpoint(load_checkpoint(path))(tokens), model(tokens))
+
+
+def test_all_checkpoints_are_kept_if_asked_for(toy, tmp_path):
+    flags = "--max_steps 4 --save_interval 1 --keep_checkpoints 0"
+    do("train", *training(toy, tmp_path), flags)
+    assert [path.name for path in checkpoints_in(tmp_path)] == [
+        f"step_{step:06d}.pt" for step in range(1, 5)
+    ]
 
 
 def test_only_the_newest_checkpoints_are_kept(toy):
@@ -1982,6 +1999,107 @@ def test_exported_weights_have_the_type_asked_for(toy, tmp_path, dtype):
     assert {str(w.dtype) for w in load_file(tmp_path / "model.safetensors").values()} == {
         f"torch.{dtype}"
     }
+
+
+def test_what_is_exported_can_be_read_back_to_the_bit(exported, toy):
+    ours, back = load_checkpoint(toy / "run"), load_llama(toy / "exported")
+    assert back["model_config"] == ours["model_config"]
+    assert list(back["model"]) == list(ours["model"])
+    for name, weight in ours["model"].items():
+        assert torch.equal(weight, back["model"][name]), name
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
+    """A Llama with random weights, saved by transformers in two files."""
+    import transformers
+
+    torch.manual_seed(5)
+    folder = tmp_path_factory.mktemp("llama_folder")
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=72, num_hidden_layers=3,
+            num_attention_heads=4, max_position_embeddings=48, rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        )
+    )  # fmt: skip
+    llama.save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder, llama.eval()
+
+
+def test_a_llama_made_by_transformers_gives_the_same_logits_here(llama_folder):
+    folder, llama = llama_folder
+    ours = model_from_checkpoint(load_llama(folder))
+    tokens = torch.randint(300, (2, 48), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.allclose(ours(tokens), llama(tokens).logits, atol=1e-5)
+
+
+def test_training_goes_on_from_a_llama_folder(toy, exported, tmp_path):
+    steps = f"--max_steps 3 --lr 1e-9 --min_lr 0 --valid_tokens {toy / 'valid.bin'}"
+    data = f"--train_tokens {toy / 'train.bin'} --outdir {tmp_path} --device cpu --quiet"
+    do(f"train {data} --init_from {toy / 'exported'} --batch_size 4 --warmup_steps 1 {steps}")
+    before, after = (metrics(path, "valid_loss")[-1][0] for path in (toy / "run", tmp_path))
+    assert after == pytest.approx(before, rel=1e-4)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (toy / "tokenizer.json").read_bytes()
+
+
+def test_eval_and_generate_read_a_llama_folder(toy, exported, capsys):
+    for checkpoint in (toy / "run", toy / "exported"):
+        do(f"eval --checkpoint {checkpoint} --text_path {toy / 'valid.txt'} --device cpu")
+        do(f"generate --checkpoint {checkpoint} --prompt The --seed 3 --device cpu")
+    lines = capsys.readouterr().out.splitlines()
+    half = len(lines) // 2
+    assert lines[:half] == lines[half:] and lines[0].startswith("{")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"num_key_value_heads": 2}, "num_key_value_heads is 2"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"model_type": "qwen2"}, "'qwen2'"),
+    ({"hidden_act": "gelu"}, "'gelu'"),
+    ({"head_dim": 16}, "head_dim"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "'llama3'"),
+    ({"num_hidden_layers": 4}, "model.layers.3"),
+    ({"vocab_size": None}, "damaged"),
+])  # fmt: skip
+def test_a_llama_of_another_kind_is_refused_with_the_reason(
+    llama_folder, tmp_path, capsys, change, words
+):
+    folder = shutil.copytree(llama_folder[0], tmp_path / "llama")
+    content = json.loads((folder / "config.json").read_text())
+    write(folder / "config.json", json.dumps(content | change))
+    write(tmp_path / "text", "some text")
+    error = refused(
+        capsys, tmp_path, f"eval --checkpoint {folder} --text_path {tmp_path / 'text'}"
+    )
+    assert words in error and str(folder) in error
+
+
+def test_a_shape_that_contradicts_init_from_is_refused(toy, exported, tmp_path, capsys):
+    flags = f"--train_tokens {toy / 'train.bin'} --outdir {tmp_path / 'run'}"
+    argv = f"train {flags} --init_from {toy / 'exported'} --num_layers 7"
+    assert "--num_layers is 7" in refused(capsys, tmp_path, argv)
+
+
+def test_tensorboard_shows_what_metrics_say(toy, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for last in (10, 20):  # the second time resumed
+        flags = f"--max_steps {last} --save_interval 5 --log_interval 2 --resume --tensorboard"
+        do("train", *training(toy, tmp_path), flags)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    expected = {}
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for name, value in record.items():
+            expected.setdefault(name, []).append((record["step"], pytest.approx(value)))
+    del expected["step"]
+    assert set(events.Tags()["scalars"]) == set(expected)
+    for name, points in expected.items():
+        assert [(e.step, e.value) for e in events.Scalars(name)] == points, name
 
 
 # ======================================================================================
