@@ -7,7 +7,7 @@ beyond the standard library.
 
 Four commands, each on one line, a few minutes on a laptop:
 
-    python scratchformer.py bpe-train  --file_path data/stories-train.txt --vocab_size 1024
+    python scratchformer.py bpe-train  --file_path data/stories-train.txt --vocab_size 1536
                                        --special_tokens_path data/special_tokens.txt
                                        --tokenizer_out_path out/tokenizer.json
     python scratchformer.py bpe-encode --dataset_path data/stories-train.txt
@@ -15,9 +15,9 @@ Four commands, each on one line, a few minutes on a laptop:
                                        --out_path out/train.bin --append_eot
     python scratchformer.py train      --train_tokens out/train.bin --outdir out/run
                                        --tokenizer_path out/tokenizer.json
-                                       --num_layers 2 --d_model 128 --num_heads 8 --d_ff 256
-                                       --context_length 256 --batch_size 16
-                                       --max_steps 400 --warmup_steps 20 --lr 6e-3
+                                       --num_layers 2 --d_model 128 --num_heads 4 --d_ff 256
+                                       --context_length 512 --batch_size 4
+                                       --max_steps 800 --warmup_steps 40 --lr 4e-3
     python scratchformer.py generate   --checkpoint out/run --prompt "One day"
 
 Commands (each explains its flags with --help):
@@ -3278,7 +3278,7 @@ class DemoConfig(Config):
     """Demo"""
 
     outdir: Path = flag(Path("out/demo"), "folder for what the demo makes")
-    max_steps: int = flag(1500, "updates of the weights", at_least=1)
+    max_steps: int = flag(1700, "updates of the weights", at_least=1)
 
 
 DEMO = """
@@ -3290,7 +3290,7 @@ bpe-encode --dataset_path {data}/stories-valid.txt --tokenizer_path {out}/tokeni
     --out_path {out}/valid.bin --append_eot
 train --train_tokens {out}/train.bin --valid_tokens {out}/valid.bin --outdir {out}/run
     --tokenizer_path {out}/tokenizer.json --context_length 512 --num_layers 2 --d_model 128
-    --num_heads 8 --d_ff 256 --batch_size 4 --lr 3e-3 --min_lr 1e-5 --warmup_steps 10
+    --num_heads 4 --d_ff 256 --batch_size 4 --lr 4e-3 --min_lr 1e-5 --warmup_steps {warmup}
     --max_steps {max_steps} --log_interval 50 --eval_interval 400
 eval --checkpoint {out}/run --valid_tokens {out}/valid.bin
 generate --checkpoint {out}/run --prompt Once --seed 1
@@ -3299,11 +3299,16 @@ generate --checkpoint {out}/run --prompt Once --seed 1
 
 def demo(config: DemoConfig, console: ConsoleConfig) -> int:
     """Run the whole pipeline on the bundled stories, showing each command."""
-    places = {"data": Path(__file__).parent / "data", "out": config.outdir}
+    values = {
+        "data": Path(__file__).parent / "data",
+        "out": config.outdir,
+        "max_steps": config.max_steps,
+        "warmup": config.max_steps // 20,
+    }
     for old in checkpoints_in(config.outdir / "run"):  # the demo's own, from an earlier time
         old.unlink()
     for command in DEMO.replace("\n    ", " ").split("\n")[1:-1]:
-        argv = [word.format(max_steps=config.max_steps, **places) for word in command.split()]
+        argv = [word.format(**values) for word in command.split()]
         say("\n$ python scratchformer.py " + shlex.join(argv))
         if status := main(argv):
             return status

@@ -1653,6 +1653,12 @@ def test_all_checkpoints_are_kept_if_asked_for(toy, tmp_path):
     ]
 
 
+def test_what_a_killed_process_left_behind_is_cleared_away(toy, tmp_path):
+    left_over = write(tmp_path / ".step_000007.pt.4711.tmp", b"half a checkpoint")
+    do("train", *training(toy, tmp_path), "--max_steps 4")
+    assert not left_over.exists()
+
+
 def test_only_the_newest_checkpoints_are_kept(toy):
     assert [path.name for path in checkpoints_in(toy / "run")] == [
         "step_000100.pt",
