@@ -17,7 +17,7 @@ Four commands, each on one line, a few minutes on a laptop:
                                        --tokenizer_path out/tokenizer.json
                                        --num_layers 2 --d_model 128 --num_heads 4 --d_ff 256
                                        --context_length 512 --batch_size 4
-                                       --max_steps 800 --warmup_steps 40 --lr 4e-3
+                                       --max_steps 800 --warmup_steps 40 --lr 3e-3
     python scratchformer.py generate   --checkpoint out/run --prompt "One day"
 
 Commands (each explains its flags with --help):
@@ -3278,7 +3278,7 @@ class DemoConfig(Config):
     """Demo"""
 
     outdir: Path = flag(Path("out/demo"), "folder for what the demo makes")
-    max_steps: int = flag(1700, "updates of the weights", at_least=1)
+    max_steps: int = flag(1800, "updates of the weights", at_least=1)
 
 
 DEMO = """
@@ -3290,7 +3290,7 @@ bpe-encode --dataset_path {data}/stories-valid.txt --tokenizer_path {out}/tokeni
     --out_path {out}/valid.bin --append_eot
 train --train_tokens {out}/train.bin --valid_tokens {out}/valid.bin --outdir {out}/run
     --tokenizer_path {out}/tokenizer.json --context_length 512 --num_layers 2 --d_model 128
-    --num_heads 4 --d_ff 256 --batch_size 4 --lr 4e-3 --min_lr 1e-5 --warmup_steps {warmup}
+    --num_heads 4 --d_ff 256 --batch_size 4 --lr 3e-3 --min_lr 1e-5 --warmup_steps {warmup}
     --max_steps {max_steps} --log_interval 50 --eval_interval 400
 eval --checkpoint {out}/run --valid_tokens {out}/valid.bin
 generate --checkpoint {out}/run --prompt Once --seed 1
@@ -3303,7 +3303,7 @@ def demo(config: DemoConfig, console: ConsoleConfig) -> int:
         "data": Path(__file__).parent / "data",
         "out": config.outdir,
         "max_steps": config.max_steps,
-        "warmup": config.max_steps // 20,
+        "warmup": config.max_steps // 40,
     }
     for old in checkpoints_in(config.outdir / "run"):  # the demo's own, from an earlier time
         old.unlink()
