@@ -441,7 +441,7 @@ def pretokens_of_piece(piece: str) -> list[str]:
     """The pre-tokens of a piece that has lost its leading space.
 
     Letters followed by marks are two pre-tokens, and most pieces are no more than that:
-    seeing it without the pattern takes a tenth of the time.
+    seeing it without the pattern takes half the time.
 
     >>> pretokens_of_piece("don't!"), pretokens_of_piece("not,"), pretokens_of_piece("")
     ([' don', "'t", '!'], [' not', ','], [' '])
@@ -2131,6 +2131,8 @@ class World:
             torch.cuda.set_device(self.device)
         self.dtype = self.choose_dtype(config.dtype)
         self.compile, self.fsdp, self.by_block = config.compile, fsdp, False
+        if self.unit != "auto" and not fsdp:
+            raise UserError(f"--fsdp_unit {self.unit} needs --fsdp")
         if self.shard_size and (not fsdp or self.size % self.shard_size):
             raise UserError(
                 f"--shard_size {self.shard_size} needs --fsdp and a number of processes that "
@@ -2203,8 +2205,8 @@ class World:
             param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         # A unit is what is gathered at once. WHY not always block by block: each unit costs
-        # the host some milliseconds. 24 blocks of 13 million weights on two H200 took 105 ms
-        # per micro-step that way and 47 ms as one unit (2026-11).
+        # the host some milliseconds. 24 blocks of 13 million weights took 105 ms per
+        # micro-step that way on two H200, and 47 ms as one unit on four (2026-11).
         size = sum(p.numel() for p in model.parameters())
         self.by_block = self.unit == "block" or self.unit == "auto" and size > 1e9
         if self.compile and not self.by_block:
@@ -2267,8 +2269,8 @@ class World:
         """Replace every gradient by its mean over processes; FSDP has done so already.
 
         One long message, since many short ones wait for each other. (torch's own
-        DistributedDataParallel, which sends while backward runs, took 75 ms per micro-step
-        where this takes 49: it splits what --compile fuses; two H200, 2026-11.)
+        DistributedDataParallel, which sends while backward runs, took 75 ms per compiled
+        micro-step, 70 of them on the host, where this took 49; two H200, 2026-11.)
         """
         if self.size > 1 and not self.fsdp:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -3044,7 +3046,7 @@ class ExportConfig(Config):
 def export(config: ExportConfig, console: ConsoleConfig) -> None:
     """Write a folder that transformers loads with from_pretrained."""
     save = needs("safetensors.torch", "export").save
-    state = load_checkpoint(config.checkpoint)
+    state = load_weights(config.checkpoint)
     model_config = ModelConfig(**state["model_config"])
     tokenizer = tokenizer_beside(config.checkpoint, config.tokenizer_path)
     weights = llama_weights(state["model"], model_config.num_heads)

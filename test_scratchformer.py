@@ -1597,6 +1597,12 @@ def test_fsdp_without_torchrun_is_refused(toy, tmp_path, capsys):
     assert "torchrun" in refused(capsys, tmp_path, "train", *flags)
 
 
+@pytest.mark.parametrize("flag", ["--fsdp_unit block", "--shard_size 2"])
+def test_a_flag_of_fsdp_without_fsdp_is_refused(toy, tmp_path, capsys, flag):
+    flags = [*training(toy, tmp_path / "run"), "--max_steps 9", flag]
+    assert "needs --fsdp" in refused(capsys, tmp_path, "train", *flags)
+
+
 @slow
 def test_a_mistake_under_torchrun_is_told_once(tmp_path):
     done = run(f"train --train_tokens {tmp_path / 'missing.bin'} --device cpu", processes=2)
@@ -2082,6 +2088,12 @@ def test_a_llama_of_another_kind_is_refused_with_the_reason(
         capsys, tmp_path, f"eval --checkpoint {folder} --text_path {tmp_path / 'text'}"
     )
     assert words in error and str(folder) in error
+
+
+def test_a_llama_folder_can_be_exported_again(exported, toy, tmp_path):
+    do(f"export --checkpoint {toy / 'exported'} --outdir {tmp_path} --quiet")
+    for path in (toy / "exported").iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_shape_that_contradicts_init_from_is_refused(toy, exported, tmp_path, capsys):
