@@ -53,6 +53,7 @@ from scratchformer import (
     DeviceConfig,
     LearningConfig,
     ModelConfig,
+    ProcessConfig,
     RMSNorm,
     Span,
     Stepper,
@@ -90,6 +91,7 @@ from scratchformer import (
     spans,
     stream_text,
     train_bpe,
+    use_all_cores,
     whole_file,
 )  # fmt: skip
 
@@ -1468,6 +1470,15 @@ def test_text_stops_after_the_end_token():
     )
 
 
+@pytest.mark.parametrize("rows, width", [(64, 6), (50, 3), (7, 5), (192, 2)])
+def test_a_product_on_all_cores_is_the_plain_product(rows, width):
+    layer = torch.nn.Linear(width, rows, bias=False)
+    use_all_cores(model := torch.nn.Sequential(layer))
+    for shape in [(1, 1, width), (1, 4, width), (3, 1, width)]:
+        x = torch.randn(shape)
+        torch.testing.assert_close(model(x), x @ layer.weight.T)
+
+
 @given(any_texts)
 def test_streamed_text_never_breaks_a_character(text):
     ids = OURS.encode(text)
@@ -2234,14 +2245,14 @@ EVAL = "eval --device cpu --checkpoint "
     (TRAIN + "--tokenizer_path {tmp}/other.json", "another tokenizer"),
     (TRAIN + "--outdir {tmp}/empty/run", "empty"),
     (TRAIN + "--outdir {tmp}/used", "--resume"),
-    (TRAIN + "--outdir {tmp}/used --resume --d_model 64", "d_model 32, not 64"),
+    (TRAIN + "--outdir {tmp}/used --resume --d_model 64", "d_model 32 -> 64"),
     (EVAL + "{tmp}/missing --valid_tokens {toy}/valid.bin", "missing"),
     (EVAL + "{tmp} --valid_tokens {toy}/valid.bin", "no checkpoint"),
     (EVAL + "{tmp}/empty --valid_tokens {toy}/valid.bin", "no checkpoint"),
     (EVAL + "{toy}/run", "--valid_tokens or --text_path"),
     (EVAL + "{toy}/run --valid_tokens {tmp}/missing", "missing"),
     (EVAL + "{toy}/run --valid_tokens {tmp}/high.bin", "id 300, outside the vocabulary"),
-    (EVAL + "{toy}/run --text_path {tmp}/twice", "shorter than one context"),
+    (EVAL + "{toy}/run --text_path {tmp}/twice", "too few for a context_length"),
     ("generate --device cpu --prompt x --checkpoint {tmp}/lonely", "--tokenizer_path"),
     ("export --outdir {tmp}/x --checkpoint {tmp}", "no checkpoint"),
     ("export --outdir {tmp}/empty/x --checkpoint {toy}/run", "empty"),
@@ -2333,6 +2344,56 @@ def test_the_demo_runs_every_command_it_shows(tmp_path):
     result, story = done.stdout.split(b"\n", 1)
     assert json.loads(result)["floor_nats_per_byte"] < json.loads(result)["nats_per_byte"]
     assert story.startswith(b"Once")
+
+
+# ======================================================================================
+# THE README AND THE CHAPTERS
+#
+# Commands in the README parse as they stand, links to lines point at what they name, and all
+# chapters open alike.
+# ======================================================================================
+
+README = (FILE.parent / "README.md").read_text(encoding="utf-8")
+LINES = FILE.read_text(encoding="utf-8").splitlines()
+HEADS = {m[1]: number for number, line in enumerate(LINES, 1)
+         if (m := re.fullmatch(r"# (\d+)\. [A-Z ,-]+", line))}  # fmt: skip
+
+
+def readme_commands():
+    """The flags of every scratchformer.py command in the README's indented blocks."""
+    text = re.sub(r" \\\\\n +", " ", README)
+    blocks = re.findall(r"^ {4,}(.*scratchformer\.py .*)$", text, re.M)
+    return [shlex.split(line.split("scratchformer.py ", 1)[1]) for line in blocks]
+
+
+@pytest.mark.parametrize("argv", readme_commands(), ids=" ".join)
+def test_a_command_of_the_readme_parses(argv):
+    scratchformer.parse_flags(argv[0], scratchformer.COMMANDS[argv[0]], argv[1:])
+
+
+def test_the_readme_shows_every_command():
+    assert {argv[0] for argv in readme_commands()} == set(scratchformer.COMMANDS)
+
+
+def test_links_of_the_readme_point_at_the_chapters_they_name():
+    links = re.findall(r"\[(\d+)\. [^]]*\]\(scratchformer\.py#L(\d+)\)", README)
+    assert {number: int(line) for number, line in links} == HEADS
+
+
+def test_files_the_readme_shows_are_there():
+    for path in re.findall(r"\]\(((?:data/|test_|scratch|pyproject)[^)#]*)", README):
+        assert (FILE.parent / path).is_file(), path
+
+
+@pytest.mark.parametrize("number", HEADS)
+def test_every_chapter_opens_and_ends_alike(number):
+    end = HEADS.get(str(int(number) + 1), len(LINES))
+    chapter = "\n".join(LINES[HEADS[number] : end])
+    fields = ["Question", "Takes", "Gives", "Idea", "Source", "Change it", "Checked by"]
+    places = [re.search(rf"^# {field:11} \S", chapter, re.M).start() for field in fields]
+    assert places == sorted(places)
+    assert f"# Checked by  test_scratchformer.py, chapter {number}\n" in chapter
+    assert "\n# Exercises\n# 1. " in chapter and ">>> " in chapter
 
 
 # ======================================================================================
@@ -2446,3 +2507,128 @@ def test_speed_against_peers(make_stories, tmp_path):
     make_stories.write_stories(stories, 200, 0)
     for corpus in [*corpora, stories]:
         measure_peers(corpus, tmp_path, 10_000)
+
+
+# The same model as `transformers` builds it, on this machine's device: `train --compile` of
+# the README's shapes on a GPU, the demo's on a CPU. SCRATCHFORMER_SHAPES="small medium"
+# chooses some. Both steps take the same batches, clip, and use the fused AdamW.
+
+STEP_SHAPES = {  # layers, d_model, heads, d_ff, context, sequences, vocabulary
+    "demo": (2, 128, 4, 256, 512, 4, 1536),
+    "small": (8, 768, 16, 2048, 512, 64, 50304),
+    "medium": (24, 1024, 16, 2752, 1024, 8, 50304),
+    "medium_b32": (24, 1024, 16, 2752, 1024, 32, 50304),
+}
+
+
+def chosen_shapes(cuda, cpu):
+    names = cuda if torch.cuda.is_available() else cpu
+    return os.environ.get("SCRATCHFORMER_SHAPES", names).split()
+
+
+def their_llama(config, like=None):
+    """The Llama of transformers that has our shape, and the weights of `like`."""
+    transformers = pytest.importorskip("transformers")
+    content = scratchformer.llama_config(config, None, "float32")
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**content))
+    if like:
+        theirs.load_state_dict(llama_weights(like.state_dict(), config.num_heads))
+    return theirs
+
+
+def milliseconds(step, count):
+    """The median time of `step()`, after two thirds as many to warm up."""
+    times = []
+    for _ in range(count + count * 2 // 3):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[-count:])[count // 2] * 1e3
+
+
+def measure_step(kind, shape, compiled):
+    """Milliseconds and peak GiB of one training step, ours or theirs."""
+    layers, d_model, heads, d_ff, T, B, V = STEP_SHAPES[shape]
+    config = ModelConfig(V, T, layers, d_model, heads, d_ff)
+    world = World(DeviceConfig(), ProcessConfig(compile=compiled))
+    torch.compiler.reset()
+    if kind == "ours":
+        with world.device:
+            model = Transformer(config)
+        world.shard(model)
+        loss_of = world.loss_function(model)
+    else:
+        model = their_llama(config).to(world.device)
+
+        def loss_of(x, y):
+            with world.precision():
+                logits = model(input_ids=x, use_cache=False).logits
+            return F.cross_entropy(logits.view(-1, V).float(), y.view(-1))
+
+        loss_of = torch.compile(loss_of) if compiled else loss_of
+    optimizer = make_optimizer(model, LearningConfig(), world.device)
+    stepper = Stepper(optimizer, 1.0, world.device, False)
+    tokens = torch.randint(V, (B, T + 1), device=world.device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def ours():
+        loss_of(x, y).backward()
+        stepper.step()
+
+    def theirs():
+        loss_of(x, y).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    taken = milliseconds(ours if kind == "ours" else theirs, 30)
+    gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    return taken, gib
+
+
+@pytest.mark.peers
+def test_training_step_against_peers():
+    torch.set_num_threads(os.cpu_count())
+    for shape in chosen_shapes("small medium medium_b32", "demo"):
+        for compiled in [True] if torch.cuda.is_available() else [False, True]:
+            for kind in ["transformers", "ours"] * (1 if torch.cuda.is_available() else 3):
+                taken, gib = measure_step(kind, shape, compiled)
+                tokens = STEP_SHAPES[shape][4] * STEP_SHAPES[shape][5] / taken * 1e3
+                print(f"\n  {shape:11}{'compiled' if compiled else 'eager':9}{kind:13}"
+                      f"{taken:8.2f} ms {tokens:10,.0f} tok/s {gib:6.2f} GiB", end="")
+
+
+@pytest.mark.peers
+def test_generation_against_peers():
+    """512 tokens after 16, the likeliest each time; the weights and the texts are the same."""
+    torch.set_num_threads(os.cpu_count())
+    world = World(DeviceConfig())
+    for shape in chosen_shapes("small", "small"):
+        layers, d_model, heads, d_ff, _, _, V = STEP_SHAPES[shape]
+        config = ModelConfig(V, 1024, layers, d_model, heads, d_ff)
+        model = Transformer(config).eval()
+        theirs = their_llama(config, model).eval().to(world.device, world.dtype)
+        model = model.to(world.device, world.dtype)
+        use_all_cores(model)
+        prompt = list(range(100, 116))
+        given, texts = torch.tensor([prompt], device=world.device), {}
+
+        def ours(model=model, prompt=prompt, texts=texts):
+            texts["ours"] = list(generate(model, prompt, 512, temperature=0))
+
+        @torch.no_grad()
+        def peer(theirs=theirs, given=given, texts=texts):
+            out = theirs.generate(given, attention_mask=torch.ones_like(given), do_sample=False,
+                                  max_new_tokens=512, min_new_tokens=512, pad_token_id=0)
+            texts["transformers"] = out[0, 16:].tolist()
+
+        for name, run in [("transformers", peer), ("ours", ours)] * 2:
+            print(f"\n  {shape} {name:13}{512e3 / milliseconds(run, 3):8.1f} tokens/s", end="")
+        same = sum(a == b for a, b in zip(texts["ours"], texts["transformers"]))
+        print(f"\n  {same} of 512 ids alike", end="")
