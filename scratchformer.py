@@ -24,9 +24,10 @@ flags: python scratchformer.py COMMAND --help
 
 # How to read this file
 # ---------------------
-# From the top. A name is defined before it is used, but for functions that a text announces.
-# Each chapter opens with the question it answers and ends with exercises: small changes to
-# make, and what you will then see. Each was tried.
+# From the top. A name is defined before it is used, but for a few helpers that follow the class
+# they help. Each chapter opens with the question it answers and ends with exercises: small
+# changes to make, and what you will then see. Each was tried; where one speaks of a test, it
+# is in test_scratchformer.py. Chapter 0 is for later: it has nothing to do with models.
 #
 #    0. Household              errors in one line, files never half-written, flags
 #    1. Text to pre-tokens     cutting text into words, and counting them on all cores
@@ -47,8 +48,17 @@ flags: python scratchformer.py COMMAND --help
 #   B batch (sequences)   T time (positions in a sequence)   D model width (d_model)
 #   H attention heads     K width of one head, D / H          F feed-forward width (d_ff)
 #   V vocabulary size
-# An *id* is a token's number, a *position* a place in a sequence, a *step* one update of
-# the weights. A process is one running copy of this program; its *rank* is its number.
+# An *id* is a token's number, a *position* a place in a sequence. A *step* is one update of the
+# weights; it may be made of several *micro-steps*, small batches whose gradients are added
+# (chapter 10). *torchrun*, which comes with torch, starts several processes, copies of one
+# program; each has a number, its *rank*, and they may share out the weights (FSDP, chapter 8).
+#
+# Words of the field. *Softmax* makes any numbers z into probabilities, exp(z) / sum(exp(z)).
+# A *nat* is the unit of -log p, with the natural logarithm: the surprise at what had
+# probability p; a bit is 0.69 nats. *Perplexity* is exp(loss): as if one had to guess among so
+# many. float32 has 24 significant bits, float16 11 and a narrow range, bfloat16 only 8 but
+# float32's range. The *host* is the CPU that tells a GPU what to do; a *kernel* is what the
+# GPU runs at a time, and *fused* if it does the work of several.
 #
 # Comments that begin with WHY give a reason, those with TRAP what breaks and how it looks
 # when it does. Lines beginning with >>> are examples that the tests run.
@@ -124,9 +134,9 @@ class UserError(ValueError):
 def whole_file(path: Path | str) -> Iterator[BinaryIO]:
     """A file open for writing that appears at `path` complete, or not at all.
 
-    The bytes go to a temporary name in the same folder, reach the disk, and are renamed:
-    a rename within a folder is atomic on POSIX and on Windows. Whatever stood at `path`
-    stays there until then, and stays for good if the block raises. Folders are created.
+    The bytes go to a temporary name in the same folder, reach the disk, and are renamed, which
+    is one indivisible act on POSIX. Whatever stood at `path` stays there until then, and stays
+    for good if the block raises. Folders are created.
     """
     path = Path(path)
     if path.is_dir():
@@ -163,6 +173,17 @@ def read_json(path: Path | str, what: str) -> Any:
         raise UserError(f"{path} is not a {what}: damaged JSON ({error})") from None
 
 
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss below an hour.
+
+    >>> clock(59.7), clock(3725)
+    ('1:00', '1:02:05')
+    """
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
 class Progress:
     """One line on the terminal: fraction done, rate, time left.
 
@@ -188,17 +209,6 @@ class Progress:
     def close(self) -> None:
         if self.shown:
             print("\r" + " " * 79 + "\r", end="", file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss below an hour.
-
-    >>> clock(59.7), clock(3725)
-    ('1:00', '1:02:05')
-    """
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
 def is_main() -> bool:
@@ -380,7 +390,8 @@ find_pretokens = regex.compile(PRETOKEN_PATTERN).findall
 # white space on neither side, or only on the right: white space ends every pre-token before
 #   it, because no alternative goes on with white space after something else;
 # only on the left: a run of white space gives its last space to the word on its right.
-# Only a space inside a run, or at its end with nothing after, must not be cut: hold those.
+# Only a space inside a run, or at its end with nothing after, must not be cut: hold those. Of
+# the three spaces in "a   b" the second is held: "a", "  ", " b" are the pre-tokens.
 # A line break may be cut off likewise, if what stands before it is no white space.
 # (`re` counts four more characters as white space than `regex`: it holds more, never less.)
 INNER_SPACE = re.compile(r" (?!\S)(?<=\s )")
@@ -442,6 +453,8 @@ def space_pieces(text: str) -> list[str]:
 
     >>> space_pieces("to be  or\\nnot") == ["to", "be", "", "or", NEW_LINE + "not"]
     True
+    >>> space_pieces("a   b") == ["a", HELD_SPACE, "b"]
+    True
     """
     return LINE_BREAK.sub(" " + NEW_LINE, INNER_SPACE.sub(HELD_SPACE, text)).split(" ")
 
@@ -486,8 +499,9 @@ def count_pretokens(texts: Iterable[str], special_tokens: Sequence[str]) -> Coun
 
 def last_cut(text: str, special_tokens: Sequence[str]) -> int:
     """The last position where `text` may be cut whatever comes before and after; else 0."""
-    # A special token may reach over the cut: stay clear of what the ends of `text` hide.
-    reach = max(4, *(len(token.encode()) for token in special_tokens), 4)
+    # What stands at an end of `text` may be the start of a special token, or up to three bytes
+    # of a character of four: stay clear of both ends.
+    reach = max([4, *(len(token.encode()) for token in special_tokens)])
     end = len(text) - reach
     while end > reach and (match := CUT.search(text, reach, end)):
         end = match.start()
@@ -571,7 +585,9 @@ def bpe_worker() -> None:
     """Answer the requests of `in_parallel` until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
-    setup = json.loads(requests.readline() or '{"work": "count", "special_tokens": []}')
+    if not (line := requests.readline()):
+        return
+    setup = json.loads(line)
     work, reply = WORK[setup["work"]](setup), b""
     while True:
         replies.write(struct.pack("<Q", len(reply)) + reply)
@@ -641,7 +657,7 @@ def in_parallel(setup: dict, tasks: Sequence[Span], num_workers: int | None) -> 
         workers.begin(setup)
         for task in tasks:
             waiting.append(workers.threads.submit(workers.run, task))
-            if len(waiting) > 2 * num_workers:
+            if len(waiting) == 2 * num_workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -673,9 +689,9 @@ def count_files(
 # Exercises
 # 1. In `count_pretokens` leave the pieces out: `counts.update(find_pretokens(document))`. The
 #    counts stay the same, and counting takes half as long again or more.
-# 2. Count " 2024 24,000" with `count_pretokens`: ten digits in a row would be one pre-token.
-#    With ` ?\p{N}{1,3}` in the pattern `regex.findall` gives " 202" and "4": GPT-4's tokenizer
-#    has such a limit, and three digits at a time make fewer numbers to learn.
+# 2. `find_pretokens(" 2024 24,000")` gives " 2024", " 24", "," and "000": any number of digits
+#    is one pre-token. With ` ?\p{N}{1,3}` in the pattern, as GPT-4's tokenizer has it without
+#    the space, " 2024" becomes " 202" and "4": fewer numbers to learn.
 # 3. bpe-train without --special_tokens_path: the stories' vocabulary now spends merges on
 #    b"<|", b"endoftext" and b"|>", though nobody should ever be able to write that mark.
 
@@ -738,6 +754,10 @@ def learn_merges_plainly(pretoken_counts: dict[str, int], num_merges: int) -> li
 # 3. A pair's count grows only in the merge that creates it and shrinks ever after. So pairs
 #    wait in buckets, one for each count, and the buckets are emptied from the highest down:
 #    a pair whose count has shrunk meanwhile goes to the bucket where it now belongs.
+#
+# The five words again: bucket 9 holds es and st, bucket 8 lo, ow and we, ... From 9 comes st.
+# Then es is found to occur 0 times (its s is gone) and is dropped, while the new e+st, 9 times,
+# enters bucket 9 and comes next. Bucket 9 is empty: on to 8, whose "we" has shrunk to 2.
 
 
 def pairs_of(word: str) -> Iterator[str]:
@@ -755,6 +775,8 @@ def merge_order(token: bytes) -> str:
     Bytes are complemented, and U+0100, greater than any of them, marks the end: then a
     prefix comes after the longer token. The heap gives the smallest, we want the greatest.
 
+    >>> [ord(character) for character in merge_order(b"ab")]  # 255 - 97, 255 - 98, the end
+    [158, 157, 256]
     >>> merge_order(b"b") < merge_order(b"ab") < merge_order(b"a")
     True
     """
@@ -893,7 +915,8 @@ def train_bpe(
 
 # Exercises
 # 1. In `learn_merges_plainly` choose by count alone, `key=pair_counts.get`. The five words now
-#    begin with (b"e", b"s"), and the tests show what reading order then does.
+#    begin with (b"e", b"s"), which happened to be met first, and the tests of chapter 2 find
+#    texts from which the two loops learn different things.
 # 2. Let `merge_order` return `"".join(map(chr, token))`: the fast loop now prefers the smallest
 #    pair among equals. The tests of chapter 2 find a counter-example within seconds.
 # 3. Train on the bundled stories with --vocab_size 300, 600, 1200 and 2400, encode, and compare
@@ -935,6 +958,23 @@ LETTER_OF_BYTE = byte_letters()
 BYTE_OF_LETTER = {letter: byte for byte, letter in LETTER_OF_BYTE.items()}
 
 
+def spelled(token: bytes) -> str:
+    """Bytes as a tokenizer.json spells them.
+
+    >>> spelled(b" the")
+    'Ġthe'
+    """
+    return "".join(map(LETTER_OF_BYTE.__getitem__, token))
+
+
+def unspelled(name: str) -> bytes:
+    """The bytes that `spelled` made `name` from."""
+    try:
+        return bytes(map(BYTE_OF_LETTER.__getitem__, name))
+    except KeyError:
+        raise UserError(f"token {name!r} is not spelled in byte letters") from None
+
+
 class Cache(dict):
     """A dictionary that computes what it lacks, and never holds much.
 
@@ -957,7 +997,7 @@ class Cache(dict):
         return value
 
 
-def made_by(merges: Sequence[Merge], id_of: dict[bytes, int]) -> None:
+def check_merges(merges: Sequence[Merge], id_of: dict[bytes, int]) -> None:
     """Raise UserError unless every merge joins what is made before it, all in `id_of`."""
     made = dict.fromkeys(BYTES)
     for left, right in merges:
@@ -997,8 +1037,9 @@ class Tokenizer:
     ):
         check_special_tokens(special_tokens or [])
         self.vocab, self.merges = dict(vocab), list(merges)
+        # Reversed: where two entries have the same bytes, the first one's id is taken.
         id_of = {token: i for i, token in reversed(self.vocab.items())}
-        made_by(self.merges, id_of)
+        check_merges(self.merges, id_of)
         self.special_tokens: dict[str, int] = {}
         for token in special_tokens or []:
             i = id_of.setdefault(token.encode(), max(self.vocab) + 1)
@@ -1078,7 +1119,12 @@ class Tokenizer:
         return "".join(tokens)
 
     def pack_pretoken(self, pretoken: str) -> bytes:
-        """The ids of one pre-token, packed as in a token file."""
+        """The ids of one pre-token, packed as in a token file.
+
+        A string of ids needs no packing of its own: its UTF-16 (or UTF-32) code units are the
+        ids as little-endian integers. An id may be a number that Unicode keeps for surrogates;
+        "surrogatepass" lets it through.
+        """
         word = codecs.charmap_decode(encode_text(pretoken), "strict", self.byte_ids)[0]
         return self.merge(word).encode(self.codec, "surrogatepass")
 
@@ -1195,30 +1241,14 @@ class Tokenizer:
             raise UserError(f"{name} is damaged or no tokenizer.json: {error!r}") from None
 
     def fingerprint(self) -> str:
-        """A hash that two tokenizers share exactly when they give the same ids."""
+        """A hash of all that decides the ids: vocabulary, merges and special tokens."""
         return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()
-
-
-def spelled(token: bytes) -> str:
-    """Bytes as a tokenizer.json spells them.
-
-    >>> spelled(b" the")
-    'Ġthe'
-    """
-    return "".join(map(LETTER_OF_BYTE.__getitem__, token))
-
-
-def unspelled(name: str) -> bytes:
-    """The bytes that `spelled` made `name` from."""
-    try:
-        return bytes(map(BYTE_OF_LETTER.__getitem__, name))
-    except KeyError:
-        raise UserError(f"token {name!r} is not spelled in byte letters") from None
 
 
 def check_kind(content: Any) -> None:
     """Raise UserError unless a tokenizer.json describes what `Tokenizer` computes."""
     model, cut = content["model"], content.get("pre_tokenizer") or {}
+    ends = content.get("post_processor") or {}
     unsupported = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     strip = ("single_word", "lstrip", "rstrip")
     reasons = [
@@ -1230,6 +1260,7 @@ def check_kind(content: Any) -> None:
         (cut.get("type") != "ByteLevel" or not cut.get("use_regex", True),
          "its pre-tokenizer is not ByteLevel with GPT-2's pattern"),
         (cut.get("add_prefix_space"), "its pre-tokenizer adds a space before the text"),
+        (ends.get("type", "ByteLevel") != "ByteLevel", f"its {ends.get('type')} adds tokens"),
         *((any(map(entry.get, strip)), f"added token {entry['content']!r} eats white space")
           for entry in content["added_tokens"]),
     ]
@@ -1282,7 +1313,9 @@ def encode_file(
             done, num_tokens = done + (task.end - task.start) / 1e6, out.tell() // width
             progress.update(done, f"  {num_tokens / 1e6:,.1f} M tokens")
         progress.close()
-        # TRAP: the description first. A token file is only ever found with its own.
+        # TRAP: the description first. If we are killed between the two, an old token file of
+        # another size no longer fits it, and `train` says so; the other way round it would
+        # read new ids as the old description has them.
         write_json(f"{out_path}.json", {
             "dtype": "uint16" if width == 2 else "uint32",
             "vocab_size": tokenizer.vocab_size,
@@ -1295,9 +1328,11 @@ def encode_file(
 
 
 def stated_floor(files: Sequence[Span]) -> float | None:
-    """The entropy in nats per byte that a generated corpus states beside itself, if all do.
+    """The entropy in nats per byte that generated files state beside themselves, if all do.
 
-    No model can have a lower loss on it: see data/make_stories.py.
+    data/make_stories.py writes stories by drawing each word from a list with probabilities it
+    knows, and adds up -log p of all draws. That sum over the number of bytes is what even the
+    author cannot foresee: on new texts of this kind no model can be expected to do better.
     """
     nats = 0.0
     for file in files:
@@ -1395,7 +1430,9 @@ if __name__ == "__main__":
 # Gives       inputs and targets, both [batch, time]
 # Idea        Every row of every step's batch begins at a place drawn by a counter-based
 #             generator: a function of seed, step and row. There is no state to save, and
-#             however the rows are dealt out to devices, they are the same rows.
+#             however the rows are dealt out to devices, they are the same rows. A row may
+#             begin in the middle of a document and run on into the next: the model learns
+#             that what follows an end-of-text id has nothing to do with what came before.
 # Source      Salmon et al. 2011 (Philox, the generator); nanoGPT (the file format)
 # Change it   `Batches.row_starts` decides where rows begin; another order goes there.
 # Checked by  test_scratchformer.py, chapter 4
@@ -1523,7 +1560,7 @@ class Batches:
         """Where rows first to first + count of `step` begin; int64 [count].
 
         Philox turns a key and a counter into random bits: the key is (seed, step), the
-        counter runs with the rows.
+        counter runs with the rows. (Drawing those before `first` too takes microseconds.)
         """
         draws = np.random.Philox(key=[self.config.seed, step]).random_raw(first + count)[first:]
         return (draws % np.uint64(len(self.tokens) - self.length)).astype(np.int64)
@@ -1540,7 +1577,8 @@ class Batches:
     def stream(self, first_step: int, last_step: int, device: torch.device) -> Generator:
         """All micro-batches of steps first_step to last_step - 1, as `get` gives, on `device`.
 
-        A thread reads two ahead. Pinned memory lets the copy to a GPU run beside its work.
+        A thread reads ahead, three at most. Pinned memory lets the copy to a GPU run beside its
+        work.
         """
         ready: queue.Queue = queue.Queue(maxsize=2)
         stopped = threading.Event()
@@ -1579,9 +1617,10 @@ class Batches:
 # Exercises
 # 1. Print `tokenizer.decode` of the first row of inputs and of targets of step 0: the same
 #    text, one token apart. Every position of a row is a question with its answer.
-# 2. Read in order instead of by lot: let `row_starts` return, for `rows` rows in a step,
-#    (step * rows + np.arange(first, first + count)) * length % (tokens - length). Each token is
-#    seen once before any is seen twice, and a short run ends a little lower.
+# 2. Read in order instead of by lot: let `row_starts` return, for `rows` (world_size times
+#    grad_accum_steps times batch_size), (step * rows + np.arange(first, first + count)) *
+#    length, modulo the number of places as now. Runs of one pass end within a few hundredths
+#    of a nat, lower or higher: chance repeats few rows so early.
 # 3. Swap the roles of rank and micro-step in `first_row`. Every run still learns, but two
 #    processes no longer see the rows that one process sees, and a test of chapter 4 says so.
 
@@ -1595,17 +1634,27 @@ class Batches:
 # Idea        x = embedding[tokens]                              (B, T, D)
 #             for each block:
 #                 h = rms_norm(x)
-#                 q, k, v = h @ Wq, h @ Wk, h @ Wv               (B, H, T, K) each
+#                 q, k, v = h @ Wq, h @ Wk, h @ Wv               cut into H heads: (B, H, T, K)
 #                 q, k = rotated by their positions              RoPE
-#                 x = x + softmax(q @ k.T / sqrt(K), causal) @ v @ Wo
+#                 x = x + joined(softmax(q @ k.T / sqrt(K), causal) @ v) @ Wo
 #                 h = rms_norm(x)
 #                 x = x + (silu(h @ Wgate) * (h @ Wup)) @ Wdown  SwiGLU
 #             logits = rms_norm(x) @ Whead                       (B, T, V)
 # Source      Vaswani et al. 2017 (arXiv 1706.03762), as changed by Llama (2302.13971)
-# Change it   Each part is a class of ten to thirty lines that knows nothing of the others,
-#             and nothing here knows how many devices there are.
+# Change it   Each part is a small class. Nothing here knows how many devices there are.
 # Checked by  test_scratchformer.py, chapter 5
 # ======================================================================================
+
+# What we use of PyTorch. A Tensor is an array of numbers on some device. An nn.Parameter is a
+# tensor to be learned; an nn.Module is a function with parameters, its own and those of the
+# modules inside it, known by names such as blocks.0.attention.qkv.weight; calling it runs its
+# `forward`. A buffer belongs to a module without being learned. Every operation notes how its
+# result depends on its inputs, and `loss.backward()` follows these notes back and leaves in
+# `parameter.grad` the derivative of the loss: how much it grows if that number grows. By hand:
+# after `w = nn.Parameter(torch.tensor(3.0)); (w * w).backward()`, w.grad is 2 * 3 = 6.
+#
+# An embedding is a table with a row of D numbers for each id. The rows of a sequence are the
+# start of the *residual stream*, x below: every part reads x and adds something to it.
 
 
 @dataclasses.dataclass
@@ -1660,14 +1709,14 @@ class RMSNorm(nn.Module):
 
 # Attention compares a query with keys and cannot tell where they stand. RoPE tells it: cut a
 # head of width K into K/2 pairs of numbers, take each pair for a point in the plane, and turn
-# it by an angle that grows with the position. The product of two turned points depends on the
-# difference of their angles alone: so scores see how far apart two words are, not where they
-# are. WHY pairs: turning in a plane is the simplest change of a vector that keeps its length
-# and adds up, n turns after m turns being n + m turns.
+# it by an angle that grows with the position. In the product of two turned points the
+# positions appear only through the difference of the angles: so scores see how far apart two
+# words are, not where they are. WHY pairs: turning in a plane is the simplest change of a
+# vector that keeps its length and adds up, n turns after m turns being n + m turns.
 
 
 def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
-    """cos and -+sin of position * theta^(-2i / width) for pairs i; float32 [2, T, K].
+    """Cosine and signed sine of position * theta^(-2i / width) for pairs i; float32 [2, T, K].
 
     Pair i of a head turns by that angle: the first pairs fast, the last ones slowly, as the
     hands of a clock. Each stands twice, once for either member of the pair, the sine of the
@@ -1707,11 +1756,11 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for q, k, v [..., T, d]; where `mask` is False, no look.
+    """softmax(q k^T / sqrt(K)) v for q, k, v [..., T, K]; hidden is where `mask` is False.
 
     Each position asks (q), is asked (k) and answers (v): it takes the mean of the answers,
     weighted by how well their keys fit its query. The causal mask hides what comes later.
-    WHY sqrt(d): a sum of d products of numbers of size 1 has size sqrt(d), and a softmax of
+    WHY sqrt(K): a sum of K products of numbers of size 1 has size sqrt(K), and a softmax of
     large numbers is all or nothing. Source: Vaswani et al. 2017, equation 1. The model calls
     PyTorch's fused kernel, which never writes the T x T scores to memory; the tests hold the
     two equal. By hand: with all scores alike, row t is the mean of the first t + 1 answers.
@@ -1731,7 +1780,11 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention with RoPE: [B, T, D] -> [B, T, D]."""
+    """Causal multi-head self-attention with RoPE: [B, T, D] -> [B, T, D].
+
+    WHY heads: one softmax makes one mean. H attentions of width K = D / H cost what one of
+    width D costs, and each may look for something else: the word before, the subject, a name.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -1745,6 +1798,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`cache` [2, B, H, >= start + T, K] holds keys and values of earlier positions."""
         (B, T, D), H = x.shape, self.num_heads
+        # Positions stand before heads here, (B, T, 2 H, K): so the table [2, T, K] gets a
+        # dimension for the heads.
         qk, v = self.qkv(x).view(B, T, 3 * H, D // H).split([2 * H, H], dim=2)
         # WHY rotated together, before heads and positions trade places: one fused kernel
         # forwards and one backwards, 2% of a step on an H100 (2026-11).
@@ -1784,8 +1839,8 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Attention, then SwiGLU, each on a normalised copy, each added back: [B, T, D].
 
-    WHY the norm stands before each part and not after the sum: x itself then passes from
-    the first block to the last untouched, and so do gradients on their way back; deep
+    WHY the norm stands before each part and not after the sum: from the first block to the
+    last x is then only added to, and gradients pass back along the same way undamped; deep
     stacks learn without a long warm-up (Xiong et al. 2020, arXiv 2002.04745, figure 1).
     """
 
@@ -1799,7 +1854,6 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, table: Tensor, cache: Tensor | None = None, start: int = 0
     ) -> Tensor:
-        # TRAP: `x += ...` would change FSDP's view of a block's output and lose gradients.
         x = x + self.attention(self.attention_norm(x), table, cache, start)
         return x + self.swiglu(self.swiglu_norm(x))
 
@@ -1807,8 +1861,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Tokens int64 [B, T] to logits [B, T, V], for T up to context_length.
 
-    With `cache` from `new_cache`, the tokens continue those of earlier calls: they stand at
-    positions start, start + 1, ...
+    With `cache` from `new_cache`, the tokens continue those of earlier calls: any number of
+    them at position 0, and after that one at a time, at position `start`.
     """
 
     def __init__(self, config: ModelConfig):
@@ -1860,10 +1914,11 @@ class Transformer(nn.Module):
 # 1. Tie the head: after `self.head = ...` write `self.head.weight = self.embedding.weight`. The
 #    model loses V * D weights and still begins near ln V. A checkpoint now holds the shared
 #    matrix once, and `model_from_checkpoint` says what it misses; strict=False mends it.
-# 2. Replace RMSNorm by nn.LayerNorm in `Block` and `Transformer`. The loss falls about as fast;
-#    the tests against Llama fail, since a LayerNorm has a bias and takes the mean away.
-# 3. Let `rotate` return x. Attention then sees a bag of words behind each position: train for
-#    some hundred steps with and without, and compare.
+# 2. Replace RMSNorm by nn.LayerNorm in `Block` and `Transformer`. The loss falls about as fast
+#    (1.41 and 1.48 after 300 steps of a small model); the tests against Llama fail, since a
+#    LayerNorm has a bias and takes the mean away.
+# 3. Let `rotate` return x at once. Order is then known only by what the mask gives away: the
+#    same 300 steps end at 1.87 instead of 1.48.
 # 4. Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245): G < H heads of keys and
 #    values. `qkv` gets (H + 2 * G) * K rows, the splits become [H + G, G] and [H, G], both
 #    kernels `enable_gqa=True`, and the cache G heads: six lines, and a cache H / G smaller.
@@ -1877,8 +1932,8 @@ class Transformer(nn.Module):
 # Gives       the loss in nats per token; an optimizer; the learning rate of each step
 # Idea        The loss is -log of the probability given to the right id: ln V for a model
 #             that knows nothing, and 0 for one that is always certain and right. Its
-#             gradient says for each weight which way is down; AdamW walks there in steps
-#             whose size does not depend on how steep it is.
+#             gradient says for each weight which way is up; AdamW walks the other way, in
+#             steps whose size hardly depends on how steep it is.
 # Source      Loshchilov & Hutter 2019, algorithm 2 (AdamW, arXiv 1711.05101)
 # Change it   `learning_rate` for another schedule, `make_optimizer` for other groups.
 # Checked by  test_scratchformer.py, chapter 6
@@ -1912,7 +1967,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     >>> cross_entropy(torch.zeros(1, 1, 4), torch.tensor([[2]]))  # ln 4: nothing known
     tensor(1.3863)
     """
-    # TRAP: bfloat16 has 8 bits of fraction; a sum over 50,000 exponentials needs more.
+    # TRAP: bfloat16 has 8 significant bits; a sum over 50,000 exponentials needs more.
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
@@ -1936,14 +1991,38 @@ def learning_rate(
     return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (max_lr - min_lr)
 
 
+def adamw_reference(
+    weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor,
+    step: int, lr: float, betas: tuple[float, float], decay: float, eps: float = 1e-8,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One update of AdamW, written out: the new weight, mean and mean square.
+
+    The weight moves against the running mean of its gradient, divided by the root of the
+    running mean square: by about lr if the gradient keeps its sign, by less if it wavers,
+    however large it is. Both means begin at 0, and dividing by 1 - beta^step makes up for it;
+    `step` counts from 1. Decay pulls every weight towards 0, so that only what is used often
+    stays large. torch's fused kernel does this for all weights at once; the tests hold it to
+    this. By hand: the first step is lr times the sign, whether the gradient is 5 or 0.05.
+
+    >>> zero, one = torch.zeros(2), torch.ones(2)
+    >>> adamw_reference(one, torch.tensor([5.0, 0.05]), zero, zero, 1, 0.1, (0.9, 0.95), 0.0)[0]
+    tensor([0.9000, 0.9000])
+    """
+    mean = betas[0] * mean + (1 - betas[0]) * gradient
+    square = betas[1] * square + (1 - betas[1]) * gradient**2
+    direction = mean / (1 - betas[0] ** step)
+    size = (square / (1 - betas[1] ** step)).sqrt() + eps
+    return weight - lr * decay * weight - lr * direction / size, mean, square
+
+
 def make_optimizer(
     model: nn.Module, config: LearningConfig, device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves the gains of the norms alone.
+    """torch's AdamW, which decays matrices and leaves the gains (weights of the norms) alone.
 
     Decay pulls towards zero, which for a gain means a silent layer, not a simple one.
     TRAP: build it after sharding. Sharding replaces the parameters, and an optimizer that
-    holds the old ones runs without an error while the weights never change.
+    holds the old ones never changes the weights.
     """
     matrices = [p for p in model.parameters() if p.dim() == 2]
     gains = [p for p in model.parameters() if p.dim() < 2]
@@ -1954,10 +2033,11 @@ def make_optimizer(
 
 
 class Stepper:
-    """Clips, guards and applies the gradients, without waiting for the device.
+    """Clips, guards and applies the gradients, without waiting for the device (but on MPS).
 
-    The gradients' norm decides three things, all left to the fused AdamW kernel, which
-    divides by `grad_scale` and does nothing where `found_inf` is 1:
+    The gradients' norm decides three things, all left to the fused AdamW kernel: it divides
+    by the optimizer's attribute `grad_scale` and does nothing where `found_inf` is 1, which is
+    how torch's own GradScaler talks to it.
     clipping: a norm above `clip_grad` is brought down to it, so that one odd batch cannot
     undo many good ones (Pascanu et al. 2013, arXiv 1211.5063, algorithm 1);
     non-finite numbers: the step is skipped and counted, the weights stay as they are;
@@ -1967,7 +2047,7 @@ class Stepper:
     (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2).
     """
 
-    LARGEST_RUN = 10  # skipped steps in a row that are taken for bad luck
+    LARGEST_RUN = 10  # skipped steps in a row that are no bad luck any more (chapter 10)
     GROWTH_STEPS = 2000
     STATE = ("scale", "good_steps", "skipped", "skipped_in_a_row")
 
@@ -2019,8 +2099,8 @@ class Stepper:
 # 1. Another schedule: stay at max_lr after the warm-up and fall in a straight line over the
 #    last fifth ("WSD", Hu et al. 2024, arXiv 2404.06395): the last line becomes
 #    min_lr + min(1, 5 * (1 - done)) * (max_lr - min_lr). Short runs end clearly lower with it.
-# 2. Train with --lr 1: the loss falls, slowly, and stays far above that of 1e-3. Then add
-#    --clip_grad 0: hardly a change, for AdamW divides by the size of the gradients anyway.
+# 2. Train with --lr 1: the loss may rise first, and ends near 5 where 3e-3 ends near 1.5. With
+#    --clip_grad 0 it ends in the same place, for AdamW divides by the gradients' size anyway.
 # 3. Put the gains into the group that decays. Nothing visible happens in a short run: such
 #    choices are settled by long ones.
 
@@ -2034,8 +2114,8 @@ class Stepper:
 # Idea        Draw the next id from softmax(logits / temperature), append it, repeat. Keys
 #             and values of earlier positions never change, so keep them: each new token
 #             then costs one position of work instead of the whole sequence.
-# Source      Holtzman et al. 2020 (top-p, arXiv 1904.09751); Fan et al. 2018 (top-k,
-#             arXiv 1805.04833, section 5.2)
+# Source      Holtzman et al. 2020 (top-p, arXiv 1904.09751), section 3.1; Fan et al. 2018
+#             (top-k, arXiv 1805.04833)
 # Change it   `sample` turns one row of logits into an id.
 # Checked by  test_scratchformer.py, chapter 7
 # ======================================================================================
@@ -2050,9 +2130,10 @@ def sample(
 ) -> Tensor:
     """Ids drawn from logits [B, V], int64 [B].
 
-    temperature 0 takes the likeliest id; top_k keeps the k likeliest; top_p keeps the
-    likeliest that together reach probability p (always at least one). By hand: these logits
-    mean 9%, 67% and 24%, so the likeliest alone reaches one half.
+    A temperature below 1 makes likely ids likelier still, and 0 takes the likeliest; top_k
+    keeps the k likeliest and their equals; top_p keeps the likeliest that together reach
+    probability p (always at least one). By hand: these logits mean 9%, 67% and 24%, so one id
+    alone reaches a half.
 
     >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0)
     tensor([1])
@@ -2071,9 +2152,10 @@ def sample(
         beyond = before >= top_p
         beyond[:, 0] = False
         logits = logits.scatter(-1, ids, ordered.masked_fill(beyond, -math.inf))
-    # The largest of log p + Gumbel noise is a draw from p; argmax needs no look at the host.
-    uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
-    return (logits - (-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()).argmax(-1)
+    # WHY a race: if id i arrives after an exponential time of rate p[i], it is first with
+    # probability p[i]. (torch.multinomial does this too, and checks its input on the host.)
+    race = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(-1) / race).argmax(-1)
 
 
 @torch.no_grad()
@@ -2164,7 +2246,7 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 #             the rest when it is needed and lets go of it afterwards. WHY gather what was just
 #             shared out: a weight costs 16 bytes (4 itself, 4 its gradient, 8 for AdamW's two
 #             means), but only the 4 or 2 that a product needs are ever whole, for as long as
-#             it lasts. So N devices hold models N times as large.
+#             it lasts. So N devices hold nearly N times the weights of one.
 # Source      Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054), section 5; Zhao et al. 2023
 #             (FSDP, arXiv 2304.11277)
 # Change it   `World.shard` alone decides how a model is spread.
@@ -2195,11 +2277,12 @@ class ProcessConfig(Config):
         0, "processes that share one model (a node's, say), copied across; 0: all", 0)
 
 
-# Dense bfloat16 peak in TFLOP/s without sparsity, from the vendors' data sheets; the
-# longest name that the device's name contains counts.
+# Dense bfloat16 peak in TFLOP/s without sparsity, from the vendors' data sheets. Of the names
+# that occur in the device's name as whole words the longest counts.
 PEAK_TFLOPS = {
-    "A100": 312, "A10G": 70, "A40": 150, "B200": 2250, "H100 PCIe": 756, "H100": 989,
-    "H200": 989, "L4": 121, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 210,
+    "A100": 312, "A10G": 70, "A40": 150, "B200": 2250, "H100 NVL": 835, "H100 PCIe": 756,
+    "H100": 989, "H200": 989, "L4": 121, "L40": 181, "L40S": 362, "RTX 3090": 71,
+    "RTX 4090": 165, "RTX 5090": 210,
 }
 
 
@@ -2233,7 +2316,7 @@ class World:
                             f"it divides, not {self.size}")
         self.device = self.choose_device(config.device)
         self.dtype = self.choose_dtype(config.dtype)
-        # float32 products on tensor cores with 10 bits of fraction, where they exist.
+        # float32 products with 11 significant bits of each factor, where tensor cores exist.
         cuda = self.device.type == "cuda"
         torch.set_float32_matmul_precision("high" if cuda else "highest")
 
@@ -2251,9 +2334,9 @@ class World:
         if not cuda:
             raise UserError("--device cuda: torch finds no CUDA device here")
         local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= count:
-            raise UserError(f"process {local} of this machine finds {count} CUDA devices: "
-                            f"start at most one process for each")
+        if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > count:
+            raise UserError(f"{processes} processes on a machine with {count} CUDA devices: "
+                            "start at most one for each")
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
 
@@ -2319,7 +2402,8 @@ class World:
         policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
         # A unit is what is gathered at once. WHY not always block by block: each unit costs
         # the host some milliseconds. 24 blocks of 13 million weights took 105 ms per
-        # micro-step that way on two H200, and 47 ms as one unit on four (2026-11).
+        # micro-step that way on two H200, and 47 ms as one unit even on four, which have more
+        # to gather (2026-11). A large model must pay this: gathered at once it would not fit.
         size = sum(p.numel() for p in model.parameters())
         unit = self.flags.fsdp_unit
         self.by_block = unit == "block" or unit == "auto" and size > 1e9
@@ -2367,7 +2451,8 @@ class World:
     def before_backward(self, model: Any, last: bool) -> None:
         """Tell FSDP whether this micro-step is the step's last: then gradients are averaged.
 
-        Sums can be averaged once. Weights gathered as one unit stay so until then.
+        Sums can be averaged once. Until then each process keeps whole gradients, and weights
+        gathered as one unit stay so: fewer messages, for more memory.
         """
         if self.fsdp:
             model.set_requires_gradient_sync(last)
@@ -2432,7 +2517,7 @@ class World:
         if self.device.type != "cuda" or self.dtype == torch.float32:
             return None
         name = torch.cuda.get_device_name(self.device)
-        known = [key for key in PEAK_TFLOPS if key in name]
+        known = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name)]
         return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
     def describe(self) -> str:
@@ -2462,7 +2547,8 @@ class World:
 # Takes       model, optimizer, step
 # Gives       one file step_NNNNNN.pt, the same for one process or many, sharded or not
 # Idea        Whole tensors under the names of the plain model: who loads them shards them
-#             as it likes. The copy to the host holds the loop up; the disk does not.
+#             as it likes. The copy to the host holds the loop up; the disk does so only if
+#             it is not done when the next save comes.
 # Source      the zip format of torch.save; batches need no state (chapter 4)
 # Change it   `gather` lists all that is saved, `restore` puts it back.
 # Checked by  test_scratchformer.py, chapter 9
@@ -2492,8 +2578,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def load_checkpoint(path: str | Path) -> dict:
     """The state saved in `path`, or in the newest checkpoint of the folder `path`.
 
-    Tensors stay on disk until used. Raises UserError where there is none, where it is
-    damaged (every part has a checksum), or where it is something else. No code in the file
+    Its checksums are verified; then tensors are mapped, and read when used. Raises UserError
+    for a folder without one, and for a file that is damaged or something else. No code in it
     is ever run.
     """
     path = Path(path)
@@ -2545,7 +2631,7 @@ class Checkpoints:
         self.error: Exception | None = None
 
     def gather(self, model: Transformer, stepper: Stepper, weights_only: bool) -> dict:
-        """Whole tensors on the main process's host; other processes take part for nothing."""
+        """Whole tensors on the main process's host; the others take part and keep nothing."""
         kept: dict[str, Any] = {"model": {}, "stepper": stepper.state()}
         if not weights_only:
             kept["optimizer"] = {key: {} for key in (*MOMENTS, "step")}
@@ -2621,8 +2707,9 @@ def resumable(outdir: Path) -> dict | None:
 
 
 # Exercises
-# 1. Start a run, kill it with `kill -9` in the middle, and start it again with --resume. Its
-#    losses in metrics.jsonl are, digit by digit on a CPU, those of a run left alone.
+# 1. Start a run with --save_interval 100, kill it with `kill -9` after the first checkpoint,
+#    and start it again with --resume. Its losses in metrics.jsonl are, digit by digit on a CPU,
+#    those of a run left alone.
 # 2. Let `restore` leave the moments at zero, where `torch.zeros_like` made them. A resumed run
 #    still learns, but its losses part from those of an unbroken one, and a test finds it.
 # 3. Open a checkpoint: `torch.load("step_000100.pt", weights_only=True)["model"].keys()`. It is
@@ -2638,7 +2725,7 @@ def resumable(outdir: Path) -> dict | None:
 # Idea        For each step: set the learning rate, add up the gradients of some
 #             micro-steps, update. WHY micro-steps: gradients add, so four small batches one
 #             after the other are one large batch that would not have fitted into memory. The
-#             host never waits for the device, except to log.
+#             host waits for the device only to log, to measure and to save.
 # Source      Goyal et al. 2017 (arXiv 1706.02677), section 3: what a mean over micro-steps
 #             and processes must be; Brown et al. 2020 (arXiv 2005.14165), appendix B
 # Change it   `Trainer.step` is the algorithm, `Trainer.run` the loop around it.
@@ -2686,9 +2773,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and perplexity per token on fixed windows, and per byte where the bytes are known.
 
-    WHY per byte: a loss per token flatters large vocabularies of short texts; bytes are the
-    same for all. The windows do not depend on `batch_size` or the number of processes. Every
-    process takes part in every forward pass, which FSDP needs; surplus rows count for nothing.
+    WHY per byte: a small vocabulary has short tokens, each easy to guess, and a low loss per
+    token that means nothing; bytes are the same for all. The windows do not depend on
+    `batch_size` or the number of processes. Every process takes part in every forward pass,
+    which FSDP needs; surplus rows count for nothing.
     """
     tokens.need(length)
     starts = evaluation_windows(len(tokens), length, limit)
@@ -2743,7 +2831,7 @@ def flops_per_token(config: ModelConfig) -> float:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object for each logged step, in order, without gaps.
+    """metrics.jsonl: one JSON object for each logged step, as if no run had been interrupted.
 
     With `tensorboard` the same numbers go to TensorBoard's event files beside it.
     """
@@ -2771,7 +2859,7 @@ class Metrics:
 
 
 class StopSignal:
-    """Remembers SIGTERM or Ctrl-C until the loop asks. A second Ctrl-C leaves at once."""
+    """Remembers SIGTERM or Ctrl-C until the loop asks. Another, later Ctrl-C leaves at once."""
 
     def __enter__(self) -> StopSignal:
         self.number, self.when = 0, 0.0
@@ -2960,16 +3048,16 @@ class Trainer:
         flags, max_steps, first = self.flags, self.learning.max_steps, self.first_step
         stream = self.batches.stream(first, max_steps, self.world.device)
         # The clock stands still while the loop measures and saves. The first step compiles
-        # and allocates: it is logged, and a new count begins.
+        # and allocates: after it a new count begins.
         began, counted_from, paused, step = time.monotonic(), first, 0.0, first
         for step in range(first + 1, max_steps + 1):
             loss, norm = self.step(step, stream)
-            last, record = step == max_steps, {}
+            last, record, now = step == max_steps, {}, time.monotonic()
             if last or step == 1 or step % flags.log_interval == 0:
-                self.world.mean(loss).item()  # wait for the device, then look at the clock
-                now = time.monotonic()
-                seconds, steps = now - began - paused, step - counted_from
-                record = self.record(step, loss, norm, steps, seconds)
+                loss.item()  # waits for the device: only then is it time to look at the clock
+                seconds = (now := time.monotonic()) - began - paused
+                record = self.record(step, loss, norm, step - counted_from, seconds)
+            if record or step == first + 1:
                 began, counted_from, paused = now, step, 0.0
             pause = time.monotonic()
             if self.valid and (last or step % flags.eval_interval == 0):
@@ -3409,7 +3497,7 @@ def demo(config: DemoConfig, console: ConsoleConfig) -> int:
     for command in DEMO.replace("\n    ", " ").split("\n")[1:-1]:
         argv = [word.format(**values) for word in command.split()]
         say("\n$ python scratchformer.py " + shlex.join(argv))
-        if status := main(argv):
+        if status := main(argv + ["--quiet"] * console.quiet):
             return status
     return 0
 

@@ -63,6 +63,7 @@ from scratchformer import (
     Transformer,
     UserError,
     World,
+    adamw_reference,
     apply_rope,
     attention_reference,
     checkpoints_in,
@@ -105,6 +106,7 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck),
 )  # fmt: skip
 hypothesis.settings.load_profile("scratchformer")
+THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # tiny tensors: a second thread only gets in the way
 
 # Every kind of white space, what looks like it (U+001C to U+001F, U+200B, U+180E), the
@@ -872,6 +874,7 @@ FEW = {"model__vocab": {"a": 0}, "model__merges": []}
     (changed(model__byte_fallback=True), "SentencePiece"),
     (changed(model__ignore_merges=True), "ignore_merges"),
     (changed(normalizer={"type": "NFC"}), "NFC"),
+    (changed(post_processor={"type": "TemplateProcessing"}), "TemplateProcessing adds tokens"),
     (changed(model__merges=[["q", "zzz"]]), "comes before its parts"),
     (changed(model__merges=["q z"]), "lacks b'qz'"),
     (changed(model__merges=[["q"]]), "damaged"),
@@ -1295,6 +1298,22 @@ def test_the_schedule_is_the_table():
     table = [2, 4, 6, 8, 8, 7.598, 6.5, 5, 3.5, 2.402, 2, 2]
     assert got == pytest.approx(table, abs=5e-4)
     assert learning_rate(0, 8.0, 2.0, 0, 10) == 8.0
+
+
+@given(st.integers(1, 12), st.floats(0, 1), st.floats(0, 0.999), st.floats(0, 0.9999))
+def test_the_formula_of_adamw_is_torchs(steps, decay, beta1, beta2):
+    generator = torch.Generator().manual_seed(steps)
+    start = torch.randn(5, generator=generator)
+    theirs = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([theirs], lr=0.1, betas=(beta1, beta2), weight_decay=decay)
+    ours, mean, square = start, torch.zeros(5), torch.zeros(5)
+    for step in range(1, steps + 1):
+        theirs.grad = torch.randn(5, generator=generator)
+        ours, mean, square = adamw_reference(
+            ours, theirs.grad, mean, square, step, 0.1, (beta1, beta2), decay
+        )
+        optimizer.step()
+    torch.testing.assert_close(ours, theirs.data, rtol=1e-4, atol=1e-5)
 
 
 def test_matrices_decay_and_gains_do_not():
@@ -2361,7 +2380,7 @@ HEADS = {m[1]: number for number, line in enumerate(LINES, 1)
 
 def readme_commands():
     """The flags of every scratchformer.py command in the README's indented blocks."""
-    text = re.sub(r" \\\\\n +", " ", README)
+    text = re.sub(r" \\\n +", " ", README)
     blocks = re.findall(r"^ {4,}(.*scratchformer\.py .*)$", text, re.M)
     return [shlex.split(line.split("scratchformer.py ", 1)[1]) for line in blocks]
 
@@ -2594,7 +2613,7 @@ def measure_step(kind, shape, compiled):
 
 @pytest.mark.peers
 def test_training_step_against_peers():
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(THREADS)
     for shape in chosen_shapes("small medium medium_b32", "demo"):
         for compiled in [True] if torch.cuda.is_available() else [False, True]:
             for kind in ["transformers", "ours"] * (1 if torch.cuda.is_available() else 3):
@@ -2607,7 +2626,7 @@ def test_training_step_against_peers():
 @pytest.mark.peers
 def test_generation_against_peers():
     """512 tokens after 16, the likeliest each time; the weights and the texts are the same."""
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(THREADS)
     world = World(DeviceConfig())
     for shape in chosen_shapes("small", "small"):
         layers, d_model, heads, d_ff, _, _, V = STEP_SHAPES[shape]
