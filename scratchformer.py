@@ -27,7 +27,10 @@ flags: python scratchformer.py COMMAND --help
 # From the top. A name is defined before it is used, but for a few helpers that follow the class
 # they help. Each chapter opens with the question it answers and ends with exercises: small
 # changes to make, and what you will then see. Each was tried; where one speaks of a test, it
-# is in test_scratchformer.py. Chapter 0 is for later: it has nothing to do with models.
+# is in test_scratchformer.py. A *small run* is the `train` command that the demo prints, but
+# with --context_length 128 --d_model 64 --d_ff 128 --batch_size 8 --max_steps 300
+# --warmup_steps 20 --min_lr 1e-4: ten seconds, after which the loss on the validation file is
+# 1.48. Chapter 0 is for later: it has nothing to do with models.
 #
 #    0. Household              errors in one line, files never half-written, flags
 #    1. Text to pre-tokens     cutting text into words, and counting them on all cores
@@ -51,14 +54,16 @@ flags: python scratchformer.py COMMAND --help
 # An *id* is a token's number, a *position* a place in a sequence. A *step* is one update of the
 # weights; it may be made of several *micro-steps*, small batches whose gradients are added
 # (chapter 10). *torchrun*, which comes with torch, starts several processes, copies of one
-# program; each has a number, its *rank*, and they may share out the weights (FSDP, chapter 8).
+# program; each has a number, its *rank*, and they may share out the weights (FSDP, fully
+# sharded data parallel, chapter 8).
 #
 # Words of the field. *Softmax* makes any numbers z into probabilities, exp(z) / sum(exp(z)).
 # A *nat* is the unit of -log p, with the natural logarithm: the surprise at what had
 # probability p; a bit is 0.69 nats. *Perplexity* is exp(loss): as if one had to guess among so
-# many. float32 has 24 significant bits, float16 11 and a narrow range, bfloat16 only 8 but
-# float32's range. The *host* is the CPU that tells a GPU what to do; a *kernel* is what the
-# GPU runs at a time, and *fused* if it does the work of several.
+# many. The *loss* is the mean surprise at the right ids; training lowers it. float32 has 24
+# significant bits, float16 11 and a narrow range, bfloat16 only 8 but float32's range. The
+# *host* is the CPU that tells a GPU what to do; a *kernel* is what the GPU runs at a time, and
+# *fused* if it does the work of several.
 #
 # Comments that begin with WHY give a reason, those with TRAP what breaks and how it looks
 # when it does. Lines beginning with >>> are examples that the tests run.
@@ -386,17 +391,20 @@ PRETOKEN_PATTERN = (
 )
 find_pretokens = regex.compile(PRETOKEN_PATTERN).findall
 
-# WHY it is exact to cut before a space that has no white space on one of its sides:
-# white space on neither side, or only on the right: white space ends every pre-token before
-#   it, because no alternative goes on with white space after something else;
-# only on the left: a run of white space gives its last space to the word on its right.
-# Only a space inside a run, or at its end with nothing after, must not be cut: hold those. Of
-# the three spaces in "a   b" the second is held: "a", "  ", " b" are the pre-tokens.
-# A line break may be cut off likewise, if what stands before it is no white space.
-# (`re` counts four more characters as white space than `regex`: it holds more, never less.)
+# WHY it is exact to cut before a space, unless there is white space on both of its sides:
+#   "a b"    none beside it. No alternative goes on with white space after something else, so
+#            every pre-token ends here anyway: cut.
+#   "a  b"   the first has some on its right only: cut for the same reason. The second has some
+#            on its left only, and a run of white space gives its last space to the word: cut.
+#   "a   b"  the one in the middle has some on both sides. The first two are one pre-token,
+#            "  ", so it must stay where it is: *hold* it, by a stand-in, while others are cut.
+# The same holds for a space at the end of a run that ends the text. A line break may be cut
+# off likewise, if what stands before it is no white space. The stand-ins are halves of
+# surrogate pairs, numbers that Unicode keeps free and that no decoded text holds. (`re` takes
+# four more characters for white space than `regex`: it holds more, never less.)
+HELD_SPACE, NEW_LINE = "\ud800", "\ud801"
 INNER_SPACE = re.compile(r" (?!\S)(?<=\s )")
-LINE_BREAK = re.compile("\n(?<=[^\\s\ud800]\n)")
-HELD_SPACE, NEW_LINE = "\ud800", "\ud801"  # halves of surrogate pairs: no decoded text has them
+LINE_BREAK = re.compile(f"\n(?<=[^\\s{HELD_SPACE}]\n)")
 
 # A longer text may be cut after any letter or digit whose right neighbour is neither: no
 # pre-token holds such a pair, and the only look-ahead stands after white space. It is
@@ -494,7 +502,8 @@ def count_pretokens(texts: Iterable[str], special_tokens: Sequence[str]) -> Coun
     return counts
 
 
-# Files larger than memory are read in spans, cut where that changes no pre-token.
+# The rest of this chapter is about size: files larger than memory, and many cores. At the first
+# reading go on to chapter 2. Files are read in spans, cut where that changes no pre-token.
 
 
 def last_cut(text: str, special_tokens: Sequence[str]) -> int:
@@ -751,7 +760,8 @@ def learn_merges_plainly(pretoken_counts: dict[str, int], num_merges: int) -> li
 #    like the loop above, takes occurrences from the left without overlap.
 # 2. A merge changes only words that hold the pair. `holders` lists them (and some that no
 #    longer do: the pair is then not found), and only their pairs are counted again.
-# 3. A pair's count grows only in the merge that creates it and shrinks ever after. So pairs
+# 3. A pair's count grows only in the merge that creates it and shrinks ever after: all pairs
+#    that a merge creates hold its new token, and later merges only use them up. So pairs
 #    wait in buckets, one for each count, and the buckets are emptied from the highest down:
 #    a pair whose count has shrunk meanwhile goes to the bucket where it now belongs.
 #
@@ -1054,7 +1064,7 @@ class Tokenizer:
         self.byte_ids = "".join(chr(id_of[byte]) for byte in BYTES)
         self.rank_of = {chr(id_of[left]) + chr(id_of[right]): rank
                         for rank, (left, right) in enumerate(self.merges)}
-        self.merged = [chr(id_of[left + right]) for left, right in self.merges]  # by rank
+        self.token_of_rank = [chr(id_of[left + right]) for left, right in self.merges]
         self.split = splitter(self.special_tokens)
         self.of_pretoken = Cache(self.pack_pretoken)
         self.of_piece = Cache(
@@ -1064,16 +1074,16 @@ class Tokenizer:
     def merge(self, word: str) -> str:
         """`word`, a string of ids, after all merges that apply.
 
-        The pair of lowest rank is merged first, the leftmost of several. That is the order
-        of learning: a new pair holds the new token, so its rank is higher than the last.
+        The pair of lowest rank (learned first) is merged first, the leftmost of several. That
+        is the order of learning: a new pair holds the new token, so its rank is higher.
         """
         if len(word) > 256:
             return self.merge_long(word)
-        tokens, rank_of, merged = list(word), self.rank_of.get, self.merged
+        tokens, rank_of = list(word), self.rank_of.get
         ranks = list(map(rank_of, pairs_of(word), itertools.repeat(NO_MERGE)))
         while ranks and (rank := min(ranks)) != NO_MERGE:
             i = ranks.index(rank)
-            tokens[i] = token = merged[rank]
+            tokens[i] = token = self.token_of_rank[rank]
             del tokens[i + 1], ranks[i]
             if i > 0:
                 ranks[i - 1] = rank_of(tokens[i - 1] + token, NO_MERGE)
@@ -1109,7 +1119,7 @@ class Tokenizer:
                 other = following[place]
                 if other >= end or tokens[place] + tokens[other] != pairs[rank]:
                     continue
-                tokens[place], tokens[other] = self.merged[rank], ""
+                tokens[place], tokens[other] = self.token_of_rank[rank], ""
                 following[place] = after = following[other]
                 if after < end:
                     preceding[after] = place
@@ -1122,8 +1132,8 @@ class Tokenizer:
         """The ids of one pre-token, packed as in a token file.
 
         A string of ids needs no packing of its own: its UTF-16 (or UTF-32) code units are the
-        ids as little-endian integers. An id may be a number that Unicode keeps for surrogates;
-        "surrogatepass" lets it through.
+        ids as little-endian integers. chr(258), the id 258, becomes the bytes 2, 1, and 2 + 256
+        is 258. An id may be a number that Unicode keeps for surrogates: "surrogatepass".
         """
         word = codecs.charmap_decode(encode_text(pretoken), "strict", self.byte_ids)[0]
         return self.merge(word).encode(self.codec, "surrogatepass")
@@ -1667,7 +1677,7 @@ class ModelConfig(Config):
     d_model: int = flag(768, "width of the residual stream", 1)
     num_heads: int = flag(16, "attention heads", 1)
     d_ff: int = flag(2048, "width inside SwiGLU, about 8/3 of d_model", 1)
-    rope_theta: float = flag(10000.0, "wavelength scale of RoPE", 1.0)
+    rope_theta: float = flag(10000.0, "RoPE: the larger, the slower the slowest turn", 1.0)
     norm_eps: float = flag(1e-5, "added to the mean square in RMSNorm", 0.0)
 
     def __post_init__(self) -> None:
@@ -1687,9 +1697,9 @@ class ModelConfig(Config):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; the shape stays.
 
-    It brings every row to one length, so that no layer has to cope with the size of what
-    came before. Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4. By hand: the
-    mean square of 3 and 4 is 12.5, and 3 / sqrt(12.5) = 0.8485.
+    Before the gain `weight` every row has one length, so that no layer has to cope with the
+    size of what came before. Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4. By
+    hand: the mean square of 3 and 4 is 12.5, and 3 / sqrt(12.5) = 0.8485.
 
     >>> RMSNorm(2)(torch.tensor([3.0, 4.0])).data
     tensor([0.8485, 1.1314])
@@ -1707,12 +1717,13 @@ class RMSNorm(nn.Module):
         return (wide * scale * self.weight).type_as(x)
 
 
-# Attention compares a query with keys and cannot tell where they stand. RoPE tells it: cut a
-# head of width K into K/2 pairs of numbers, take each pair for a point in the plane, and turn
-# it by an angle that grows with the position. In the product of two turned points the
-# positions appear only through the difference of the angles: so scores see how far apart two
-# words are, not where they are. WHY pairs: turning in a plane is the simplest change of a
-# vector that keeps its length and adds up, n turns after m turns being n + m turns.
+# Attention compares a query with keys and cannot tell where they stand. RoPE, rotary position
+# embedding, tells it: cut a head of width K into K/2 pairs of numbers, take each pair for a
+# point in the plane, and turn it by an angle that grows with the position. In the product of
+# two turned points the positions appear only through the difference of the angles: so scores
+# see how far apart two words are, not where they are. WHY pairs: turning in a plane is the
+# simplest change of a vector that keeps its length and adds up, n turns after m turns being n
+# + m turns.
 
 
 def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
@@ -1758,20 +1769,26 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v for q, k, v [..., T, K]; hidden is where `mask` is False.
 
-    Each position asks (q), is asked (k) and answers (v): it takes the mean of the answers,
-    weighted by how well their keys fit its query. The causal mask hides what comes later.
-    WHY sqrt(K): a sum of K products of numbers of size 1 has size sqrt(K), and a softmax of
-    large numbers is all or nothing. Source: Vaswani et al. 2017, equation 1. The model calls
-    PyTorch's fused kernel, which never writes the T x T scores to memory; the tests hold the
-    two equal. By hand: with all scores alike, row t is the mean of the first t + 1 answers.
+    Three things are made of each row of x: a query, what it looks for; a key, by which it is
+    found; a value, what it tells. Position t takes the mean of the values, weighted by how
+    well their keys fit its query. The causal mask hides what comes later, so every position
+    of a sequence can be asked for its next id at once. WHY sqrt(K): a sum of K products of
+    numbers of size 1 has size sqrt(K), and a softmax of large numbers is all or nothing.
+    Source: Vaswani et al. 2017, equation 1. The model calls PyTorch's fused kernel, which
+    never writes the T x T scores to memory; the tests hold the two equal.
 
-    >>> q = k = torch.zeros(3, 2); v = torch.tensor([[3.0, 0], [5, 0], [1, 0]])
+    By hand: scores of ln 1, ln 2 and ln 3 give weights in the proportion 1 : 2 : 3. Row 0 sees
+    6; row 1 sees 1/3 of 6 and 2/3 of 3, that is 4; row 2 sees (1 * 6 + 2 * 3 + 3 * 0) / 6 = 2.
+
     >>> torch.ones(3, 3).tril().bool()  # may row t look at column s?
     tensor([[ True, False, False],
             [ True,  True, False],
             [ True,  True,  True]])
-    >>> attention_reference(q, k, v, torch.ones(3, 3).tril().bool())[:, 0]
-    tensor([3., 4., 3.])
+    >>> q, k = torch.ones(3, 1), torch.tensor([[1.0], [2.0], [3.0]]).log()
+    >>> v = torch.tensor([[6.0], [3.0], [0.0]])
+    >>> mixed = attention_reference(q, k, v, torch.ones(3, 3).tril().bool())
+    >>> [round(number, 3) for number in mixed[:, 0].tolist()]
+    [6.0, 4.0, 2.0]
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     if mask is not None:
@@ -1914,11 +1931,11 @@ class Transformer(nn.Module):
 # 1. Tie the head: after `self.head = ...` write `self.head.weight = self.embedding.weight`. The
 #    model loses V * D weights and still begins near ln V. A checkpoint now holds the shared
 #    matrix once, and `model_from_checkpoint` says what it misses; strict=False mends it.
-# 2. Replace RMSNorm by nn.LayerNorm in `Block` and `Transformer`. The loss falls about as fast
-#    (1.41 and 1.48 after 300 steps of a small model); the tests against Llama fail, since a
-#    LayerNorm has a bias and takes the mean away.
-# 3. Let `rotate` return x at once. Order is then known only by what the mask gives away: the
-#    same 300 steps end at 1.87 instead of 1.48.
+# 2. Replace RMSNorm by nn.LayerNorm in `Block` and `Transformer`. A small run ends at 1.41: for
+#    learning the two are alike. The tests against Llama fail, since a LayerNorm has a bias and
+#    takes the mean away.
+# 3. Let `rotate` return x at once. Order is then known only by what the mask gives away: a
+#    small run ends at 1.87.
 # 4. Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245): G < H heads of keys and
 #    values. `qkv` gets (H + 2 * G) * K rows, the splits become [H + G, G] and [H, G], both
 #    kernels `enable_gqa=True`, and the cache G heads: six lines, and a cache H / G smaller.
@@ -1962,7 +1979,7 @@ class LearningConfig(Config):
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of -log softmax(logits)[target] in nats; logits [..., V], targets [...] int64.
 
-    Written out: logsumexp(logits) - logits[target]. Targets of -100 do not count.
+    Written out: logsumexp(logits) - logits[target].
 
     >>> cross_entropy(torch.zeros(1, 1, 4), torch.tensor([[2]]))  # ln 4: nothing known
     tensor(1.3863)
@@ -2072,7 +2089,7 @@ class Stepper:
         if self.optimizer.defaults["fused"]:
             vars(self.optimizer).update(grad_scale=divisor, found_inf=bad)
             self.optimizer.step()
-        elif not bad.item():
+        elif not bad.item():  # the same in plain words, for a device without that kernel
             for p in parameters:
                 p.grad /= divisor
             self.optimizer.step()
@@ -2098,9 +2115,10 @@ class Stepper:
 # Exercises
 # 1. Another schedule: stay at max_lr after the warm-up and fall in a straight line over the
 #    last fifth ("WSD", Hu et al. 2024, arXiv 2404.06395): the last line becomes
-#    min_lr + min(1, 5 * (1 - done)) * (max_lr - min_lr). Short runs end clearly lower with it.
-# 2. Train with --lr 1: the loss may rise first, and ends near 5 where 3e-3 ends near 1.5. With
-#    --clip_grad 0 it ends in the same place, for AdamW divides by the gradients' size anyway.
+#    min_lr + min(1, 5 * (1 - done)) * (max_lr - min_lr). A small run then ends at 1.14: it has
+#    longer to learn at full speed.
+# 2. A small run with --lr 1: the loss may rise first, and ends near 5. With --clip_grad 0 it
+#    ends in the same place, for AdamW divides by the gradients' size anyway.
 # 3. Put the gains into the group that decays. Nothing visible happens in a short run: such
 #    choices are settled by long ones.
 
@@ -2152,10 +2170,11 @@ def sample(
         beyond = before >= top_p
         beyond[:, 0] = False
         logits = logits.scatter(-1, ids, ordered.masked_fill(beyond, -math.inf))
-    # WHY a race: if id i arrives after an exponential time of rate p[i], it is first with
-    # probability p[i]. (torch.multinomial does this too, and checks its input on the host.)
-    race = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / race).argmax(-1)
+    # WHY a race: let id i arrive at time e[i] / p[i], with e drawn from the exponential
+    # distribution. Then it comes first with probability p[i]. (torch.multinomial does the
+    # same, and checks its input on the host.)
+    e = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(-1) / e).argmax(-1)
 
 
 @torch.no_grad()
@@ -2181,7 +2200,7 @@ def generate(
     fresh, filled = ids[-config.context_length :], 0  # ids not yet in the cache; ids in it
     for _ in range(max_new_tokens):
         if filled + len(fresh) > config.context_length:
-            fresh, filled = ids[-(config.context_length + 1) // 2 :], 0
+            fresh, filled = ids[-(config.context_length // 2 + 1) :], 0
         logits = model(torch.tensor([fresh], device=device), cache, filled)[:, -1]
         filled += len(fresh)
         fresh = sample(logits, temperature, top_k, top_p, generator).tolist()
@@ -2230,9 +2249,9 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 # 2. Add min-p (Nguyen et al. 2024, arXiv 2407.01082): keep what has at least a share p of the
 #    likeliest id's probability. One parameter, and two lines beside those of top_k.
 # 3. In `generate` call the model with all of `ids[-config.context_length :]` and no cache: the
-#    same text, but each token now costs as much as all before it. Ours took 0.3 ms at any
-#    length with the demo's shape, and without the cache 1.4, 2.2 and 4.4 ms for texts of 100,
-#    200 and 400 tokens (one core, 2026-11).
+#    same text, up to context_length, but each token now costs as much as all before it. Ours
+#    took 0.3 ms at any length with the demo's shape, and without the cache 1.4, 2.2 and 4.4 ms
+#    for texts of 100, 200 and 400 tokens (one core, 2026-11).
 
 
 # ======================================================================================
@@ -2246,12 +2265,21 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 #             the rest when it is needed and lets go of it afterwards. WHY gather what was just
 #             shared out: a weight costs 16 bytes (4 itself, 4 its gradient, 8 for AdamW's two
 #             means), but only the 4 or 2 that a product needs are ever whole, for as long as
-#             it lasts. So N devices hold nearly N times the weights of one.
+#             it lasts. Gathering block by block, N devices hold nearly N times the weights of
+#             one; a model that fits is gathered whole, which is faster, and saves the 12 bytes
+#             of gradients and means.
 # Source      Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054), section 5; Zhao et al. 2023
 #             (FSDP, arXiv 2304.11277)
 # Change it   `World.shard` alone decides how a model is spread.
 # Checked by  test_scratchformer.py, chapter 8
 # ======================================================================================
+
+
+# What we use of torch.distributed. A *process group* is all processes of a run, a *collective*
+# an operation that all must call, in the same order, or all wait for ever: all_reduce leaves
+# the sum of everybody's tensors with everybody, broadcast one process's tensor, a barrier only
+# the knowledge that all are there. NCCL carries them between GPUs, gloo between CPUs. A *mesh*
+# names the processes as a grid. `autocast` casts the factors of products to a lower precision.
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -2532,8 +2560,9 @@ class World:
 
 
 # Exercises
-# 1. Run the `train` command of the README under `torchrun --nproc_per_node=2` with half the
-#    --batch_size and --device cpu: the same losses as one process, with and without --fsdp.
+# 1. Put the demo's `train` command under `torchrun --nproc_per_node=2` with half the
+#    --batch_size, --device cpu and another --outdir: the same losses as one process, with and
+#    without --fsdp.
 # 2. Return at once from `average_gradients`. Each process now learns from its own rows alone,
 #    and a test of chapter 8 sees the losses part.
 # 3. Print `parameter.to_local().shape` of a few parameters after `shard` on two processes with
@@ -2725,7 +2754,7 @@ def resumable(outdir: Path) -> dict | None:
 # Idea        For each step: set the learning rate, add up the gradients of some
 #             micro-steps, update. WHY micro-steps: gradients add, so four small batches one
 #             after the other are one large batch that would not have fitted into memory. The
-#             host waits for the device only to log, to measure and to save.
+#             host waits for the GPU only to log, to measure and to save.
 # Source      Goyal et al. 2017 (arXiv 1706.02677), section 3: what a mean over micro-steps
 #             and processes must be; Brown et al. 2020 (arXiv 2005.14165), appendix B
 # Change it   `Trainer.step` is the algorithm, `Trainer.run` the loop around it.
@@ -2774,9 +2803,10 @@ def evaluate(
     """Loss and perplexity per token on fixed windows, and per byte where the bytes are known.
 
     WHY per byte: a small vocabulary has short tokens, each easy to guess, and a low loss per
-    token that means nothing; bytes are the same for all. The windows do not depend on
-    `batch_size` or the number of processes. Every process takes part in every forward pass,
-    which FSDP needs; surplus rows count for nothing.
+    token that means nothing; bytes are the same for all. Windows lie end to end, whatever
+    `batch_size` and the number of processes; the first tokens of each have little to go by.
+    Every process takes part in every forward pass, which FSDP needs; surplus rows count for
+    nothing.
     """
     tokens.need(length)
     starts = evaluation_windows(len(tokens), length, limit)
@@ -2819,7 +2849,8 @@ def flops_per_token(config: ModelConfig) -> float:
 
     6 for each weight in a matrix product (2 forward, 4 backward), and 6 * T * D per block
     for attention, half of the full square (Chowdhery et al. 2022, PaLM, appendix B). By
-    hand: one block of width 2 with d_ff 3 has 4 * 4 + 3 * 6 = 34 weights, the head 5 * 2.
+    hand: one block of width 2 with d_ff 3 has 4 * 4 + 3 * 6 = 34 weights, the head 5 * 2, and
+    attention counts as 7 * 2: 6 * (34 + 10 + 14) = 348.
 
     >>> flops_per_token(ModelConfig(5, 7, num_layers=1, d_model=2, num_heads=1, d_ff=3))
     348
