@@ -3567,8 +3567,8 @@ def main(argv: list[str] | None = None) -> int:
 # 1. Add a command that shows how a text is cut: a dataclass with --tokenizer_path and --text, a
 #    function of three lines that prints `tokenizer.decode_bytes([i])` for each id, and an entry
 #    in COMMANDS. --help and mistyped flags are there already.
-# 2. Run `demo --max_steps 400`, a quarter of the steps, with another --outdir. The whole schedule
-#    shrinks with it, and the model ends 26% above the floor instead of 9%.
+# 2. Run `demo --max_steps 400`, under a quarter of the steps, with another --outdir. The whole
+#    schedule shrinks with it, and the model ends 26% above the floor instead of 9%.
 
 if __name__ == "__main__":
     sys.exit(main())
