@@ -10,7 +10,8 @@ The first thing to do, some minutes on a laptop:
     python scratchformer.py demo
 
 It trains a tokenizer and a model on the bundled stories, measures the model against the
-loss that no model can beat, and lets it write a story. The commands it runs, and shows:
+loss that no model can be expected to beat, and lets it write a story. The commands it runs,
+and shows:
 
     bpe-train    learn a vocabulary from text               chapters 1 and 2
     bpe-encode   turn text into a file of token ids         chapter 3
@@ -64,13 +65,14 @@ flags: python scratchformer.py COMMAND --help
 # program; each has a number, its *rank*, and they may share out the weights (FSDP, fully
 # sharded data parallel, chapter 8).
 #
-# Words of the field. *Softmax* makes any numbers z into probabilities, exp(z) / sum(exp(z)).
-# A *nat* is the unit of -log p, with the natural logarithm: the surprise at what had
-# probability p; a bit is 0.69 nats. *Perplexity* is exp(loss): as if one had to guess among so
-# many. The *loss* is the mean surprise at the right ids; training lowers it. float32 has 24
-# significant bits, float16 11 and a narrow range, bfloat16 only 8 but float32's range. The
-# *host* is the CPU that tells a GPU what to do; a *kernel* is what the GPU runs at a time, and
-# *fused* if it does the work of several.
+# A language model reads ids and gives, at each position, a probability to every id that might
+# come next. Words of the field: *softmax* makes any numbers z into probabilities, exp(z) /
+# sum(exp(z)). A *nat* is the unit of -log p, with the natural logarithm: the surprise at what
+# had probability p; a bit is 0.69 nats. *Perplexity* is exp(loss): as if one had to guess
+# among so many. The *loss* is the mean surprise at the right ids; training lowers it. float32
+# has 24 significant bits, float16 11 and a narrow range, bfloat16 only 8 but float32's range.
+# The *host* is the CPU that tells a GPU what to do; a *kernel* is what the GPU runs at a time,
+# and *fused* if it does the work of several.
 #
 # Comments that begin with WHY give a reason, those with TRAP what breaks and how it looks
 # when it does. Lines beginning with >>> are examples that the tests run.
@@ -1455,7 +1457,7 @@ if __name__ == "__main__":
 #             however the rows are dealt out to devices, they are the same rows. A row may
 #             begin in the middle of a document and run on into the next: the model learns
 #             that what follows an end-of-text id has nothing to do with what came before.
-# Source      Salmon et al. 2011 (Philox, the generator); nanoGPT (the file format)
+# Source      Salmon et al. 2011 (Philox, the generator); Karpathy's nanoGPT (file format)
 # Change it   `Batches.row_starts` decides where rows begin; another order goes there.
 # Checked by  test_scratchformer.py, chapter 4
 # ======================================================================================
@@ -1642,8 +1644,9 @@ class Batches:
 #    text, one token apart. Every position of a row is a question with its answer.
 # 2. Read in order instead of by lot. In `row_starts`, with `rows` for world_size times
 #    grad_accum_steps times batch_size, `places` for len(self.tokens) - self.length, and no
-#    draws: return (step * rows + np.arange(first, first + count)) * self.length % places A
-#    small run ends within the spread: chance repeats few rows so early.
+#    draws, the last line becomes
+#        return (step * rows + np.arange(first, first + count)) * self.length % places
+#    A small run ends within the spread: chance repeats few rows so early.
 # 3. Swap the roles of rank and micro-step in `first_row`. Every run still learns, but two
 #    processes no longer see the rows that one process sees, and a test of chapter 4 says so.
 
@@ -1663,7 +1666,8 @@ class Batches:
 #                 h = rms_norm(x)
 #                 x = x + (silu(h @ Wgate) * (h @ Wup)) @ Wdown  SwiGLU
 #             logits = rms_norm(x) @ Whead                       (B, T, V)
-# Source      Vaswani et al. 2017 (arXiv 1706.03762), as changed by Llama (2302.13971)
+# Source      Vaswani et al. 2017 (arXiv 1706.03762), as changed by Meta's Llama models
+#             (Touvron et al. 2023, arXiv 2302.13971), section 2.2
 # Change it   Each part is a small class. Nothing here knows how many devices there are.
 # Checked by  test_scratchformer.py, chapter 5
 # ======================================================================================
@@ -1671,10 +1675,15 @@ class Batches:
 # What we use of PyTorch. A Tensor is an array of numbers on some device. An nn.Parameter is a
 # tensor to be learned; an nn.Module is a function with parameters, its own and those of the
 # modules inside it, known by names such as blocks.0.attention.qkv.weight; calling it runs its
-# `forward`. A buffer belongs to a module without being learned. Every operation notes how its
-# result depends on its inputs, and `loss.backward()` follows these notes back and leaves in
-# `parameter.grad` the derivative of the loss: how much it grows if that number grows. By hand:
-# after `w = nn.Parameter(torch.tensor(3.0)); (w * w).backward()`, w.grad is 2 * 3 = 6.
+# `forward`. A buffer belongs to a module without being learned. nn.Linear(a, b) maps rows of a
+# numbers to rows of b; its weight W is stored as [b, a], one row for each number that comes
+# out, so it computes x @ W.T, which the formulas here write as x @ W.
+#
+# Every operation notes how its result depends on its inputs, and keeps what it needs for that
+# (the *activations*, most of the memory). `loss.backward()` follows these notes back and adds
+# to `parameter.grad` the derivative of the loss: how much it grows if that number grows;
+# `zero_grad` clears it, `no_grad` takes no notes. By hand: after
+# `w = nn.Parameter(torch.tensor(3.0)); (w * w).backward()`, w.grad is 2 * 3 = 6.
 #
 # An embedding is a table with a row of D numbers for each id. The rows of a sequence are the
 # start of the *residual stream*, x below: every part reads x and adds something to it.
@@ -1735,8 +1744,7 @@ class RMSNorm(nn.Module):
 # point in the plane, and turn it by an angle that grows with the position. In the product of
 # two turned points the positions appear only through the difference of the angles: so scores
 # see how far apart two words are, not where they are. WHY pairs: turning in a plane is the
-# simplest change of a vector that keeps its length and adds up, n turns after m turns being n
-# + m turns.
+# simplest change of a vector that keeps its length and adds up: n turns after m are n + m.
 
 
 def rope_table(positions: Tensor, width: int, theta: float) -> Tensor:
@@ -1871,8 +1879,8 @@ class Block(nn.Module):
 
     WHY the norm stands before each part and not after the sum: from the first block to the
     last x is then only added to, and gradients pass back along the same way undamped; deep
-    stacks learn without a long warm-up (chapter 6; Xiong et al. 2020, arXiv 2002.04745, figure
-    1).
+    stacks learn without a long warm-up, see chapter 6 (Xiong et al. 2020, arXiv 2002.04745,
+    figure 1).
     """
 
     def __init__(self, config: ModelConfig):
@@ -1943,8 +1951,9 @@ class Transformer(nn.Module):
 
 # Exercises
 # 1. Tie the head: after `self.head = ...` write `self.head.weight = self.embedding.weight`. The
-#    model loses V * D weights and still begins near ln V. A checkpoint now holds the shared
-#    matrix once, and `model_from_checkpoint` says what it misses; strict=False mends it.
+#    model loses V * D weights and still begins near ln V. A small run, with a third fewer
+#    weights, ends at 1.7 to 2.0. A checkpoint now holds the shared matrix once, and
+#    `model_from_checkpoint` says what it misses; strict=False in `load_state_dict` mends it.
 # 2. Replace RMSNorm by nn.LayerNorm in `Block` and `Transformer`. A small run ends within the
 #    spread: for learning the two are alike. The tests against Llama fail, since a LayerNorm has
 #    a bias and takes the mean away.
@@ -2067,14 +2076,14 @@ def make_optimizer(
 
 
 class Stepper:
-    """Clips, guards and applies the gradients, without waiting for the device (but on
-    MPS, Apple's GPUs, which lack that kernel).
+    """Clips, guards and applies the gradients.
 
     In plain lines, with g for all gradients:
         norm = sqrt(sum of g^2) / scale
         if norm is finite: g = g / (scale * max(1, norm / clip_grad)), then AdamW's update
     The `if` would make the host wait for the GPU. So it is left to the fused AdamW kernel: it
     divides by the optimizer's attribute `grad_scale` and does nothing where `found_inf` is 1.
+    (Apple's GPUs, "mps", lack that kernel.)
 
     clipping: a norm above `clip_grad` is brought down to it, so that one odd batch cannot
     undo many good ones (Pascanu et al. 2013, arXiv 1211.5063, algorithm 1);
@@ -2287,8 +2296,8 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 #             shared out: a weight costs 16 bytes (4 itself, 4 its gradient, 8 for AdamW's two
 #             means), but only the 4 or 2 that a product needs are ever whole, for as long as
 #             it lasts. Gathering block by block, N devices hold nearly N times the weights of
-#             one; a model that fits is gathered whole, which is faster and saves the gradients
-#             and means alone. (While micro-steps are added up, gradients are whole too.)
+#             one. A model that fits is gathered whole, which is faster; then only the memory of
+#             gradients and means is shared. (And gradients are whole while micro-steps add up.)
 # Source      Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054), section 5; Zhao et al. 2023
 #             (FSDP, arXiv 2304.11277)
 # Change it   `World.shard` alone decides how a model is spread.
@@ -2367,7 +2376,8 @@ class World:
                             f"it divides, not {self.size}")
         self.device = self.choose_device(config.device)
         self.dtype = self.choose_dtype(config.dtype)
-        # float32 products with 11 significant bits of each factor, where tensor cores exist.
+        # float32 products with 11 significant bits of each factor, where a GPU does them
+        # faster.
         cuda = self.device.type == "cuda"
         torch.set_float32_matmul_precision("high" if cuda else "highest")
 
@@ -2863,7 +2873,7 @@ def describe_evaluation(result: dict[str, float]) -> str:
     if nats := result.get("nats_per_byte"):
         text += f", {nats:.4f} nats = {result['bits_per_byte']:.4f} bits per byte"
         if floor := result.get("floor_nats_per_byte"):
-            text += f"; no model can beat {floor:.4f} nats, this is {nats / floor - 1:+.1%}"
+            text += f"; the floor is {floor:.4f} nats, this is {nats / floor - 1:+.1%}"
     return text
 
 
@@ -3215,7 +3225,7 @@ def llama_weights(model: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]
 
 def weights_of_llama(llama: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Llama's weights under our names, in our order, as float32."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without numbers: the names are all we want
         expected = [name for name, _ in Transformer(config).named_parameters()]
 
     def part(theirs: str) -> Tensor:

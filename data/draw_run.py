@@ -25,7 +25,7 @@ def draw(run: Path, picture: Path) -> None:
     if "floor_nats_per_byte" in rows[-1]:
         last = rows[-1]
         floor = last["floor_nats_per_byte"] * last["valid_loss"] / last["nats_per_byte"]
-        axes.axhline(floor, color="#b03a2e", ls="--", label="no model can beat this")
+        axes.axhline(floor, color="#b03a2e", ls="--", label="floor")
     axes.set(xlabel="step", ylabel="loss, nats per token", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
