@@ -3308,22 +3308,31 @@ def load_weights(path: Path) -> dict:
     return load_llama(path) if (path / "config.json").is_file() else load_checkpoint(path)
 
 
-def tokenizer_beside(checkpoint: Path, path: Path | None) -> Tokenizer:
-    """The tokenizer at `path`, or else the copy that training left beside the checkpoint."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    path = path or folder / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"no tokenizer at {path}: give --tokenizer_path")
-    return Tokenizer.load(path)
+@dataclasses.dataclass(kw_only=True)
+class SavedModelConfig(Config):
+    """What every command needs that uses a trained model."""
+
+    checkpoint: Path = flag(..., "a checkpoint, a run's folder, or a Llama's")
+    tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
+
+    def beside(self) -> Path:
+        """Where training leaves a copy of the tokenizer."""
+        folder = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
+        return folder / "tokenizer.json"
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that was named, or else the one beside the checkpoint."""
+        path = self.tokenizer_path or self.beside()
+        if not path.is_file():
+            raise UserError(f"no tokenizer at {path}: give --tokenizer_path")
+        return Tokenizer.load(path)
 
 
 @dataclasses.dataclass(kw_only=True)
-class ExportConfig(Config):
+class ExportConfig(SavedModelConfig):
     """Export"""
 
-    checkpoint: Path = flag(..., "a checkpoint, a run's folder, or a Llama's")
     outdir: Path = flag(..., "folder for the files")
-    tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "type of the weights")
 
 
@@ -3332,7 +3341,7 @@ def export(config: ExportConfig, console: ConsoleConfig) -> None:
     save = needs("safetensors.torch", "safetensors", "export").save
     state = load_weights(config.checkpoint)
     shape, dtype = ModelConfig(**state["model_config"]), getattr(torch, config.dtype)
-    tokenizer = tokenizer_beside(config.checkpoint, config.tokenizer_path)
+    tokenizer = config.tokenizer()
     weights = llama_weights(state["model"], shape.num_heads)
     packed = {name: w.to(dtype).contiguous().clone() for name, w in weights.items()}
     with whole_file(config.outdir / "model.safetensors") as file:
@@ -3440,13 +3449,11 @@ def train(
 
 
 @dataclasses.dataclass(kw_only=True)
-class EvalConfig(Config):
+class EvalConfig(SavedModelConfig):
     """Evaluation"""
 
-    checkpoint: Path = flag(..., "a checkpoint, a run's folder, or a Llama's")
     valid_tokens: list[Path] | None = flag(None, "token files to measure on")
     text_path: list[Path] | None = flag(None, "text files to measure on, instead")
-    tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
     batch_size: int = flag(16, "sequences at a time", 1)
     eval_windows: int = flag(1024, "windows to measure on; 0: all", 0)
 
@@ -3457,11 +3464,10 @@ def evaluate_command(config: EvalConfig, devices: DeviceConfig, console: Console
         raise UserError("give either --valid_tokens or --text_path")
     world, tokenizer = World(devices), None
     model = model_from_checkpoint(load_weights(config.checkpoint), world.device)
-    folder = config.checkpoint if config.checkpoint.is_dir() else config.checkpoint.parent
-    if config.text_path or config.tokenizer_path or (folder / "tokenizer.json").is_file():
-        tokenizer = tokenizer_beside(config.checkpoint, config.tokenizer_path)
-    with tempfile.TemporaryDirectory() as folder_of_text:
-        paths = config.valid_tokens or [Path(folder_of_text) / "text.bin"]
+    if config.text_path or config.tokenizer_path or config.beside().is_file():
+        tokenizer = config.tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        paths = config.valid_tokens or [Path(folder) / "text.bin"]
         if config.text_path and tokenizer:
             encode_file(tokenizer, config.text_path, paths[0])
         tokens = TokenFiles(paths, model.config.vocab_size)
@@ -3472,12 +3478,10 @@ def evaluate_command(config: EvalConfig, devices: DeviceConfig, console: Console
 
 
 @dataclasses.dataclass(kw_only=True)
-class GenerateConfig(Config):
+class GenerateConfig(SavedModelConfig):
     """Text"""
 
-    checkpoint: Path = flag(..., "a checkpoint, a run's folder, or a Llama's")
     prompt: str | None = flag(None, "text to continue (default: from standard input)")
-    tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
     max_new_tokens: int = flag(256, "tokens to write at most", 1)
     num_samples: int = flag(1, "texts to write", 1)
     temperature: float = flag(0.8, "0: the likeliest token; 1: as learned", 0.0)
@@ -3511,7 +3515,7 @@ def generate_command(
     world = World(devices)
     model = model_from_checkpoint(load_weights(config.checkpoint), world.device).to(world.dtype)
     use_all_cores(model)
-    tokenizer = tokenizer_beside(config.checkpoint, config.tokenizer_path)
+    tokenizer = config.tokenizer()
     eot = tokenizer.special_tokens.get(END_OF_TEXT)
     generator = torch.Generator(world.device)
     generator.seed() if config.seed is None else generator.manual_seed(config.seed)
