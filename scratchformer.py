@@ -658,6 +658,13 @@ class Workers:
             worker.communicate()
 
 
+def available_cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def in_parallel(setup: dict, tasks: Sequence[Span], num_workers: int | None) -> Iterator[bytes]:
     """The result of the work that `setup` names for each task, in the order of the tasks.
 
@@ -665,8 +672,7 @@ def in_parallel(setup: dict, tasks: Sequence[Span], num_workers: int | None) -> 
     or are under way, so memory does not grow with their number.
     """
     if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
-            os.cpu_count() or 1)
+        num_workers = available_cores()
     if num_workers < 1:
         raise UserError(f"num_workers must be at least 1, not {num_workers}")
     num_workers = min(num_workers, len(tasks))
@@ -695,7 +701,7 @@ def count_files(
     files, counts, done = input_files(paths), Counter[str](), 0.0
     total = sum(file.end for file in files)
     # Few large tasks: each reply carries every distinct pre-token of its span once more.
-    size = total // (2 * (num_workers or os.cpu_count() or 1))
+    size = total // (2 * (num_workers or available_cores()))
     size = min(max(size, 2 * CHUNK_BYTES), 1 << 25)
     tasks = [span for file in files for span in spans(file, size, special_tokens)]
     setup = {"work": "count", "special_tokens": list(special_tokens)}
@@ -1486,11 +1492,13 @@ def read_note(path: Path) -> dict:
     if not path.is_file():
         return {}
     note = read_json(path, "token file description")
-    kinds = {"dtype": str, "vocab_size": int, "num_tokens": int, "floor_nats_per_byte": float}
-    for key, kind in kinds.items() if isinstance(note, dict) else [("dtype", dict)]:
-        value = note.get(key) if isinstance(note, dict) else note
-        if value is not None and not isinstance(value, kind):
-            raise UserError(f"{path} is no token file description: {key} is {value!r}")
+    kinds = {"dtype": str, "vocab_size": int, "num_tokens": int,
+             "floor_nats_per_byte": (float, type(None))}
+    if not isinstance(note, dict):
+        raise UserError(f"{path} is no token file description: it holds no JSON object")
+    for key, kind in kinds.items():
+        if key in note and not isinstance(note[key], kind):  # type: ignore[arg-type]
+            raise UserError(f"{path} is no token file description: {key} is {note[key]!r}")
     if note.get("dtype", "uint16") not in ("uint16", "uint32"):
         raise UserError(f"{path}: dtype is {note['dtype']!r}, not uint16 or uint32")
     return note
@@ -1520,6 +1528,8 @@ class TokenFiles:
         if len(stated) > 1 or vocab_size and stated and vocab_size < max(stated):
             raise UserError(f"vocab_size is {vocab_size or 'not given'}, but {names} state "
                             f"{' and '.join(map(str, sorted(stated)))}")
+        # A floor holds for the text it was computed from, not for several put together.
+        self.floor = notes[0].get("floor_nats_per_byte") if len(notes) == 1 else None
         self.vocab_size = vocab_size or next(iter(stated), 0)
         if not self.vocab_size:
             raise UserError(f"{self.paths[0]} has no description: give --vocab_size")
@@ -2243,15 +2253,16 @@ def generate(
 def linear_on_all_cores(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T, as F.linear, but on every core of a CPU where `x` is a single row.
 
-    One token needs every weight once, so the speed of memory is the limit. WHY slices: torch
-    multiplies one row by a matrix on one core, but spreads a batch of products over all. Two
-    cores read 25 to 32 GB/s so, where F.linear reads 16 to 20 (2026-11).
+    One token needs every weight once, so the speed of memory is the limit. WHY slices: in
+    float32 torch multiplies one row by a matrix on one core, but spreads a batch of products
+    over all. Two cores read 26 to 31 GB/s so, where F.linear reads 16 to 20 (2026-11). In
+    bfloat16 F.linear uses all cores itself.
     """
     slices = math.gcd(len(weight), 64)
-    if x.numel() > x.shape[-1] or x.device.type != "cpu" or slices == 1:
+    if x.numel() > x.shape[-1] or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight)
     parts = weight.view(slices, -1, x.shape[-1]).transpose(1, 2)  # (slices, D, rows)
-    return torch.bmm(x.view(1, 1, -1).expand(slices, 1, -1), parts).view(*x.shape[:-1], -1)
+    return torch.bmm(x.reshape(1, 1, -1).expand(slices, 1, -1), parts).view(*x.shape[:-1], -1)
 
 
 def use_all_cores(model: nn.Module) -> None:
@@ -2861,8 +2872,8 @@ def evaluate(
     result = {"valid_loss": nats / count, "perplexity": math.exp(min(nats / count, 700.0))}
     if size:
         result |= {"nats_per_byte": nats / size, "bits_per_byte": nats / size / math.log(2)}
-        if floor := tokens.note.get("floor_nats_per_byte"):
-            result["floor_nats_per_byte"] = floor
+        if tokens.floor:
+            result["floor_nats_per_byte"] = tokens.floor
     return result
 
 
@@ -3270,13 +3281,14 @@ def model_config_of_llama(content: dict) -> ModelConfig:
     Raises UserError that says which property our architecture does not have.
     """
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    needed = {**LLAMA_MUST, "rope_type": "default",
-              "num_key_value_heads": content["num_attention_heads"],
-              "head_dim": content["hidden_size"] // content["num_attention_heads"]}
-    found = {**content, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    heads, width = content.get("num_attention_heads"), content.get("hidden_size") or 0
+    needed = {**LLAMA_MUST, "rope_type": "default", "num_key_value_heads": heads,
+              "head_dim": width // (heads or 1)}
+    found = {"model_type": "unknown", **content,
+             "rope_type": rope.get("rope_type", rope.get("type", "default"))}
     for name, value in needed.items():
-        if found.get(name) not in (None, value) or name == "model_type" and name not in found:
-            raise UserError(f"its {name} is {found.get(name)!r}, where we have {value!r}")
+        if found.get(name) not in (None, value):
+            raise UserError(f"its {name} is {found[name]!r}, where we have {value!r}")
     theta = float(rope.get("rope_theta") or content.get("rope_theta", 10000.0))
     fields = {ours: content[theirs] for ours, theirs in LLAMA_FIELDS.items()}
     return ModelConfig(**fields, rope_theta=theta)
@@ -3308,6 +3320,11 @@ def load_weights(path: Path) -> dict:
     return load_llama(path) if (path / "config.json").is_file() else load_checkpoint(path)
 
 
+def tokenizer_beside(checkpoint: Path) -> Path:
+    """Where training leaves a copy of the tokenizer: in the checkpoint's folder."""
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "tokenizer.json"
+
+
 @dataclasses.dataclass(kw_only=True)
 class SavedModelConfig(Config):
     """What every command needs that uses a trained model."""
@@ -3315,14 +3332,9 @@ class SavedModelConfig(Config):
     checkpoint: Path = flag(..., "a checkpoint, a run's folder, or a Llama's")
     tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
 
-    def beside(self) -> Path:
-        """Where training leaves a copy of the tokenizer."""
-        folder = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
-        return folder / "tokenizer.json"
-
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that was named, or else the one beside the checkpoint."""
-        path = self.tokenizer_path or self.beside()
+        path = self.tokenizer_path or tokenizer_beside(self.checkpoint)
         if not path.is_file():
             raise UserError(f"no tokenizer at {path}: give --tokenizer_path")
         return Tokenizer.load(path)
@@ -3428,7 +3440,7 @@ def train(
         weights = load_weights(start.init_from)
         weights = {key: weights[key] for key in ("model", "model_config")}  # no optimizer
         model_config = shape_of_run(model_config, weights["model_config"])
-        beside = start.init_from / "tokenizer.json"
+        beside = tokenizer_beside(start.init_from)
         tokenizer_path = tokenizer_path or (beside if beside.is_file() else None)
     tokens = TokenFiles(data.train_tokens, model_config.vocab_size)
     model_config.vocab_size, length = tokens.vocab_size, model_config.context_length
@@ -3464,7 +3476,8 @@ def evaluate_command(config: EvalConfig, devices: DeviceConfig, console: Console
         raise UserError("give either --valid_tokens or --text_path")
     world, tokenizer = World(devices), None
     model = model_from_checkpoint(load_weights(config.checkpoint), world.device)
-    if config.text_path or config.tokenizer_path or config.beside().is_file():
+    beside = tokenizer_beside(config.checkpoint)
+    if config.text_path or config.tokenizer_path or beside.is_file():
         tokenizer = config.tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         paths = config.valid_tokens or [Path(folder) / "text.bin"]
@@ -3558,7 +3571,11 @@ def demo(config: DemoConfig, console: ConsoleConfig) -> int:
     """Run the whole pipeline on the bundled stories, showing each command."""
     values = {"data": Path(__file__).parent / "data", "out": config.outdir,
               "max_steps": config.max_steps, "warmup": config.max_steps // 40}
-    for old in checkpoints_in(config.outdir / "run"):  # the demo's own, from an earlier time
+    mark = config.outdir / ".made_by_demo"  # what an earlier demo made may be replaced
+    if not mark.is_file() and config.outdir.is_dir() and any(config.outdir.iterdir()):
+        raise UserError(f"{config.outdir} holds files that no demo made: give another --outdir")
+    write_json(mark, {})
+    for old in checkpoints_in(config.outdir / "run"):
         old.unlink()
     for command in DEMO.replace("\n    ", " ").split("\n")[1:-1]:
         argv = [word.format(**values) for word in command.split()]

@@ -10,6 +10,7 @@ on standard error, exit status 2, nothing written.
 """
 
 import dataclasses
+import gc
 import importlib.util
 import itertools
 import json
@@ -1022,6 +1023,7 @@ GOOD = [i % 50 for i in range(99)]
     (GOOD, {"dtype": "uint32", "vocab_size": 50}, "", "damaged"),
     (GOOD, {"dtype": "float7", "vocab_size": 50}, "", "float7"),
     (GOOD, {"vocab_size": "many"}, "", "many"),
+    (GOOD, {"vocab_size": None}, "--vocab_size 50", "vocab_size is None"),
     (GOOD, [], "", "description"),
     (GOOD, {"vocab_size": 50}, "--vocab_size 49", "vocab_size is 49"),
 ])  # fmt: skip
@@ -2101,6 +2103,7 @@ def test_eval_and_generate_read_a_llama_folder(toy, exported, capsys):
     ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
     ({"attention_bias": True}, "attention_bias"),
     ({"model_type": "qwen2"}, "'qwen2'"),
+    ({"model_type": "gpt2", "num_attention_heads": None, "hidden_size": None}, "'gpt2'"),
     ({"hidden_act": "gelu"}, "'gelu'"),
     ({"head_dim": 16}, "head_dim"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "'llama3'"),
@@ -2363,6 +2366,22 @@ def test_the_demo_runs_every_command_it_shows(tmp_path):
     result, story = done.stdout.split(b"\n", 1)
     assert json.loads(result)["floor_nats_per_byte"] < json.loads(result)["nats_per_byte"]
     assert story.startswith(b"Once")
+    again = run(f"demo --outdir {tmp_path} --max_steps 2 --quiet")  # its own may be replaced
+    assert again.returncode == 0 and again.stderr == b""
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["step_000002.pt"]
+
+
+def test_the_demo_leaves_alone_what_it_did_not_make(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run" / "step_000007.pt", "somebody's work")
+    assert "no demo made" in refused(capsys, tmp_path, f"demo --outdir {tmp_path}")
+
+
+def test_a_floor_is_stated_for_one_file_only(tmp_path):
+    for name in "ab":
+        token_file(tmp_path / name, [1, 2, 3], {"vocab_size": 5, "floor_nats_per_byte": 0.5})
+    assert TokenFiles([tmp_path / "a"]).floor == 0.5
+    assert TokenFiles([tmp_path / "a", tmp_path / "b"]).floor is None
 
 
 # ======================================================================================
@@ -2580,6 +2599,10 @@ def measure_step(kind, shape, compiled):
     config = ModelConfig(V, T, layers, d_model, heads, d_ff)
     world = World(DeviceConfig(), ProcessConfig(compile=compiled))
     torch.compiler.reset()
+    gc.collect()  # the last model, so that it does not count as this one's memory
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     if kind == "ours":
         with world.device:
             model = Transformer(config)
@@ -2611,8 +2634,6 @@ def measure_step(kind, shape, compiled):
 
     taken = milliseconds(ours if kind == "ours" else theirs, 30)
     gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     return taken, gib
 
 
