@@ -1827,6 +1827,11 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
     return scores.softmax(-1) @ v
 
 
+# What attention needs to go on where an earlier call stopped: keys and values of S positions
+# [2, B, H, S, K], the positions [T] of the new tokens, and which each may look at, [T, S].
+Cached = tuple[Tensor, Tensor, Tensor]
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention with RoPE: [B, T, D] -> [B, T, D].
 
@@ -1841,10 +1846,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(
-        self, x: Tensor, table: Tensor, cache: Tensor | None = None, start: int = 0
-    ) -> Tensor:
-        """`cache` [2, B, H, >= start + T, K] holds keys and values of earlier positions."""
+    def forward(self, x: Tensor, table: Tensor, cache: Cached | None = None) -> Tensor:
         (B, T, D), H = x.shape, self.num_heads
         # Positions stand before heads here, (B, T, 2 H, K): so the table [2, T, K] gets a
         # dimension for the heads.
@@ -1856,12 +1858,12 @@ class Attention(nn.Module):
         if cache is None:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
-            k, v = cache[:, :, :, : start + T].to(q.dtype)
-            # TRAP: is_causal aligns the mask with the first key, so a single query would
-            # see key 0 only. One query may look at all keys; several begin at position 0.
-            assert T == 1 or start == 0
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+            kept, positions, visible = cache
+            kept.index_copy_(3, positions, torch.stack([k, v]).to(kept.dtype))
+            k, v = kept.to(q.dtype)  # (B, H, S, K)
+            # TRAP: is_causal aligns the mask with the first key, so that a single query would
+            # see key 0 only.
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         return self.output(mixed.transpose(1, 2).reshape(B, T, D))
 
 
@@ -1900,18 +1902,23 @@ class Block(nn.Module):
         self.swiglu_norm = RMSNorm(config.d_model, config.norm_eps)
         self.swiglu = SwiGLU(config.d_model, config.d_ff)
 
-    def forward(
-        self, x: Tensor, table: Tensor, cache: Tensor | None = None, start: int = 0
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table, cache, start)
+    def forward(self, x: Tensor, table: Tensor, cache: Cached | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table, cache)
         return x + self.swiglu(self.swiglu_norm(x))
+
+
+class Head(nn.Linear):
+    """Logits [B, T, V] for x [B, T, D]; or the mean loss of targets [B, T]."""
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        return LinearCrossEntropy.apply(x.flatten(0, 1), self.weight, targets.flatten())
 
 
 class Transformer(nn.Module):
     """Tokens int64 [B, T] to logits [B, T, V], for T up to context_length.
 
-    With `cache` from `new_cache`, the tokens continue those of earlier calls: any number of
-    them at position 0, and after that one at a time, at position `start`.
+    With `targets` [B, T], the ids that come next, it gives their mean loss instead (chapter
+    6). With `cache` from `new_cache` the tokens follow `start` earlier ones (chapter 7).
     """
 
     def __init__(self, config: ModelConfig):
@@ -1922,7 +1929,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Head(config.d_model, config.vocab_size, bias=False)
         positions = torch.arange(config.context_length)
         table = rope_table(positions, config.head_width, config.rope_theta)
         self.table: Tensor
@@ -1943,20 +1950,33 @@ class Transformer(nn.Module):
                 scale = math.sqrt(2 * self.config.num_layers) if writes else 1.0
                 nn.init.normal_(parameter, std=0.02 / scale)
 
-    def forward(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        B, T = tokens.shape
-        if start + T > (limit := self.config.context_length):
-            raise UserError(f"{start + T} tokens are more than context_length {limit}")
-        x, table = self.embedding(tokens), self.table[:, start : start + T]  # (B, T, D)
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None,
+        cache: Tensor | None = None, start: int | Tensor = 0,
+    ) -> Tensor:
+        T, limit = tokens.shape[1], self.config.context_length
+        # A `start` in a tensor is the device's affair: then attention looks at all places.
+        S = start + T if isinstance(start, int) else limit
+        if limit < S:
+            raise UserError(f"{S} tokens are more than context_length {limit}")
+        x, table, kept = self.embedding(tokens), self.table[:, :T], None  # (B, T, D)
+        if cache is not None:
+            positions = start + torch.arange(T, device=tokens.device)
+            table = self.table[:, positions]
+            visible = positions[:, None] >= torch.arange(S, device=tokens.device)  # (T, S)
         for layer, block in enumerate(self.blocks):
-            x = block(x, table, None if cache is None else cache[layer], start)
-        return self.head(self.norm(x))
+            if cache is not None:
+                kept = cache[layer, :, :, :, :S], positions, visible
+            x = block(x, table, kept)
+        x = self.norm(x)
+        return self.head(x) if targets is None else self.head.loss(x, targets)
 
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> Tensor:
         """An empty key-value cache, [layers, 2, B, H, context_length, K]."""
         c = self.config
         shape = (c.num_layers, 2, batch_size, c.num_heads, c.context_length, c.head_width)
-        return torch.empty(shape, dtype=dtype, device=self.table.device)
+        # TRAP: what is hidden has weight 0, but 0 times the NaN of untouched memory is NaN.
+        return torch.zeros(shape, dtype=dtype, device=self.table.device)
 
 
 # Exercises
@@ -2022,6 +2042,57 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """
     # TRAP: bfloat16 has 8 significant bits; a sum over 50,000 exponentials needs more.
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """cross_entropy(x @ weight.T, targets), whose logits are never all in memory.
+
+    WHY: of all that a small model keeps for backward, logits are the largest: 32,768 rows of
+    50,304 are 3.3 GB. But their gradient is known as soon as they are:
+
+        d loss / d logit[v] = (softmax(logits)[v] - (1 if v == target else 0)) / rows
+
+    So some rows at a time get their logits, which are turned into the gradients of `x` and
+    `weight` at once and forgotten; backward has only to scale these. A step of 8 blocks of
+    width 768 on an H100 so took 9.9 GiB instead of 11.8, and 47.6 ms instead of 48.4; without
+    torch.compile, where logits also come in float32, far more is saved (2026-11).
+    Shapes: x [N, D], weight [V, D], targets int64 [N]; the loss is a float32 scalar.
+    Source: the formula follows from log softmax; doing so by rows: Hsu et al. 2024, Liger
+    Kernel (arXiv 2410.10989), section 3.2.
+
+    By hand: logits 0 and ln 3 mean 1/4 and 3/4; the right id is the second, 3/4 - 1 = -1/4.
+
+    >>> weight = torch.tensor([[0.0], [math.log(3)]], requires_grad=True)
+    >>> loss = LinearCrossEntropy.apply(torch.ones(1, 1), weight, torch.tensor([1]))
+    >>> loss.backward()
+    >>> weight.grad
+    tensor([[ 0.2500],
+            [-0.2500]])
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        matrix, nats = weight.to(x.dtype), torch.zeros((), device=x.device)
+        d_x, d_weight = [], torch.zeros_like(weight, dtype=torch.float32)
+        # What fits a CPU's cache, what keeps a GPU busy; few parts, for compiling repeats each.
+        count = max(512 if x.device.type == "cpu" else 4096, -(-len(x) // 16))
+        for rows, target in zip(x.split(count), targets[:, None].split(count)):
+            log_p = (rows @ matrix.T).log_softmax(-1, dtype=torch.float32)  # (rows, V)
+            log_p_target = log_p.gather(-1, target)
+            nats = nats - log_p_target.sum()
+            # For the right id p - 1 is expm1(log p), which keeps its digits where p is near 1.
+            gradient = log_p.exp_().to(x.dtype)
+            gradient.scatter_(-1, target, log_p_target.expm1().to(x.dtype))
+            d_x.append(gradient @ matrix)
+            d_weight += gradient.T @ rows
+        ctx.save_for_backward(torch.cat(d_x), d_weight)
+        return nats / len(targets)
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor, None]:
+        d_x, d_weight = ctx.saved_tensors
+        scale = d_loss / len(d_x)
+        return d_x * scale, d_weight * scale, None
 
 
 def learning_rate(
@@ -2217,6 +2288,35 @@ def sample(
     return (logits.softmax(-1) / e).argmax(-1)
 
 
+class Recorded:
+    """`model` with `cache`, launched as a whole where it reads a single token; CUDA only.
+
+    WHY: the 200 kernels of one token take a GPU a fraction of a millisecond, and the host
+    several to launch them. A CUDA graph is a recording of launches that one launch replays: the
+    same kernels on the same memory. So what changes, token and place, waits in tensors.
+    """
+
+    def __init__(self, model: Transformer, cache: Tensor):
+        self.model, self.cache = model, cache
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=cache.device)
+        self.start = torch.zeros((), dtype=torch.int64, device=cache.device)
+
+    def __call__(self, tokens: Tensor, start: int) -> Tensor:
+        if tokens.numel() > 1:
+            return self.model(tokens, cache=self.cache, start=start)
+        self.token.copy_(tokens)
+        self.start.fill_(start)
+        if self.graph is None:
+            # Once without recording: libraries set themselves up at their first call.
+            self.model(self.token, cache=self.cache, start=self.start)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.model(self.token, cache=self.cache, start=self.start)
+        self.graph.replay()
+        return self.logits
+
+
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -2227,21 +2327,24 @@ def generate(
     top_p: float | None = None,
     eos_id: int | None = None,
     generator: torch.Generator | None = None,
+    record: bool = False,
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` ids that continue `prompt_ids`, stopping after `eos_id`.
 
     When the context is full, the later half of it is read again and writing goes on.
+    `record`, for a model on one CUDA device, is several times as fast: see `Recorded`.
     Raises UserError for an empty prompt or ids outside the vocabulary.
     """
     ids, config, device = list(prompt_ids), model.config, model.table.device
     if not ids or min(ids) < 0 or max(ids) >= config.vocab_size:
         raise UserError(f"a prompt needs ids from 0 to {config.vocab_size - 1}, at least one")
     cache = model.new_cache(1, model.embedding.weight.dtype)
+    read = Recorded(model, cache) if record else functools.partial(model, cache=cache)
     fresh, filled = ids[-config.context_length :], 0  # ids not yet in the cache; ids in it
     for _ in range(max_new_tokens):
         if filled + len(fresh) > config.context_length:
             fresh, filled = ids[-(config.context_length // 2 + 1) :], 0
-        logits = model(torch.tensor([fresh], device=device), cache, filled)[:, -1]
+        logits = read(torch.tensor([fresh], device=device), start=filled)[:, -1]
         filled += len(fresh)
         fresh = sample(logits, temperature, top_k, top_p, generator).tolist()
         ids += fresh
@@ -2479,12 +2582,14 @@ class World:
         size = sum(p.numel() for p in model.parameters())
         unit = self.flags.fsdp_unit
         self.by_block = unit == "block" or unit == "auto" and size > 1e9
-        if self.flags.compile and not self.by_block:
+        if self.flags.compile and self.by_block:
+            for block in model.blocks:
+                block.compile()  # one compilation serves all
+            model.head.loss = torch.compile(model.head.loss)  # type: ignore[method-assign]
+        elif self.flags.compile:
             model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
         options: dict[str, Any] = {"mesh": self.mesh(), "mp_policy": policy}
         for block in model.blocks if self.by_block else []:
-            if self.flags.compile:
-                block.compile()  # one compilation serves all blocks
             fully_shard(block, **options)
         # What the root holds is needed again at once by backward, so it stays gathered.
         fully_shard(model, reshard_after_forward=False, **options)
@@ -2499,16 +2604,13 @@ class World:
 
     def loss_function(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         """(inputs, targets) -> mean loss in this world's precision, compiled if asked for."""
-        maybe_compile = torch.compile if self.flags.compile else lambda function: function
-        if self.fsdp:  # `shard` has compiled the model
-            loss_of_logits = maybe_compile(cross_entropy)
-            return lambda inputs, targets: loss_of_logits(model(inputs), targets)
 
         def loss(inputs: Tensor, targets: Tensor) -> Tensor:
             with self.precision():
-                return cross_entropy(model(inputs), targets)
+                return model(inputs, targets)
 
-        return maybe_compile(loss)
+        # Under FSDP `shard` has compiled what can be.
+        return torch.compile(loss) if self.flags.compile and not self.fsdp else loss
 
     def eager(self) -> Any:
         """A context in which nothing is compiled: for shapes that come once."""
@@ -3537,7 +3639,7 @@ def generate_command(
         for _ in range(config.num_samples):
             print(prompt, end="", flush=True)
             new = generate(model, ids, config.max_new_tokens, config.temperature, config.top_k,
-                           config.top_p, eot, generator)
+                           config.top_p, eot, generator, world.device.type == "cuda")
             for text in stream_text(tokenizer, (token for token in new if token != eot)):
                 print(text, end="", flush=True)
             print()

@@ -9,6 +9,7 @@ independent oracle (tiktoken, tokenizers, torch.nn, transformers), then mistakes
 on standard error, exit status 2, nothing written.
 """
 
+import copy
 import dataclasses
 import gc
 import importlib.util
@@ -53,6 +54,7 @@ from scratchformer import (
     DataConfig,
     DeviceConfig,
     LearningConfig,
+    LinearCrossEntropy,
     ModelConfig,
     ProcessConfig,
     RMSNorm,
@@ -1190,8 +1192,22 @@ def test_cached_logits_equal_uncached(prompt):
         torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(2)),
     )
     cache = model.new_cache(3, torch.float32)
-    steps = [model(tokens[:, :prompt], cache, 0)]
-    steps += [model(tokens[:, place : place + 1], cache, place) for place in range(prompt, 24)]
+    steps = [model(tokens[:, :prompt], cache=cache, start=0)]
+    for place in range(prompt, 24):
+        token = tokens[:, place : place + 1]
+        steps.append(model(token, cache=cache, start=place))
+        # The same with the place in a tensor, as a recording needs it.
+        same = model(token, cache=cache, start=torch.tensor(place))
+        assert torch.allclose(same, steps[-1], atol=2e-5)
+    assert torch.allclose(torch.cat(steps, 1), model(tokens), atol=2e-5)
+
+
+def test_a_cached_model_goes_on_with_several_tokens():
+    model, cache = tiny_model(), tiny_model().new_cache(3, torch.float32)
+    tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(2))
+    parts = [tokens[:, :5], tokens[:, 5:6], tokens[:, 6:20], tokens[:, 20:]]
+    starts = [0, 5, 6, 20]
+    steps = [model(part, cache=cache, start=start) for part, start in zip(parts, starts)]
     assert torch.allclose(torch.cat(steps, 1), model(tokens), atol=2e-5)
 
 
@@ -1292,6 +1308,59 @@ def test_cross_entropy_is_torchs_computed_in_float32(dtype):
     )
     loss = cross_entropy(logits, targets)
     assert loss.dtype == torch.float32 and torch.allclose(loss, expected[targets >= 0].mean())
+
+
+@pytest.mark.parametrize("rows", [1, 512, 1300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_loss_by_rows_is_that_of_all_logits(dtype, rows):
+    x, weight = noise(rows, 12, dtype=dtype) * 3, noise(31, 12)
+    targets = torch.arange(rows) * 3 % 31
+    x[rows // 2] = weight[targets[rows // 2]] * 40  # here the model is certain, and right
+    found, expected = [], []
+    for leaves, loss_of in (
+        (found, LinearCrossEntropy.apply),
+        (expected, lambda x, w, t: cross_entropy(x @ w.to(x.dtype).T, t)),
+    ):
+        leaves += [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        leaves.append(loss_of(*leaves, targets))
+        (leaves[2] * 5).backward()
+    assert found[2].dtype == torch.float32
+    assert torch.allclose(found[2], expected[2], rtol=1e-5)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for ours, theirs in zip([p.grad for p in found[:2]], [p.grad for p in expected[:2]]):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_the_loss_by_rows_compiles_as_one():
+    """A break in the graph would be no error, only slow."""
+    x, weight, targets = noise(1300, 12), noise(31, 12), torch.arange(1300) % 31
+    compiled = torch.compile(LinearCrossEntropy.apply, fullgraph=True, backend="aot_eager")
+    grads = []
+    for loss_of in (compiled, LinearCrossEntropy.apply):
+        leaf = weight.clone().requires_grad_()
+        loss_of(x, leaf, targets).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has none")
+def test_the_loss_by_rows_is_torchs_own():
+    x, weight, targets = noise(8, 12), noise(31, 12), torch.arange(8) * 3
+    theirs = F.linear_cross_entropy(x, weight, targets)
+    assert torch.allclose(LinearCrossEntropy.apply(x, weight, targets), theirs)
+
+
+def test_a_model_given_targets_returns_their_loss():
+    tokens = torch.randint(61, (4, 13), generator=torch.Generator().manual_seed(3))
+    model = tiny_model()
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_schedule_is_the_table():
@@ -1461,6 +1530,19 @@ def test_a_drawn_text_is_the_loop_without_a_cache():
     for _ in range(21):
         ids += sample(model(torch.tensor([ids]))[:, -1], 0.9, 20, 0.95, one).tolist()
     assert [*PROMPT, *generate(model, PROMPT, 21, 0.9, 20, 0.95, generator=other)] == ids
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("drawing", [{"temperature": 0}, {"top_k": 20, "top_p": 0.95}])
+@pytest.mark.parametrize("prompt", [[1], list(PROMPT)])
+def test_a_recorded_text_is_the_same(prompt, drawing):
+    model = tiny_model().to("cuda")
+    ours, recorded = (
+        list(generate(model, prompt, 60, record=record, **drawing,
+                      generator=torch.Generator("cuda").manual_seed(7)))
+        for record in (False, True)
+    )
+    assert ours == recorded and len(set(ours)) > 3  # 60: beyond the context
 
 
 def test_a_seed_repeats_and_another_does_not():
@@ -2658,14 +2740,18 @@ def test_generation_against_peers():
         layers, d_model, heads, d_ff, _, _, V = STEP_SHAPES[shape]
         config = ModelConfig(V, 1024, layers, d_model, heads, d_ff)
         model = Transformer(config).eval()
-        theirs = their_llama(config, model).eval().to(world.device, world.dtype)
+        theirs = their_llama(config, model).eval()
+        angles = copy.deepcopy(theirs.model.rotary_emb)  # what bfloat16 would spoil
+        theirs = theirs.to(world.device, world.dtype)
+        theirs.model.rotary_emb = angles.to(world.device)
         model = model.to(world.device, world.dtype)
         use_all_cores(model)
         prompt = list(range(100, 116))
         given, texts = torch.tensor([prompt], device=world.device), {}
 
         def ours(model=model, prompt=prompt, texts=texts):
-            texts["ours"] = list(generate(model, prompt, 512, temperature=0))
+            cuda = world.device.type == "cuda"
+            texts["ours"] = list(generate(model, prompt, 512, temperature=0, record=cuda))
 
         @torch.no_grad()
         def peer(theirs=theirs, given=given, texts=texts):
