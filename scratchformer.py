@@ -25,17 +25,18 @@ flags: python scratchformer.py COMMAND --help
 
 # How to read this file
 # ---------------------
-# From the top. A name is defined before it is used, but for a few helpers that follow the class
-# they help. Each chapter opens with the question it answers and ends with exercises: small
-# changes to make, and what you will then see. Each was tried; where one speaks of a test, it
-# is in test_scratchformer.py. A *small run* is the second of these commands, ten seconds of
-# learning; the first makes its files. It ends at a loss of 1.37 to 1.48 on the validation file,
-# depending on --seed: smaller differences mean nothing.
+# From the top. A name is defined before it is used, but for a few helpers that follow what
+# they help, or are named with the chapter that brings them. Each chapter opens with the
+# question it answers and ends with exercises: small changes to make, and what you will then
+# see. Each was tried; where one speaks of a test, it is in test_scratchformer.py. A *small run*
+# is the second of these commands, ten seconds of learning, each time with a new --outdir; the
+# first makes its files. It ends at a loss of 1.37 to 1.48 on the validation file, depending on
+# --seed: smaller differences mean nothing.
 #
 #   python scratchformer.py demo --max_steps 40
-#   python scratchformer.py train --train_tokens out/demo/train.bin --outdir out/small
-#       --valid_tokens out/demo/valid.bin --tokenizer_path out/demo/tokenizer.json
-#       --context_length 128 --num_layers 2 --d_model 64 --num_heads 4 --d_ff 128
+#   python scratchformer.py train --train_tokens out/demo/train.bin --outdir out/small \
+#       --valid_tokens out/demo/valid.bin --tokenizer_path out/demo/tokenizer.json \
+#       --context_length 128 --num_layers 2 --d_model 64 --num_heads 4 --d_ff 128 \
 #       --batch_size 8 --lr 3e-3 --max_steps 300 --warmup_steps 20
 #
 # Chapter 0 is for later: it has nothing to do with models.
@@ -504,7 +505,7 @@ def count_pretokens(texts: Iterable[str], special_tokens: Sequence[str]) -> Coun
     """
     split, pieces, counts = splitter(special_tokens), Counter[str](), Counter[str]()
     for text in texts:
-        for document in split(text)[::2]:
+        for document in split(text)[::2]:  # between the documents stand the special tokens
             first, *rest = space_pieces(document)
             counts.update(find_pretokens(first.replace(HELD_SPACE, " ")))
             pieces.update(rest)
@@ -1693,7 +1694,10 @@ class Batches:
 # (the *activations*, most of the memory). `loss.backward()` follows these notes back and adds
 # to `parameter.grad` the derivative of the loss: how much it grows if that number grows;
 # `zero_grad` clears it, `no_grad` takes no notes. By hand: after
-# `w = nn.Parameter(torch.tensor(3.0)); (w * w).backward()`, w.grad is 2 * 3 = 6.
+# `w = nn.Parameter(torch.tensor(3.0)); (w * w).backward()`, w.grad is 2 * 3 = 6. (An
+# autograd.Function, of which chapter 6 has one, is an operation whose derivative we write
+# ourselves: `forward` leaves in `ctx` what `backward` needs; that gets the derivative of the
+# loss by the result and returns one for each input; `apply` calls it.)
 #
 # An embedding is a table with a row of D numbers for each id. The rows of a sequence are the
 # start of the *residual stream*, x below: every part reads x and adds something to it.
@@ -1787,6 +1791,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 def apply_rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """`x` [..., T, K] with its pairs turned by positions [T]: scores then depend on distance.
 
+    The definition. The model makes the table once, for all blocks, and calls `rotate`.
+
     Two positions by hand, one pair: position 0 turns by nothing, position 1 by one radian,
     to (cos 1, sin 1).
 
@@ -1827,8 +1833,9 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
     return scores.softmax(-1) @ v
 
 
-# What attention needs to go on where an earlier call stopped: keys and values of S positions
-# [2, B, H, S, K], the positions [T] of the new tokens, and which each may look at, [T, S].
+# What attention needs to go on where an earlier call stopped (chapter 7; at the first reading
+# skip what concerns it): the keys and values kept so far, with room for the new, [2, B, H, S,
+# K]; the positions [T] of the new tokens; and which places each may look at, [T, S].
 Cached = tuple[Tensor, Tensor, Tensor]
 
 
@@ -1846,7 +1853,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, table: Tensor, cache: Cached | None = None) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, cached: Cached | None = None) -> Tensor:
         (B, T, D), H = x.shape, self.num_heads
         # Positions stand before heads here, (B, T, 2 H, K): so the table [2, T, K] gets a
         # dimension for the heads.
@@ -1855,15 +1862,14 @@ class Attention(nn.Module):
         # forwards and one backwards, 2% of a step on an H100 (2026-11).
         q, k = rotate(qk, table[:, :, None]).transpose(1, 2).split(H, dim=1)  # (B, H, T, K)
         v = v.transpose(1, 2)  # (B, H, T, K)
-        if cache is None:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            kept, positions, visible = cache
+        visible = None
+        if cached is not None:
+            kept, positions, visible = cached
             kept.index_copy_(3, positions, torch.stack([k, v]).to(kept.dtype))
             k, v = kept.to(q.dtype)  # (B, H, S, K)
-            # TRAP: is_causal aligns the mask with the first key, so that a single query would
-            # see key 0 only.
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        # TRAP: is_causal aligns its mask with the first key; with keys kept from earlier calls
+        # a single query would see key 0 only.
+        mixed = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
         return self.output(mixed.transpose(1, 2).reshape(B, T, D))
 
 
@@ -1902,13 +1908,13 @@ class Block(nn.Module):
         self.swiglu_norm = RMSNorm(config.d_model, config.norm_eps)
         self.swiglu = SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x: Tensor, table: Tensor, cache: Cached | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table, cache)
+    def forward(self, x: Tensor, table: Tensor, cached: Cached | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table, cached)
         return x + self.swiglu(self.swiglu_norm(x))
 
 
 class Head(nn.Linear):
-    """Logits [B, T, V] for x [B, T, D]; or the mean loss of targets [B, T]."""
+    """Logits [B, T, V] for x [B, T, D]; or the mean loss of targets [B, T] (chapter 6)."""
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         return LinearCrossEntropy.apply(x.flatten(0, 1), self.weight, targets.flatten())
@@ -1918,7 +1924,8 @@ class Transformer(nn.Module):
     """Tokens int64 [B, T] to logits [B, T, V], for T up to context_length.
 
     With `targets` [B, T], the ids that come next, it gives their mean loss instead (chapter
-    6). With `cache` from `new_cache` the tokens follow `start` earlier ones (chapter 7).
+    6). With `cache` from `new_cache` the tokens follow `start` earlier ones (chapter 7): a
+    number, or for `Recorded` a tensor, and then it is the caller who counts the places.
     """
 
     def __init__(self, config: ModelConfig):
@@ -1960,15 +1967,16 @@ class Transformer(nn.Module):
         S = start + T if isinstance(start, int) else limit
         if limit < S:
             raise UserError(f"{S} tokens are more than context_length {limit}")
-        x, table, kept = self.embedding(tokens), self.table[:, :T], None  # (B, T, D)
+        x, table, cached = self.embedding(tokens), self.table[:, :T], None  # (B, T, D)
         if cache is not None:
+            # By hand, one id after three: start 3, positions [3], S 4, visible all four.
             positions = start + torch.arange(T, device=tokens.device)
             table = self.table[:, positions]
             visible = positions[:, None] >= torch.arange(S, device=tokens.device)  # (T, S)
         for layer, block in enumerate(self.blocks):
             if cache is not None:
-                kept = cache[layer, :, :, :, :S], positions, visible
-            x = block(x, table, kept)
+                cached = cache[layer, :, :, :, :S], positions, visible  # a view: no copy
+            x = block(x, table, cached)
         x = self.norm(x)
         return self.head(x) if targets is None else self.head.loss(x, targets)
 
@@ -1992,7 +2000,7 @@ class Transformer(nn.Module):
 #    small run ends at 1.87.
 # 4. Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245): only G < H heads of keys
 #    and values, G = 2 say. `qkv` gets (H + 2 G) K rows, `view` H + 2 G heads, the splits become
-#    [H + G, G] and [H, G], both calls of F.scaled_dot_product_attention enable_gqa=True, and
+#    [H + G, G] and [H, G], F.scaled_dot_product_attention gets enable_gqa=True, and
 #    `new_cache` G heads. The cache is H / G times smaller, a small run ends within the spread,
 #    and the tests that export to Llama fail: chapter 11 would have to cut q, k and v
 #    elsewhere.
@@ -2036,7 +2044,8 @@ class LearningConfig(Config):
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of -log softmax(logits)[target] in nats; logits [..., V], targets [...] int64.
 
-    Written out: logsumexp(logits) - logits[target].
+    Written out: logsumexp(logits) - logits[target]. This is the definition, and what chapter
+    10 measures a model with, row by row; training computes the same as follows.
 
     >>> cross_entropy(torch.zeros(1, 1, 4), torch.tensor([[2]]))  # ln 4: nothing known
     tensor(1.3863)
@@ -2046,15 +2055,16 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """cross_entropy(x @ weight.T, targets), whose logits are never all in memory.
+    """cross_entropy(x @ weight.T, targets), with the logits of a part of the rows at a time.
 
     WHY: of all that a small model keeps for backward, logits are the largest: 32,768 rows of
-    50,304 are 3.3 GB. But their gradient is known as soon as they are:
+    50,304 are 3.3 GB in bfloat16. But their gradient is known as soon as they are:
 
         d loss / d logit[v] = (softmax(logits)[v] - (1 if v == target else 0)) / rows
 
     So some rows at a time get their logits, which are turned into the gradients of `x` and
-    `weight` at once and forgotten; backward has only to scale these. On an H100, a step of 8
+    `weight` at once and forgotten. The division, and what else the loss is multiplied with,
+    waits for backward, which has only to scale these. On an H100, a step of 8
     blocks of width 768 so took 9.9 GiB instead of 11.8, and 47.6 ms instead of 48.4; without
     torch.compile the head alone took 3 GiB instead of 19, in 34 ms instead of 38 (2026-11).
     Shapes: x [N, D], weight [V, D], targets int64 [N]; the loss is a float32 scalar.
@@ -2075,17 +2085,20 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         matrix, nats = weight.to(x.dtype), torch.zeros((), device=x.device)
         d_x, d_weight = [], torch.zeros_like(weight, dtype=torch.float32)
-        # What fits a CPU's cache, what keeps a GPU busy; few parts, for compiling repeats each.
+        # Few enough for the caches of a CPU (with the demo's vocabulary), enough to keep a GPU
+        # busy; and at most 16 parts, for torch.compile unrolls the loop.
         count = max(512 if x.device.type == "cpu" else 4096, -(-len(x) // 16))
         for rows, target in zip(x.split(count), targets[:, None].split(count)):
             log_p = (rows @ matrix.T).log_softmax(-1, dtype=torch.float32)  # (rows, V)
             log_p_target = log_p.gather(-1, target)
-            nats = nats - log_p_target.sum()
+            nats -= log_p_target.sum()
             # For the right id p - 1 is expm1(log p), which keeps its digits where p is near 1.
             gradient = log_p.exp_().to(x.dtype)
             gradient.scatter_(-1, target, log_p_target.expm1().to(x.dtype))
             d_x.append(gradient @ matrix)
-            d_weight += gradient.T @ rows
+            # TRAP: float16 ends at 65,504, which a sum over thousands of rows may pass, and
+            # this one is made before any loss scale can help.
+            d_weight += gradient.T @ (rows / 256)
         ctx.save_for_backward(torch.cat(d_x), d_weight)
         return nats / len(targets)
 
@@ -2093,7 +2106,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor, None]:
         d_x, d_weight = ctx.saved_tensors
         scale = d_loss / len(d_x)
-        return d_x * scale, d_weight * scale, None
+        return d_x * scale, d_weight * (256 * scale), None
 
 
 def learning_rate(
@@ -2164,8 +2177,8 @@ class Stepper:
         norm = sqrt(sum of g^2) / scale
         if norm is finite: g = g / (scale * max(1, norm / clip_grad)), then AdamW's update
     The `if` would make the host wait for the GPU. So it is left to the fused AdamW kernel: it
-    divides by the optimizer's attribute `grad_scale` and does nothing where `found_inf` is 1.
-    (Apple's GPUs, "mps", lack that kernel.)
+    divides the gradients by the optimizer's attribute `grad_scale` and does nothing where
+    `found_inf` is 1. (Apple's GPUs, "mps", lack that kernel.)
 
     clipping: a norm above `clip_grad` is brought down to it, so that one odd batch cannot
     undo many good ones (Pascanu et al. 2013, arXiv 1211.5063, algorithm 1);
@@ -2278,8 +2291,8 @@ def sample(
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p is not None:
         ordered, ids = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        beyond = before >= top_p
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p
         beyond[:, 0] = False
         logits = logits.scatter(-1, ids, ordered.masked_fill(beyond, -math.inf))
     # WHY a race: let id i arrive at time e[i] / p[i], with e drawn from the exponential
@@ -2294,7 +2307,8 @@ class Recorded:
 
     WHY: the 200 kernels of one token take a GPU a fraction of a millisecond, and the host
     several to launch them. A CUDA graph is a recording of launches that one launch replays: the
-    same kernels on the same memory. So what changes, token and place, waits in tensors.
+    same kernels on the same memory. So what changes, token and place, waits in tensors, and
+    the logits it returns are overwritten by the next call.
     """
 
     def __init__(self, model: Transformer, cache: Tensor):
@@ -2309,7 +2323,8 @@ class Recorded:
         self.token.copy_(tokens)
         self.start.fill_(start)
         if self.graph is None:
-            # Once without recording: libraries set themselves up at their first call.
+            # Once without recording: libraries set themselves up at their first call. (What
+            # is only recorded does not run; the replay below writes the same place again.)
             self.model(self.token, cache=self.cache, start=self.start)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
@@ -2362,9 +2377,9 @@ def linear_on_all_cores(x: Tensor, weight: Tensor) -> Tensor:
     over all. Two cores read 26 to 31 GB/s so, where F.linear reads 16 to 20 (2026-11). In
     bfloat16 F.linear uses all cores itself.
     """
-    slices = math.gcd(len(weight), 64)
     if x.numel() > x.shape[-1] or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight)
+    slices = math.gcd(len(weight), 64)
     parts = weight.view(slices, -1, x.shape[-1]).transpose(1, 2)  # (slices, D, rows)
     return torch.bmm(x.reshape(1, 1, -1).expand(slices, 1, -1), parts).view(*x.shape[:-1], -1)
 
@@ -2411,8 +2426,8 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 #             shared out: a weight costs 16 bytes (4 itself, 4 its gradient, 8 for AdamW's two
 #             means), but only the 4 or 2 that a product needs are ever whole, for as long as
 #             it lasts. Gathering block by block, N devices hold nearly N times the weights of
-#             one. A model that fits is gathered whole, which is faster; then only the memory of
-#             gradients and means is shared. (And gradients are whole while micro-steps add up.)
+#             one. A model that fits is gathered whole, which is faster: then a copy of the
+#             weights for products is whole as well, and, while micro-steps add up, gradients.
 # Source      Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054), section 5; Zhao et al. 2023
 #             (FSDP, arXiv 2304.11277)
 # Change it   `World.shard` alone decides how a model is spread.
@@ -2480,7 +2495,7 @@ class World:
         self.flags = processes or ProcessConfig()
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.main, self.fsdp, self.by_block = self.rank == 0, self.flags.fsdp, False
+        self.main, self.fsdp, self.by_block = is_main(), self.flags.fsdp, False
         if self.fsdp and "RANK" not in os.environ:
             raise UserError("--fsdp needs torchrun: "
                             "torchrun --nproc_per_node=N scratchformer.py ...")
@@ -2497,12 +2512,14 @@ class World:
         torch.set_float32_matmul_precision("high" if cuda else "highest")
 
     def choose_device(self, kind: str) -> torch.device:
-        """The fastest there is, if left to us; with CUDA, each process has a GPU of its own."""
+        """CUDA or else the CPU, if left to us; with CUDA, each process has a GPU of its own.
+
+        (Apple's GPUs, "mps", must be asked for: nobody has tried them yet.)
+        """
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        alone = self.size == 1 and not self.fsdp
         if kind == "auto":
-            kind = "cuda" if cuda else "mps" if mps and alone else "cpu"
-        if kind == "mps" and not (mps and alone):
+            kind = "cuda" if cuda else "cpu"
+        if kind == "mps" and (not mps or self.size > 1 or self.fsdp):
             raise UserError("--device mps: there is none here, or torchrun is at work: it "
                             "takes one process")
         if kind != "cuda":
@@ -2557,7 +2574,8 @@ class World:
         """Make `model` ready to learn on all processes.
 
         In this order: recomputation, compile, then shard each unit, then the root, then
-        (elsewhere) build the optimizer. Parameters stay float32; products run in `self.dtype`.
+        (elsewhere) build the optimizer. (Without FSDP, `loss_function` compiles.) Parameters
+        stay float32; products run in `self.dtype`.
         """
         for block in model.blocks if self.flags.activation_checkpointing else []:
             # A block then keeps what enters it, and backward runs it forward again.
@@ -2567,7 +2585,7 @@ class World:
             self.shard_fully(model)
         elif self.dtype != torch.float32:
             # autocast leaves the embedding in float32, and with it the whole residual
-            # stream: half the speed for every norm and sum. (FSDP casts that too.)
+            # stream: half the speed for every norm and sum. (FSDP casts it too.)
             model.embedding.register_forward_hook(lambda module, args, x: x.to(self.dtype))
 
     def shard_fully(self, model: Transformer) -> None:
@@ -2592,7 +2610,8 @@ class World:
         options: dict[str, Any] = {"mesh": self.mesh(), "mp_policy": policy}
         for block in model.blocks if self.by_block else []:
             fully_shard(block, **options)
-        # What the root holds is needed again at once by backward, so it stays gathered.
+        # The root (all of the model, if that is one unit) stays gathered until backward is
+        # done: its head is needed again at once.
         fully_shard(model, reshard_after_forward=False, **options)
 
     def mesh(self) -> Any:
@@ -2626,8 +2645,9 @@ class World:
     def before_backward(self, model: Any, last: bool) -> None:
         """Tell FSDP whether this micro-step is the step's last: then gradients are averaged.
 
-        Sums can be averaged once. Until then each process keeps whole gradients, and weights
-        gathered as one unit stay so: fewer messages, for more memory.
+        Each process adds up the gradients of its micro-steps, and one average at the end is
+        enough. Until then it keeps them whole, and weights gathered as one unit stay so: fewer
+        messages, for more memory.
         """
         if self.fsdp:
             model.set_requires_gradient_sync(last)
@@ -2782,8 +2802,10 @@ def load_checkpoint(path: str | Path) -> dict:
     return {**state, "path": str(path)}
 
 
-def model_from_checkpoint(state: dict, device: torch.device | str = "cpu") -> Transformer:
-    """The model of a loaded checkpoint, in float32 on `device`, ready to evaluate."""
+def model_from_checkpoint(
+    state: dict, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Transformer:
+    """The model of a loaded checkpoint on `device`, weights in `dtype`, to be used as it is."""
     try:
         with torch.device(device):
             model = Transformer(ModelConfig(**state["model_config"]))
@@ -2792,6 +2814,8 @@ def model_from_checkpoint(state: dict, device: torch.device | str = "cpu") -> Tr
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{state['path']}: weights and configuration do not fit together: "
                         f"{reason}") from None
+    for parameter in model.parameters():  # TRAP: model.to(dtype) would round RoPE's table too
+        parameter.data = parameter.data.to(dtype)
     return model.eval()
 
 
@@ -2960,14 +2984,14 @@ def evaluate(
     per_round = batch_size * world.size
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     for first in range(0, len(starts), per_round):
-        mine = np.arange(first, first + per_round)[world.rank :: world.size]
+        mine = range(first + world.rank, first + per_round, world.size)
         rows = np.stack([tokens.read(int(starts[i % len(starts)]), length + 1) for i in mine])
         inputs = torch.from_numpy(rows).to(world.device)
         with world.precision(), world.eager():
             logits = model(inputs[:, :-1])
         for row, target, number in zip(logits, inputs[:, 1:], mine):
             if number < len(starts):
-                nats = cross_entropy(row, target).double().item() * length
+                nats = cross_entropy(row, target).item() * length
                 size = len(tokenizer.decode_bytes(target.tolist())) if tokenizer else 0
                 sums += torch.tensor([nats, length, size], dtype=torch.float64)
     world.reshard(model)
@@ -3629,7 +3653,7 @@ def generate_command(
 ) -> None:
     """Write text with a trained model."""
     world = World(devices)
-    model = model_from_checkpoint(load_weights(config.checkpoint), world.device).to(world.dtype)
+    model = model_from_checkpoint(load_weights(config.checkpoint), world.device, world.dtype)
     use_all_cores(model)
     tokenizer = config.tokenizer()
     eot = tokenizer.special_tokens.get(END_OF_TEXT)

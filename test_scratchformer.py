@@ -1332,6 +1332,17 @@ def test_the_loss_by_rows_is_that_of_all_logits(dtype, rows):
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
+def test_the_loss_by_rows_sums_many_rows_in_float16():
+    """4,096 rows at a time that all pull the same way: their sum is 81,920 before scaling."""
+    x, targets = torch.full((65536, 2), 20.0), torch.zeros(65536, dtype=torch.int64)
+    grads = []
+    for dtype in (torch.float16, torch.float32):
+        weight = torch.zeros(3, 2, requires_grad=True)
+        LinearCrossEntropy.apply(x.to(dtype), weight, targets).backward()
+        grads.append(weight.grad)
+    torch.testing.assert_close(*grads, rtol=2e-3, atol=0)
+
+
 def test_the_loss_by_rows_compiles_as_one():
     """A break in the graph would be no error, only slow."""
     x, weight, targets = noise(1300, 12), noise(31, 12), torch.arange(1300) % 31
@@ -1763,6 +1774,14 @@ def test_a_model_survives_saving_and_loading(tmp_path):
     )
     for path in (tmp_path, tmp_path / "step_000003.pt"):
         assert torch.equal(model_from_checkpoint(load_checkpoint(path))(tokens), model(tokens))
+
+
+def test_a_model_loaded_in_bfloat16_keeps_the_angles_of_rope(toy):
+    state = load_checkpoint(toy / "run")
+    model = model_from_checkpoint(state, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.table, model_from_checkpoint(state).table)
+    assert model(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
 
 
 def test_all_checkpoints_are_kept_if_asked_for(toy, tmp_path):
@@ -2744,7 +2763,8 @@ def test_generation_against_peers():
         angles = copy.deepcopy(theirs.model.rotary_emb)  # what bfloat16 would spoil
         theirs = theirs.to(world.device, world.dtype)
         theirs.model.rotary_emb = angles.to(world.device)
-        model = model.to(world.device, world.dtype)
+        state = {"model": model.state_dict(), "model_config": vars(config), "path": "memory"}
+        model = model_from_checkpoint(state, world.device, world.dtype)
         use_all_cores(model)
         prompt = list(range(100, 116))
         given, texts = torch.tensor([prompt], device=world.device), {}
