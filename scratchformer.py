@@ -2068,7 +2068,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     768 so took 9.9 GiB instead of 11.8, and 47.6 ms instead of 48.4; without torch.compile the
     head alone took 3 GiB instead of 19, in 34 ms instead of 38 (2026-11).
 
-    Shapes: x [N, D], weight [V, D], targets int64 [N]; the loss is a float32 scalar.
+    Shapes: x [N, D], weight [V, D], targets int64 [N]; the loss is a float32 scalar. It has no
+    second derivative.
     Source: the formula follows from log softmax; doing so by rows: Hsu et al. 2024, Liger
     Kernel (arXiv 2410.10989), section 3.2.
 
@@ -2093,9 +2094,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             log_p = (rows @ matrix.T).log_softmax(-1, dtype=torch.float32)  # (rows, V)
             log_p_target = log_p.gather(-1, target)
             nats -= log_p_target.sum()
-            # For the right id p - 1 is expm1(log p), which keeps its digits where p is near 1.
             gradient = log_p.exp_().to(x.dtype)
-            gradient.scatter_(-1, target, log_p_target.expm1().to(x.dtype))
+            # For the right id p - 1, from the float32 p: bfloat16 takes 0.999 for 1.
+            gradient.scatter_(-1, target, (log_p_target.exp() - 1).to(x.dtype))
             d_x.append(gradient @ matrix)
             # TRAP: float16 ends at 65,504, which a sum over thousands of rows may pass, and
             # this one is made before any loss scale can help.
@@ -2309,7 +2310,7 @@ class Recorded:
     WHY: the 200 kernels of one token take a GPU a fraction of a millisecond, and the host
     several to launch them. A CUDA graph is a recording of launches that one launch replays: the
     same kernels on the same memory. So what changes, token and place, waits in tensors, and
-    the logits it returns are overwritten by the next call.
+    the logits it returns are overwritten by the next call. One thread may record at a time.
     """
 
     def __init__(self, model: Transformer, cache: Tensor):
@@ -2323,14 +2324,15 @@ class Recorded:
             return self.model(tokens, cache=self.cache, start=start)
         self.token.copy_(tokens)
         self.start.fill_(start)
-        if self.graph is None:
-            # Once without recording: libraries set themselves up at their first call. (What
-            # is only recorded does not run; the replay below writes the same place again.)
-            self.model(self.token, cache=self.cache, start=self.start)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self.model(self.token, cache=self.cache, start=self.start)
-        self.graph.replay()
+        with torch.cuda.device(self.cache.device):
+            if self.graph is None:
+                # Once without recording: libraries set themselves up at their first call. (What
+                # is only recorded does not run; the replay below writes the same place again.)
+                self.model(self.token, cache=self.cache, start=self.start)
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):
+                    self.logits = self.model(self.token, cache=self.cache, start=self.start)
+            self.graph.replay()
         return self.logits
 
 
@@ -2591,7 +2593,7 @@ class World:
 
     def shard_fully(self, model: Transformer) -> None:
         """FSDP: each unit's weights are shared out, and gathered as one message when needed."""
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         # TRAP: by default FSDP casts what enters a unit, the float32 table of RoPE too.
         policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
@@ -2614,6 +2616,11 @@ class World:
         # The root (all of the model, if that is one unit) stays gathered until backward is
         # done: its head is needed again at once.
         fully_shard(model, reshard_after_forward=False, **options)
+        # TRAP: asked for an average, gloo of torch 2.8 gives the sum: gradients, and with them
+        # what is clipped, come out as many times too large as there are processes.
+        for unit in [*model.blocks, model] if self.device.type == "cpu" else []:
+            if isinstance(unit, FSDPModule):
+                unit.set_force_sum_reduction_for_comms(True)
 
     def mesh(self) -> Any:
         """The processes in a row, or in rows of `shard_size`: sharded within, alike across."""

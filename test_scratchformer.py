@@ -43,6 +43,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import scratchformer
 from scratchformer import (
@@ -1315,7 +1316,8 @@ def test_cross_entropy_is_torchs_computed_in_float32(dtype):
 def test_the_loss_by_rows_is_that_of_all_logits(dtype, rows):
     x, weight = noise(rows, 12, dtype=dtype) * 3, noise(31, 12)
     targets = torch.arange(rows) * 3 % 31
-    x[rows // 2] = weight[targets[rows // 2]] * 40  # here the model is certain, and right
+    middle, right = rows // 2, weight[targets[rows // 2]]
+    x[middle] = right * 10 / right.norm() ** 2  # here the model is nearly certain, and right
     found, expected = [], []
     for leaves, loss_of in (
         (found, LinearCrossEntropy.apply),
@@ -1330,11 +1332,28 @@ def test_the_loss_by_rows_is_that_of_all_logits(dtype, rows):
     for ours, theirs in zip([p.grad for p in found[:2]], [p.grad for p in expected[:2]]):
         assert ours.dtype == theirs.dtype
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    ours, theirs = (leaves[0].grad[middle] for leaves in (found, expected))
+    assert (ours - theirs).norm() <= 2 * tolerance * theirs.norm()
+
+
+def test_the_loss_by_rows_holds_few_logits_at_a_time():
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            sizes.extend(x.numel() for x in [result] if isinstance(x, torch.Tensor))
+            return result
+
+    x, weight = noise(8192, 4).requires_grad_(), noise(1000, 4).requires_grad_()
+    with Sizes():
+        LinearCrossEntropy.apply(x, weight, torch.arange(8192) % 1000).backward()
+    assert max(sizes) == 512 * 1000
 
 
 def test_the_loss_by_rows_sums_many_rows_in_float16():
-    """4,096 rows at a time that all pull the same way: their sum is 81,920 before scaling."""
-    x, targets = torch.full((65536, 2), 20.0), torch.zeros(65536, dtype=torch.int64)
+    """4,096 rows at a time that all pull the same way: 2/3 * 40 * 4,096 are 109,227."""
+    x, targets = torch.full((65536, 2), 40.0), torch.zeros(65536, dtype=torch.int64)
     grads = []
     for dtype in (torch.float16, torch.float32):
         weight = torch.zeros(3, 2, requires_grad=True)
