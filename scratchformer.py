@@ -2068,8 +2068,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     768 so took 9.9 GiB instead of 11.8, and 47.6 ms instead of 48.4; without torch.compile the
     head alone took 3 GiB instead of 19, in 34 ms instead of 38 (2026-11).
 
-    Shapes: x [N, D], weight [V, D], targets int64 [N]; the loss is a float32 scalar. It has no
-    second derivative.
+    Shapes: x [N, D], weight [V, D], targets int64 [N]; the loss is a float32 scalar.
+    Second derivatives through it come out wrong.
     Source: the formula follows from log softmax; doing so by rows: Hsu et al. 2024, Liger
     Kernel (arXiv 2410.10989), section 3.2.
 
