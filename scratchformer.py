@@ -2307,10 +2307,11 @@ def sample(
 class Recorded:
     """`model` with `cache`, launched as a whole where it reads a single token; CUDA only.
 
-    WHY: the 200 kernels of one token take a GPU a fraction of a millisecond, and the host
-    several to launch them. A CUDA graph is a recording of launches that one launch replays: the
-    same kernels on the same memory. So what changes, token and place, waits in tensors, and
-    the logits it returns are overwritten by the next call. One thread may record at a time.
+    WHY: one token is hundreds of kernels. With 8 blocks of width 768 they take an H100 0.7 ms
+    in all, and the host 5 to launch one by one (2026-11). A CUDA graph is a recording of
+    launches that one launch replays: the same kernels on the same memory. So what changes,
+    token and place, waits in tensors, and the logits it returns are overwritten by the next
+    call. One thread may record at a time.
     """
 
     def __init__(self, model: Transformer, cache: Tensor):
@@ -2352,9 +2353,11 @@ def generate(
 
     When the context is full, the later half of it is read again and writing goes on.
     `record`, for a model on one CUDA device, is several times as fast: see `Recorded`.
-    Raises UserError for an empty prompt or ids outside the vocabulary.
+    Raises UserError for an empty prompt, ids outside the vocabulary, or `record` elsewhere.
     """
     ids, config, device = list(prompt_ids), model.config, model.table.device
+    if record and device.type != "cuda":
+        raise UserError(f"record needs a model on a CUDA device, not on {device.type}")
     if not ids or min(ids) < 0 or max(ids) >= config.vocab_size:
         raise UserError(f"a prompt needs ids from 0 to {config.vocab_size - 1}, at least one")
     cache = model.new_cache(1, model.embedding.weight.dtype)
@@ -2413,7 +2416,7 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 #    likeliest id's probability. One parameter, and two lines beside those of top_k.
 # 3. In `generate` call the model with all of `ids[-config.context_length :]` and no cache: the
 #    same text, up to context_length, but each token now costs as much as all before it. Ours
-#    took 0.3 ms at any length with the demo's shape, and without the cache 1.4, 2.2 and 4.4 ms
+#    took 0.5 ms at any length with the demo's shape, and without the cache 1.1, 2.3 and 4.7 ms
 #    for texts of 100, 200 and 400 tokens (one core, 2026-11).
 
 
@@ -2597,10 +2600,10 @@ class World:
 
         # TRAP: by default FSDP casts what enters a unit, the float32 table of RoPE too.
         policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
-        # A unit is what is gathered at once. WHY not always block by block: each unit costs
-        # the host some milliseconds. 24 blocks of 13 million weights took 105 ms per
-        # micro-step that way on two H200, and 47 ms as one unit even on four, which have more
-        # to gather (2026-11). A large model must pay this: gathered at once it would not fit.
+        # A unit is what is gathered at once. WHY not always block by block: many messages take
+        # longer than one. 24 blocks of 13 million weights took 120 ms per micro-step that way
+        # on two H100, and 55 ms as one unit (2026-11). A large model must pay this: gathered
+        # at once it would not fit.
         size = sum(p.numel() for p in model.parameters())
         unit = self.flags.fsdp_unit
         self.by_block = unit == "block" or unit == "auto" and size > 1e9

@@ -1562,6 +1562,11 @@ def test_a_drawn_text_is_the_loop_without_a_cache():
     assert [*PROMPT, *generate(model, PROMPT, 21, 0.9, 20, 0.95, generator=other)] == ids
 
 
+def test_a_recording_on_a_cpu_is_refused():
+    with pytest.raises(UserError, match="CUDA device, not on cpu"):
+        next(generate(tiny_model(), PROMPT, 5, record=True))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("drawing", [{"temperature": 0}, {"top_k": 20, "top_p": 0.95}])
 @pytest.mark.parametrize("prompt", [[1], list(PROMPT)])
