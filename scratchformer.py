@@ -118,7 +118,7 @@ import typing
 import zipfile
 from array import array
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
@@ -2156,24 +2156,28 @@ def adamw_reference(
 
 
 def make_optimizer(
-    model: nn.Module, config: LearningConfig, device: torch.device
+    parameters: Collection[Tensor], config: LearningConfig, device: torch.device
 ) -> torch.optim.AdamW:
     """torch's AdamW, which decays matrices and leaves the gains (weights of the norms) alone.
 
     Decay pulls towards zero, which for a gain means a silent layer, not a simple one.
-    TRAP: build it after sharding. Sharding replaces the parameters, and an optimizer that
-    holds the old ones never changes the weights.
     """
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    gains = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [p for p in parameters if p.dim() == 2]
+    gains = [p for p in parameters if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": gains, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=device.type != "mps")
 
 
+@torch.no_grad()
+def own(tensor: Any) -> Tensor:
+    """The part of a tensor that this process holds: a shard under FSDP, else all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class Stepper:
-    """Clips, guards and applies the gradients.
+    """Clips, guards and applies the gradients of a model that, with FSDP, is sharded by now.
 
     In plain lines, with g for all gradients:
         norm = sqrt(sum of g^2) / scale
@@ -2196,20 +2200,30 @@ class Stepper:
     STATE = ("scale", "good_steps", "skipped", "skipped_in_a_row")
 
     def __init__(
-        self, optimizer: torch.optim.AdamW, clip_grad: float, device: torch.device, scaled: bool
+        self, model: nn.Module, config: LearningConfig, device: torch.device, scaled: bool
     ):
-        self.optimizer, self.clip_grad, self.scaled = optimizer, clip_grad, scaled
+        # TRAP: FSDP's parameters are DTensors, tensors that know of all their shards. For each
+        # of them and each step torch 2.11's fused AdamW leaves five objects behind for ever
+        # (pytorch issue 188174), and Python's search for garbage stopped two GPUs for 0.7 s
+        # every forty steps. So the optimizer is given plain shards, and no DTensor.
+        self.parts: dict[Any, Any] = {p: own(p) for p in model.parameters()}
+        self.optimizer = make_optimizer(self.parts.values(), config, device)
+        self.clip_grad, self.scaled = config.clip_grad, scaled
         self.scale = torch.tensor(2.0**16 if scaled else 1.0, device=device)
         self.good_steps, self.skipped, self.skipped_in_a_row = torch.zeros(3, device=device)
 
     @torch.no_grad()
     def step(self) -> Tensor:
         """Update the weights and clear the gradients; the norm before clipping, a scalar."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        # TRAP: under FSDP every process holds a shard, and this is one shard's norm until
-        # it is reduced.
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm) / self.scale
+        for parameter, part in self.parts.items():
+            part.data, part.grad = own(parameter), own(parameter.grad)
+        norm = torch.nn.utils.get_total_norm([part.grad for part in self.parts.values()])
+        if mesh := getattr(next(iter(self.parts)), "device_mesh", None):
+            # FSDP: this is the norm of one process's shards until the squares are summed.
+            square = norm.square()
+            torch.distributed.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))
+            norm = square.sqrt()
+        norm = norm / self.scale
         bad, divisor = (~norm.isfinite()).float(), self.scale
         if self.clip_grad:
             divisor = divisor * (norm / self.clip_grad).clamp(min=1.0)
@@ -2217,10 +2231,11 @@ class Stepper:
             vars(self.optimizer).update(grad_scale=divisor, found_inf=bad)
             self.optimizer.step()
         elif not bad.item():  # the same in plain words, for a device without that kernel
-            for p in parameters:
-                p.grad /= divisor
+            for part in self.parts.values():
+                part.grad /= divisor
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        for tensor in (*self.parts, *self.parts.values()):
+            tensor.grad = None
         self.skipped = self.skipped + bad
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
         if self.scaled:
@@ -2580,7 +2595,7 @@ class World:
         """Make `model` ready to learn on all processes.
 
         In this order: recomputation, compile, then shard each unit, then the root, then
-        (elsewhere) build the optimizer. (Without FSDP, `loss_function` compiles.) Parameters
+        (in `Stepper`) build the optimizer. (Without FSDP, `loss_function` compiles.) Parameters
         stay float32; products run in `self.dtype`.
         """
         for block in model.blocks if self.flags.activation_checkpointing else []:
@@ -2700,10 +2715,15 @@ class World:
         """Whether `condition` holds on any process: a decision that all take alike."""
         return bool(self.sum(torch.tensor(int(condition))))
 
-    def full(self, tensor: Any) -> Tensor:
-        """The whole of a tensor that may be sharded, on the CPU, detached."""
-        whole = tensor.full_tensor() if self.fsdp else tensor
-        return whole.detach().to("cpu", copy=True)
+    def full(self, part: Tensor, parameter: Any) -> Tensor:
+        """From all processes' parts the whole of `parameter`, or of its moments; on the CPU."""
+        if self.fsdp:
+            from torch.distributed.tensor import DTensor
+
+            like = {"shape": parameter.shape, "stride": parameter.stride()}
+            part = DTensor.from_local(
+                part, parameter.device_mesh, parameter.placements, **like).full_tensor()
+        return part.detach().to("cpu", copy=True)
 
     @torch.no_grad()
     def place(self, whole: Tensor, target: Any) -> None:
@@ -2847,13 +2867,14 @@ class Checkpoints:
         if not weights_only:
             kept["optimizer"] = {key: {} for key in (*MOMENTS, "step")}
         for name, parameter in model.named_parameters():
-            places = [(kept["model"], parameter)]
+            part = stepper.parts[parameter]
+            places = [(kept["model"], own(parameter))]
             if not weights_only:
-                moments = stepper.optimizer.state[parameter]
+                moments = stepper.optimizer.state[part]
                 places += [(kept["optimizer"][key], moments[key]) for key in MOMENTS]
                 kept["optimizer"]["step"][name] = moments["step"].item()
             for place, tensor in places:
-                whole = self.world.full(tensor)
+                whole = self.world.full(tensor, parameter)
                 if self.world.main:
                     place[name] = whole
         return kept
@@ -2907,7 +2928,8 @@ class Checkpoints:
                 self.world.place(state["optimizer"][key][name], moments[key])
             # The fused kernel counts steps on the device, as float32.
             steps = torch.full((), state["optimizer"]["step"][name], device=self.world.device)
-            stepper.optimizer.state[parameter] = {**moments, "step": steps}
+            parts = {key: own(moment) for key, moment in moments.items()}
+            stepper.optimizer.state[stepper.parts[parameter]] = {**parts, "step": steps}
         stepper.load(state["stepper"])
 
 
@@ -3180,9 +3202,8 @@ class Trainer:
             self.model = Transformer(model_config)
         world.shard(self.model)
         self.loss_of = world.loss_function(self.model)
-        self.optimizer = make_optimizer(self.model, learning, world.device)
         scaled = world.dtype == torch.float16
-        self.stepper = Stepper(self.optimizer, learning.clip_grad, world.device, scaled)
+        self.stepper = Stepper(self.model, learning, world.device, scaled)
         self.checkpoints = Checkpoints(run.outdir, run.keep_checkpoints, world)
         rows, self.first_step = data.batch_size * data.grad_accum_steps * world.size, 0
         self.tokens_per_step = rows * model_config.context_length
@@ -3205,7 +3226,7 @@ class Trainer:
     def step(self, number: int, stream: Iterator) -> tuple[Tensor, Tensor]:
         """One update of the weights, step `number` from 1 on; loss and gradient norm."""
         flags, micro_steps = self.learning, self.batches.config.grad_accum_steps
-        for group in self.optimizer.param_groups:
+        for group in self.stepper.optimizer.param_groups:
             group["lr"] = learning_rate(number - 1, flags.lr, flags.min_lr, flags.warmup_steps,
                                         flags.max_steps)
         loss = torch.zeros((), device=self.world.device)
@@ -3230,7 +3251,7 @@ class Trainer:
                             f"{step - in_a_row + 1}: the weights are as they were then; try a "
                             f"smaller --lr or another --dtype")
         record = {"step": step, "train_loss": self.world.mean(loss).item(),
-                  "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
+                  "lr": self.stepper.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
         tokens = steps * self.tokens_per_step
         record |= speed(self.world, self.model.config, tokens, seconds)
         record["skipped_steps"] = int(self.stepper.skipped.item())

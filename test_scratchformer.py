@@ -1420,7 +1420,9 @@ def test_the_formula_of_adamw_is_torchs(steps, decay, beta1, beta2):
 def test_matrices_decay_and_gains_do_not():
     model = tiny_model()
     optimizer = make_optimizer(
-        model, LearningConfig(lr=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9), CPU
+        list(model.parameters()),
+        LearningConfig(lr=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9),
+        CPU,
     )
     decays = {
         p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
@@ -1445,8 +1447,9 @@ def one_update(model, seed, scale=1.0):
 def test_the_stepper_is_clip_grad_norm_and_plain_adamw(clip_grad, scaled, fused):
     ours, theirs = tiny_model(), tiny_model()
     config = LearningConfig(lr=0.01, clip_grad=clip_grad, weight_decay=0.1)
-    optimizer = make_optimizer(ours, config, CPU if fused else torch.device("mps"))
-    stepper = Stepper(optimizer, clip_grad, CPU, scaled)
+    stepper = Stepper(ours, config, CPU, scaled)
+    if not fused:
+        stepper.optimizer = make_optimizer(list(ours.parameters()), config, torch.device("mps"))
     groups = [
         {"params": [p for p in theirs.parameters() if p.dim() == 2], "weight_decay": 0.1},
         {"params": [p for p in theirs.parameters() if p.dim() < 2], "weight_decay": 0.0},
@@ -1469,12 +1472,18 @@ def test_the_stepper_is_clip_grad_norm_and_plain_adamw(clip_grad, scaled, fused)
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, clip_grad, fused):
     model = tiny_model()
-    optimizer = make_optimizer(model, LearningConfig(), CPU if fused else torch.device("mps"))
-    stepper = Stepper(optimizer, clip_grad, CPU, scaled=False)
+    config = LearningConfig(clip_grad=clip_grad)
+    stepper = Stepper(model, config, CPU, scaled=False)
+    if not fused:
+        stepper.optimizer = make_optimizer(
+            list(model.parameters()), config, torch.device("mps")
+        )
 
     def everything():
         moments = [
-            optimizer.state[p][key] for p in model.parameters() for key in (*MOMENTS, "step")
+            stepper.optimizer.state[p][key]
+            for p in model.parameters()
+            for key in (*MOMENTS, "step")
         ]
         return [tensor.clone() for tensor in (*model.parameters(), *moments)]
 
@@ -1497,7 +1506,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, clip_
 
 def test_the_loss_scale_halves_on_overflow_and_doubles_after_many_good_steps():
     model = tiny_model()
-    stepper = Stepper(make_optimizer(model, LearningConfig(), CPU), 1.0, CPU, scaled=True)
+    stepper = Stepper(model, LearningConfig(), CPU, scaled=True)
     stepper.GROWTH_STEPS, scales = 3, []
     for bad in (True, True, False, False, True, False, False, False, False):
         one_update(model, 0, stepper.scale)
@@ -1739,6 +1748,36 @@ def test_a_device_that_is_not_there_is_refused(toy, tmp_path, capsys):
         *training(toy, tmp_path / "run"),
         "--max_steps 9 --device cuda",
     )
+
+
+STEPS_OF_FSDP = """
+import gc, torch
+from scratchformer import *
+
+with World(DeviceConfig(device="cpu"), ProcessConfig(fsdp=True)) as world:
+    model = Transformer(ModelConfig(64, 16, 2, 32, 4, 64))
+    world.shard(model)
+    stepper, tokens = Stepper(model, LearningConfig(), world.device, False), torch.ones(2, 16)
+    for step in range(60):
+        stepper.optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        world.before_backward(model, True)
+        model(tokens.long(), tokens.long()).backward()
+        stepper.step()
+        if step in (29, 59):
+            gc.collect()
+            print("objects", len(gc.get_objects()))
+"""
+
+
+@slow
+def test_steps_of_fsdp_leave_nothing_behind(tmp_path):
+    script = write(tmp_path / "steps.py", STEPS_OF_FSDP.encode())
+    command = process(processes=1, env={"PYTHONPATH": str(Path(FILE).parent)})
+    command["args"][command["args"].index(str(FILE))] = str(script)
+    done = subprocess.run(**command, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    early, late = map(int, re.findall(rb"objects (\d+)", done.stdout))
+    assert late - early < 30  # objects of Python, in 30 steps; one for each would be a leak
 
 
 def test_fsdp_without_torchrun_is_refused(toy, tmp_path, capsys):
@@ -2742,8 +2781,7 @@ def measure_step(kind, shape, compiled):
             return F.cross_entropy(logits.view(-1, V).float(), y.view(-1))
 
         loss_of = torch.compile(loss_of) if compiled else loss_of
-    optimizer = make_optimizer(model, LearningConfig(), world.device)
-    stepper = Stepper(optimizer, 1.0, world.device, False)
+    stepper = Stepper(model, LearningConfig(), world.device, False)
     tokens = torch.randint(V, (B, T + 1), device=world.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -2754,8 +2792,8 @@ def measure_step(kind, shape, compiled):
     def theirs():
         loss_of(x, y).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        stepper.optimizer.step()
+        stepper.optimizer.zero_grad(set_to_none=True)
 
     taken = milliseconds(ours if kind == "ours" else theirs, 30)
     gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan
