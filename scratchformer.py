@@ -2177,7 +2177,7 @@ def own(tensor: Any) -> Tensor:
 
 
 class Stepper:
-    """Clips, guards and applies the gradients of a model that, with FSDP, is sharded by now.
+    """Clips, guards and applies the gradients.
 
     In plain lines, with g for all gradients:
         norm = sqrt(sum of g^2) / scale
@@ -2193,6 +2193,9 @@ class Stepper:
     are, while bfloat16 has the range of float32. So the loss is multiplied by a large power
     of two, halved when something overflows and doubled after GROWTH_STEPS good steps
     (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2).
+
+    TRAP: with FSDP (chapter 8) build it after sharding, which replaces the parameters: whoever
+    holds the old ones never changes the weights.
     """
 
     LARGEST_RUN = 10  # skipped steps in a row that are no bad luck any more (chapter 10)
@@ -2203,9 +2206,10 @@ class Stepper:
         self, model: nn.Module, config: LearningConfig, device: torch.device, scaled: bool
     ):
         # TRAP: FSDP's parameters are DTensors, tensors that know of all their shards. For each
-        # of them and each step torch 2.11's fused AdamW leaves five objects behind for ever
-        # (pytorch issue 188174), and Python's search for garbage stopped two GPUs for 0.7 s
-        # every forty steps. So the optimizer is given plain shards, and no DTensor.
+        # of them and each step torch 2.11's fused AdamW leaves some five objects behind for
+        # ever (pytorch issue 188174), and Python's search for garbage among so many stopped
+        # two H100 for 0.7 s at a time, 15% of a run (2026-11). So the optimizer is given what
+        # this process holds of each parameter, as a plain tensor.
         self.parts: dict[Any, Any] = {p: own(p) for p in model.parameters()}
         self.optimizer = make_optimizer(self.parts.values(), config, device)
         self.clip_grad, self.scaled = config.clip_grad, scaled
@@ -2216,6 +2220,7 @@ class Stepper:
     def step(self) -> Tensor:
         """Update the weights and clear the gradients; the norm before clipping, a scalar."""
         for parameter, part in self.parts.items():
+            # `data` too, for torch 2.8 may move a shard in the first forward pass.
             part.data, part.grad = own(parameter), own(parameter.grad)
         norm = torch.nn.utils.get_total_norm([part.grad for part in self.parts.values()])
         if mesh := getattr(next(iter(self.parts)), "device_mesh", None):
@@ -2615,10 +2620,11 @@ class World:
 
         # TRAP: by default FSDP casts what enters a unit, the float32 table of RoPE too.
         policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
-        # A unit is what is gathered at once. WHY not always block by block: many messages take
-        # longer than one. 24 blocks of 13 million weights took 120 ms per micro-step that way
-        # on two H100, and 55 ms as one unit (2026-11). A large model must pay this: gathered
-        # at once it would not fit.
+        # A unit is what is gathered at once. WHY not always block by block: each unit costs the
+        # host some 3 ms per micro-step, to gather, cast and let go. 24 blocks of 13 million
+        # weights took 101 ms that way on two H100, of which the GPUs computed 47, all that it
+        # took as one unit (2026-11). Blocks of a model that would not fit if gathered at once
+        # are larger, and the GPU is busy with one while the host prepares the next.
         size = sum(p.numel() for p in model.parameters())
         unit = self.flags.fsdp_unit
         self.by_block = unit == "block" or unit == "auto" and size > 1e9
@@ -2720,9 +2726,9 @@ class World:
         if self.fsdp:
             from torch.distributed.tensor import DTensor
 
-            like = {"shape": parameter.shape, "stride": parameter.stride()}
-            part = DTensor.from_local(
-                part, parameter.device_mesh, parameter.placements, **like).full_tensor()
+            whole = DTensor.from_local(part, parameter.device_mesh, parameter.placements,
+                                       shape=parameter.shape, stride=parameter.stride())
+            part = whole.full_tensor()
         return part.detach().to("cpu", copy=True)
 
     @torch.no_grad()
