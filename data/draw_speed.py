@@ -20,7 +20,7 @@ MEASURED = {
     "Training step, 8 x 768": {"ours": 47.89, "transformers": 56.46},
     "Training step, 24 x 1024": {"ours": 49.11, "transformers": 60.37},
     "Training step, 24 x 1024, batch 32": {"ours": 170.0, "transformers": 210.76},
-    "Writing on a CPU, 8 x 768": {"ours": 1 / 61.6, "transformers": 1 / 35.8},
+    "Writing on a CPU, 8 x 768": {"ours": 1 / 61.0, "transformers": 1 / 35.5},
     "Writing on a GPU, 8 x 768": {"ours": 1 / 1135, "transformers": 1 / 143},
 }
 
