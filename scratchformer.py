@@ -2222,7 +2222,8 @@ class Stepper:
         for parameter, part in self.parts.items():
             # `data` too, for torch 2.8 may move a shard in the first forward pass.
             part.data, part.grad = own(parameter), own(parameter.grad)
-        norm = torch.nn.utils.get_total_norm([part.grad for part in self.parts.values()])
+        parts = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([part.grad for part in parts])
         if mesh := getattr(next(iter(self.parts)), "device_mesh", None):
             # FSDP: this is the norm of one process's shards until the squares are summed.
             square = norm.square()
@@ -2236,10 +2237,10 @@ class Stepper:
             vars(self.optimizer).update(grad_scale=divisor, found_inf=bad)
             self.optimizer.step()
         elif not bad.item():  # the same in plain words, for a device without that kernel
-            for part in self.parts.values():
+            for part in parts:
                 part.grad /= divisor
             self.optimizer.step()
-        for tensor in (*self.parts, *self.parts.values()):
+        for tensor in (*self.parts, *parts):
             tensor.grad = None
         self.skipped = self.skipped + bad
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
