@@ -2207,9 +2207,9 @@ class Stepper:
     ):
         # TRAP: FSDP's parameters are DTensors, tensors that know of all their shards. For each
         # of them and each step torch 2.11's fused AdamW leaves some five objects behind for
-        # ever (pytorch issue 188174), and Python's search for garbage among so many stopped
-        # two H100 for 0.7 s at a time, 15% of a run (2026-11). So the optimizer is given what
-        # this process holds of each parameter, as a plain tensor.
+        # ever (pytorch issue 188174), and as they grow in number Python searches all objects
+        # for garbage: two H100 stood still for 0.7 s, and runs of 60 steps logged 15% fewer
+        # tokens/s (2026-11). So the optimizer is given plain tensors, what this process holds.
         self.parts: dict[Any, Any] = {p: own(p) for p in model.parameters()}
         self.optimizer = make_optimizer(self.parts.values(), config, device)
         self.clip_grad, self.scaled = config.clip_grad, scaled
@@ -2225,7 +2225,8 @@ class Stepper:
         parts = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([part.grad for part in parts])
         if mesh := getattr(next(iter(self.parts)), "device_mesh", None):
-            # FSDP: this is the norm of one process's shards until the squares are summed.
+            # FSDP: so far this is the norm of one process's shards. The mesh's last dimension
+            # is the processes that share one model: their squares are summed.
             square = norm.square()
             torch.distributed.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))
             norm = square.sqrt()
@@ -2617,18 +2618,18 @@ class World:
 
     def shard_fully(self, model: Transformer) -> None:
         """FSDP: each unit's weights are shared out, and gathered as one message when needed."""
-        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         # TRAP: by default FSDP casts what enters a unit, the float32 table of RoPE too.
         policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
         # A unit is what is gathered at once. WHY not always block by block: each unit costs the
         # host some 3 ms per micro-step, to gather, cast and let go. 24 blocks of 13 million
         # weights took 101 ms that way on two H100, of which the GPUs computed 47, all that it
-        # took as one unit (2026-11). Blocks of a model that would not fit if gathered at once
-        # are larger, and the GPU is busy with one while the host prepares the next.
+        # took as one unit (2026-11). A model that would not fit if gathered at once must pay
+        # this; but its blocks are larger, and keep the GPU busy for longer.
         size = sum(p.numel() for p in model.parameters())
-        unit = self.flags.fsdp_unit
-        self.by_block = unit == "block" or unit == "auto" and size > 1e9
+        asked = self.flags.fsdp_unit
+        self.by_block = asked == "block" or asked == "auto" and size > 1e9
         if self.flags.compile and self.by_block:
             for block in model.blocks:
                 block.compile()  # one compilation serves all
@@ -2636,16 +2637,15 @@ class World:
         elif self.flags.compile:
             model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
         options: dict[str, Any] = {"mesh": self.mesh(), "mp_policy": policy}
-        for block in model.blocks if self.by_block else []:
-            fully_shard(block, **options)
-        # The root (all of the model, if that is one unit) stays gathered until backward is
-        # done: its head is needed again at once.
-        fully_shard(model, reshard_after_forward=False, **options)
-        # TRAP: asked for an average, gloo of torch 2.8 gives the sum: gradients, and with them
-        # what is clipped, come out as many times too large as there are processes.
-        for unit in [*model.blocks, model] if self.device.type == "cpu" else []:
-            if isinstance(unit, FSDPModule):
-                unit.set_force_sum_reduction_for_comms(True)
+        for unit in [*model.blocks, model] if self.by_block else [model]:
+            # The root (all of the model, if that is one unit) stays gathered until backward is
+            # done: its head is needed again at once.
+            sharded: Any = fully_shard(unit, reshard_after_forward=unit is not model, **options)
+            if self.device.type == "cpu":
+                # TRAP: asked for an average, gloo of torch 2.8 gives the sum: gradients, and
+                # with them what is clipped, come out as many times too large as there are
+                # processes.
+                sharded.set_force_sum_reduction_for_comms(True)
 
     def mesh(self) -> Any:
         """The processes in a row, or in rows of `shard_size`: sharded within, alike across."""
@@ -2875,7 +2875,7 @@ class Checkpoints:
             kept["optimizer"] = {key: {} for key in (*MOMENTS, "step")}
         for name, parameter in model.named_parameters():
             part = stepper.parts[parameter]
-            places = [(kept["model"], own(parameter))]
+            places = [(kept["model"], part)]
             if not weights_only:
                 moments = stepper.optimizer.state[part]
                 places += [(kept["optimizer"][key], moments[key]) for key in MOMENTS]
@@ -2930,13 +2930,14 @@ class Checkpoints:
         if "optimizer" not in state:
             return
         for name, parameter in model.named_parameters():
-            moments = {key: torch.zeros_like(parameter) for key in MOMENTS}
-            for key in MOMENTS:
-                self.world.place(state["optimizer"][key][name], moments[key])
             # The fused kernel counts steps on the device, as float32.
             steps = torch.full((), state["optimizer"]["step"][name], device=self.world.device)
-            parts = {key: own(moment) for key, moment in moments.items()}
-            stepper.optimizer.state[stepper.parts[parameter]] = {**parts, "step": steps}
+            moments = {"step": steps}
+            for key in MOMENTS:
+                moment = torch.zeros_like(parameter)  # sharded as the parameter is
+                self.world.place(state["optimizer"][key][name], moment)
+                moments[key] = own(moment)
+            stepper.optimizer.state[stepper.parts[parameter]] = moments
         stepper.load(state["stepper"])
 
 

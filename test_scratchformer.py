@@ -152,10 +152,10 @@ def shell_words(argv):
     return list(itertools.chain(*split))
 
 
-def process(*argv, processes=0, env=None):
+def process(*argv, processes=0, env=None, file=FILE):
     """The command line of scratchformer.py and its environment, under torchrun if asked for."""
     torchrun = [f"-m torch.distributed.run --standalone --nproc_per_node={processes}"]
-    start = [sys.executable, *(torchrun if processes else []), FILE, *argv]
+    start = [sys.executable, *(torchrun if processes else []), file, *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", **(env or {})}
     return {"args": shell_words(start), "env": environment}
 
@@ -1441,15 +1441,22 @@ def one_update(model, seed, scale=1.0):
     (cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]) * scale).backward()
 
 
+def stepper_for(model, config, fused, scaled=False):
+    """A stepper on the CPU; not fused: with the optimizer of a device without that kernel."""
+    stepper = Stepper(model, config, CPU, scaled)
+    if not fused:
+        parameters = list(model.parameters())
+        stepper.optimizer = make_optimizer(parameters, config, torch.device("mps"))
+    return stepper
+
+
 @pytest.mark.parametrize("clip_grad", [0.0, 0.05, 1e9])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_stepper_is_clip_grad_norm_and_plain_adamw(clip_grad, scaled, fused):
     ours, theirs = tiny_model(), tiny_model()
     config = LearningConfig(lr=0.01, clip_grad=clip_grad, weight_decay=0.1)
-    stepper = Stepper(ours, config, CPU, scaled)
-    if not fused:
-        stepper.optimizer = make_optimizer(list(ours.parameters()), config, torch.device("mps"))
+    stepper = stepper_for(ours, config, fused, scaled)
     groups = [
         {"params": [p for p in theirs.parameters() if p.dim() == 2], "weight_decay": 0.1},
         {"params": [p for p in theirs.parameters() if p.dim() < 2], "weight_decay": 0.0},
@@ -1472,12 +1479,7 @@ def test_the_stepper_is_clip_grad_norm_and_plain_adamw(clip_grad, scaled, fused)
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, clip_grad, fused):
     model = tiny_model()
-    config = LearningConfig(clip_grad=clip_grad)
-    stepper = Stepper(model, config, CPU, scaled=False)
-    if not fused:
-        stepper.optimizer = make_optimizer(
-            list(model.parameters()), config, torch.device("mps")
-        )
+    stepper = stepper_for(model, LearningConfig(clip_grad=clip_grad), fused)
 
     def everything():
         moments = [
@@ -1757,11 +1759,12 @@ from scratchformer import *
 with World(DeviceConfig(device="cpu"), ProcessConfig(fsdp=True)) as world:
     model = Transformer(ModelConfig(64, 16, 2, 32, 4, 64))
     world.shard(model)
-    stepper, tokens = Stepper(model, LearningConfig(), world.device, False), torch.ones(2, 16)
+    stepper = Stepper(model, LearningConfig(), world.device, False)
+    tokens = torch.ones(2, 16, dtype=torch.int64)
     for step in range(60):
         stepper.optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
         world.before_backward(model, True)
-        model(tokens.long(), tokens.long()).backward()
+        model(tokens, tokens).backward()
         stepper.step()
         if step in (29, 59):
             gc.collect()
@@ -1772,9 +1775,7 @@ with World(DeviceConfig(device="cpu"), ProcessConfig(fsdp=True)) as world:
 @slow
 def test_steps_of_fsdp_leave_nothing_behind(tmp_path):
     script = write(tmp_path / "steps.py", STEPS_OF_FSDP.encode())
-    command = process(processes=1, env={"PYTHONPATH": str(Path(FILE).parent)})
-    command["args"][command["args"].index(str(FILE))] = str(script)
-    done = subprocess.run(**command, capture_output=True, timeout=300)
+    done = run(processes=1, file=script, env={"PYTHONPATH": str(FILE.parent)})
     assert done.returncode == 0, done.stderr
     early, late = map(int, re.findall(rb"objects (\d+)", done.stdout))
     assert late - early < 30  # objects of Python, in 30 steps; one for each would be a leak
