@@ -110,24 +110,25 @@ __version__ = "0.1.0"
 # 1. Pre-tokenization
 #
 # A model computes with numbers, so text must become a list of integers. One integer per
-# character makes long lists, and one per word needs an endless dictionary. Byte-pair
-# encoding (BPE, next chapter) takes the middle way: its *tokens* are byte sequences that
+# character makes long lists, and one per word needs an unbounded vocabulary. Byte-pair
+# encoding (BPE, next chapter) is the middle ground: its *tokens* are byte sequences that
 # occur often, from single bytes up to whole words.
 #
 # First, a regular expression splits the text into *pre-tokens*, roughly words. A token never
-# crosses the border of a pre-token, so "dog", "dog." and "dog!" share the token "dog" instead
+# crosses the boundary of a pre-token, so "dog", "dog." and "dog!" share the token "dog" instead
 # of becoming three unrelated ones. (Radford et al. 2019, GPT-2, section 2.2)
 # ----------------------------------------------------------------------------------------
 
 # GPT-2's pattern. At each position the first alternative that matches wins: an English
 # contraction; letters, digits or punctuation, each with one optional space in front; or
 # whitespace. `\s+(?!\S)` stops one short of the next word, so that the last space of a run
-# joins that word.
+# joins that word. (\p{L} is any letter in Unicode and \p{N} any digit. Python's `re` doesn't
+# know these classes; the package `regex` does.)
 PRETOKEN_PATTERN = (
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )
-# GPT-4's pattern takes digits in groups of at most three and lets any one character, not just
-# a space, lead a word. (From OpenAI's tiktoken; Llama 3 uses the same one.)
+# GPT-4's pattern takes digits in groups of at most three, and a word may start with any one
+# punctuation mark or space, not just a space. (From OpenAI's tiktoken; also used by Llama 3.)
 GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -139,7 +140,7 @@ class UserError(ValueError):
 
 
 def pretokenize(text: str, pattern: str = PRETOKEN_PATTERN) -> list[str]:
-    """Split `text` into pre-tokens. Joined, they are the text again.
+    """Split `text` into pre-tokens. Concatenated, they give `text` again.
 
     >>> pretokenize("It's 3 o'clock,  isn't it?")
     ['It', "'s", ' 3', ' o', "'", 'clock', ',', ' ', ' isn', "'t", ' it', '?']
@@ -153,7 +154,7 @@ def pretokenize(text: str, pattern: str = PRETOKEN_PATTERN) -> list[str]:
 
 
 # Tokens are made of bytes, not characters. In UTF-8, "a" is one byte, "é" two and "漢" three.
-# Every text is a sequence of the same 256 bytes, so no character is ever unknown.
+# There are only 256 bytes, and every text is made of them, so no character is ever unknown.
 
 
 def text_to_bytes(text: str) -> bytes:
@@ -166,7 +167,7 @@ def text_to_bytes(text: str) -> bytes:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
         half = text[error.start]
-        raise UserError(f"the text contains {half!r}, half of a surrogate pair") from None
+        raise UserError(f"the text contains {half!r}, a lone surrogate") from None
 
 
 def bytes_to_text(data: bytes) -> str:
@@ -182,11 +183,11 @@ def bytes_to_text(data: bytes) -> str:
 
 
 # A *special token* marks something that is not text, such as the end of a document. It has
-# one id of its own, whatever its letters, and is cut out before the pattern sees the text.
+# one id of its own, however it is spelled, and is cut out before the pattern sees the text.
 
 
 def special_token_pattern(special_tokens: Iterable[str]) -> re.Pattern:
-    """A pattern that finds special tokens; where several fit, the longest.
+    """A pattern that finds special tokens, preferring the longest match.
 
     >>> special_token_pattern(["<a>", "<a><b>"]).findall("x<a><b>y<a>")
     ['<a><b>', '<a>']
@@ -225,8 +226,8 @@ def count_pretokens(
 # 1. `pretokenize(" 2024 24,000")` gives " 2024", " 24", "," and "000". Predict what it gives
 #    with GPT4_PATTERN, then try it. Which numbers does each pattern let a model see as one
 #    token?
-# 2. In `pretokenize`, drop the last two alternatives of the pattern. The function still
-#    returns all of the text; what do runs of spaces look like now?
+# 2. Remove `\s+(?!\S)|` from PRETOKEN_PATTERN and split "a  b". Which token gets the second
+#    space now? What would that mean for the word " b"?
 
 
 # ----------------------------------------------------------------------------------------
@@ -263,9 +264,10 @@ def merge_pair(tokens: list, pair: tuple, merged: Any) -> list:
 def learn_merges_naive(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Merge]:
     """Up to `num_merges` merges, in the order learned; fewer if no pair is left.
 
-    Five words by hand. At first "es" and "st" both occur 6 + 3 = 9 times. The tie goes to the
-    greater pair of bytes, and b"s" > b"e", so "st" is merged first. Then "e" + "st" occurs 9
-    times. Then "lo" and "ow" occur 5 + 2 + 1 = 8 times each, and b"o" > b"l".
+    A worked example. At first "es" and "st" both occur 6 + 3 = 9 times. The tie goes to the
+    pair that comes last in the alphabet, and b"s" > b"e", so "st" is merged first. Then
+    "e" + "st" occurs 9 times. Then "lo" and "ow" occur 5 + 2 + 1 = 8 times each, and
+    b"o" > b"l".
 
     >>> words = {b"low": 5, b"lower": 2, b"newest": 6, b"widest": 3, b"slow": 1}
     >>> learn_merges_naive(words, 4)
@@ -312,11 +314,12 @@ def build_vocab(merges: Sequence[Merge], special_tokens: Sequence[str]) -> dict[
 # 3. The tokenizer
 #
 # A trained tokenizer is a vocabulary and a list of merges. To *encode* text, split it into
-# pre-tokens and replay the merges on each of them, in the order they were learned. To
+# pre-tokens, and in each of them repeat the merges in the order they were learned. To
 # *decode* ids, look up their bytes and join them. (Sennrich et al. 2016, section 3.2)
 #
-# The file format is Hugging Face's tokenizer.json, so other libraries can read our
-# tokenizers and we can read theirs.
+# This is a complete tokenizer, and it is easy to follow. For long texts it hands over to
+# chapter 4, which computes the same ids faster. Tokenizers are saved as Hugging Face's
+# tokenizer.json, so other libraries can read ours and we can read theirs.
 # ----------------------------------------------------------------------------------------
 
 END_OF_TEXT = "<|endoftext|>"  # the special token between documents, named as in GPT-2
@@ -328,9 +331,9 @@ class Tokenizer:
     `vocab` maps ids to bytes. `merges` are pairs of tokens in the order learned. Special
     tokens that are not in `vocab` get the next free ids. `pattern` splits text into
     pre-tokens. With `ignore_merges`, a pre-token that is in the vocabulary takes its id
-    without replaying merges, as in Llama 3. Raises UserError where these do not fit together.
+    without any merges, as in Llama 3. Raises UserError if these are inconsistent.
 
-    One pre-token by hand, with three merges. "then" starts as the bytes t, h, e, n. Merge 0
+    A worked example with three merges. "then" starts as the bytes t, h, e, n. Merge 0
     makes th, e, n; merge 1 makes the, n; merge 2 looks for h + e and finds none.
 
     >>> merges = [(b"t", b"h"), (b"th", b"e"), (b"h", b"e")]
@@ -353,40 +356,46 @@ class Tokenizer:
         check_pattern(pattern)
         self.vocab, self.merges, self.pattern = dict(vocab), list(merges), pattern
         self.ignore_merges = ignore_merges
-        # Reversed: where two entries have the same bytes, the lower id wins.
-        self.id_of = {token: i for i, token in reversed(self.vocab.items())}
-        check_merges(self.merges, self.id_of)
+        # Reversed, so that of two entries with the same bytes the first one counts.
+        self.token_to_id = {token: i for i, token in reversed(self.vocab.items())}
+        check_merges(self.merges, self.token_to_id)
         self.special_tokens: dict[str, int] = {}
         for token in special_tokens or []:
-            i = self.id_of.setdefault(text_to_bytes(token), max(self.vocab) + 1)
+            i = self.token_to_id.setdefault(text_to_bytes(token), max(self.vocab) + 1)
             self.vocab[i], self.special_tokens[token] = text_to_bytes(token), i
         self.vocab_size = max(self.vocab) + 1
         self.dtype = "<u2" if self.vocab_size <= 1 << 16 else "<u4"  # of ids in token files
         self.special_pattern = special_token_pattern(self.special_tokens)
-        # The merges in terms of ids: ((left, right), merged), and the place of each pair.
-        self.id_merges = [((self.id_of[left], self.id_of[right]), self.id_of[left + right])
+        # The merges in terms of ids, ((left, right), merged). The *rank* of a pair is its
+        # place in this list: the lower, the earlier it was learned.
+        id_of = self.token_to_id
+        self.id_merges = [((id_of[left], id_of[right]), id_of[left + right])
                           for left, right in self.merges]
-        self.merge_order = {pair: order for order, (pair, _) in enumerate(self.id_merges)}
+        self.merge_rank = {pair: rank for rank, (pair, _) in enumerate(self.id_merges)}
         # Words repeat, so remember the most recent ones.
-        self.encode_word = functools.lru_cache(maxsize=1 << 11)(self.replay_merges)
+        self.encode_pretoken = functools.lru_cache(maxsize=1 << 11)(self.apply_merges)
 
-    def __reduce__(self) -> tuple:  # lets other processes have a copy
+    def __reduce__(self) -> tuple:  # makes it picklable, for other processes
         specials = list(self.special_tokens)
         return Tokenizer, (self.vocab, self.merges, specials, self.pattern, self.ignore_merges)
 
-    def replay_merges(self, word: bytes) -> tuple[int, ...]:
-        """The ids of one pre-token: apply the earliest-learned merge, until none applies."""
-        if self.ignore_merges and word in self.id_of:
-            return (self.id_of[word],)
-        if len(word) > MAX_PLAIN:
+    def apply_merges(self, word: bytes) -> tuple[int, ...]:
+        """The ids of one pre-token: apply the merge of lowest rank, until there is none.
+
+        This is the order of learning. A merge creates pairs with a token that did not exist
+        when earlier merges were learned, so no new pair has a lower rank.
+        """
+        if self.ignore_merges and word in self.token_to_id:
+            return (self.token_to_id[word],)
+        if len(word) > MAX_NAIVE:
             return self.fast.encode_long_word(word)  # chapter 4: the same ids
-        ids = [self.id_of[bytes([byte])] for byte in word]
-        never = len(self.merges)
+        ids = [self.token_to_id[bytes([byte])] for byte in word]
+        no_rank = len(self.merges)
         while len(ids) > 1:
-            order = min([self.merge_order.get(pair, never) for pair in zip(ids, ids[1:])])
-            if order == never:
+            rank = min([self.merge_rank.get(pair, no_rank) for pair in zip(ids, ids[1:])])
+            if rank == no_rank:
                 break
-            ids = merge_pair(ids, *self.id_merges[order])
+            ids = merge_pair(ids, *self.id_merges[rank])
         return tuple(ids)
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -395,7 +404,7 @@ class Tokenizer:
             return self.fast.encode(text, special=False).tolist()  # chapter 4
         ids: list[int] = []
         for pretoken in pretokenize(text, self.pattern):
-            ids += self.encode_word(text_to_bytes(pretoken))
+            ids += self.encode_pretoken(text_to_bytes(pretoken))
         return ids
 
     def encode(self, text: str) -> list[int]:
@@ -431,7 +440,7 @@ class Tokenizer:
             raise UserError(f"id {error} is not in the vocabulary of {size} entries") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD, the "�" sign.
+        """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD.
 
         TRAP: decode ids together, not one by one. The bytes of a character can be spread over
         several tokens, and only the joined bytes are valid.
@@ -453,28 +462,28 @@ class Tokenizer:
         return tokenizer_from_json(read_json(path, "tokenizer.json"), path)
 
     def fingerprint(self) -> str:
-        """A hash of everything that decides the ids."""
+        """A hash of everything that determines the ids."""
         return hashlib.sha256(json.dumps(tokenizer_to_json(self)).encode()).hexdigest()
 
 
 def check_pattern(pattern: str) -> None:
     """Raise UserError for a pattern that does not compile or matches the empty string."""
     try:
-        matches_nothing = regex.compile(pattern).match("") is not None
+        matches_empty = regex.compile(pattern).match("") is not None
     except regex.error as error:
         raise UserError(f"pattern {pattern!r} is not a regular expression: {error}") from None
-    if matches_nothing:
+    if matches_empty:
         raise UserError(f"pattern {pattern!r} matches the empty string: use + instead of *")
 
 
-def check_merges(merges: Sequence[Merge], id_of: dict[bytes, int]) -> None:
+def check_merges(merges: Sequence[Merge], token_to_id: dict[bytes, int]) -> None:
     """Raise UserError unless every merge joins two earlier tokens and all have ids."""
-    made = {bytes([byte]) for byte in range(256)}
+    known = {bytes([byte]) for byte in range(256)}
     for left, right in merges:
-        if left not in made or right not in made:
+        if left not in known or right not in known:
             raise UserError(f"merge {left!r} + {right!r} comes before its parts are made")
-        made.add(left + right)
-    if missing := made - id_of.keys():
+        known.add(left + right)
+    if missing := known - token_to_id.keys():
         raise UserError(f"the vocabulary lacks {min(missing)!r}, which is a byte or a merge")
     if len(set(merges)) < len(merges):
         raise UserError("a merge is listed twice")
@@ -494,8 +503,8 @@ def bytes_to_unicode() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-UNICODE_OF_BYTE = bytes_to_unicode()
-BYTE_OF_UNICODE = {ord(character): byte for byte, character in UNICODE_OF_BYTE.items()}
+BYTE_TO_UNICODE = bytes_to_unicode()
+UNICODE_TO_BYTE = {ord(character): byte for byte, character in BYTE_TO_UNICODE.items()}
 
 
 def token_to_unicode(token: bytes) -> str:
@@ -504,182 +513,20 @@ def token_to_unicode(token: bytes) -> str:
     >>> token_to_unicode(b" the")
     'Ġthe'
     """
-    return token.decode("latin-1").translate(UNICODE_OF_BYTE)
+    return token.decode("latin-1").translate(BYTE_TO_UNICODE)
 
 
 def unicode_to_token(name: str) -> bytes:
     """The inverse of `token_to_unicode`."""
-    if not set(map(ord, name)) <= BYTE_OF_UNICODE.keys():
-        raise UserError(f"token {name!r} is not spelled in byte-level characters")
-    return name.translate(BYTE_OF_UNICODE).encode("latin-1")
-
-
-def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
-    """The content of the tokenizer.json for `tokenizer`."""
-    names = {i: token_to_unicode(token) for i, token in tokenizer.vocab.items()}
-    specials = {i: token for token, i in sorted(tokenizer.special_tokens.items())}
-    names |= specials
-    if repeated := [name for name, count in Counter(names.values()).items() if count > 1]:
-        raise UserError(f"special token {repeated[0]!r} is spelled like another token")
-    is_gpt2 = tokenizer.pattern == PRETOKEN_PATTERN
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    pre_tokenizer = {**byte_level, "use_regex": is_gpt2}
-    if not is_gpt2:
-        split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern},
-                 "behavior": "Isolated", "invert": False}
-        pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, pre_tokenizer]}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": specials[i], **flags, "special": True}
-                         for i in sorted(specials)],
-        "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": {**byte_level, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": tokenizer.ignore_merges,
-            "vocab": {names[i]: i for i in sorted(names)},
-            "merges": [list(map(token_to_unicode, merge)) for merge in tokenizer.merges],
-        },
-    }
-
-
-def tokenizer_from_json(content: Any, path: str | Path) -> Tokenizer:
-    """The tokenizer described by the content of the tokenizer.json at `path`."""
-    with reading(path, "tokenizer.json"):
-        refuse_unsupported(content)
-        specials = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
-        vocab = {i: text_to_bytes(name) if name in specials else unicode_to_token(name)
-                 for name, i in content["model"]["vocab"].items()}
-        vocab |= {i: text_to_bytes(token) for token, i in specials.items()}
-        if not all(type(i) is int and 0 <= i < 1 << 31 for i in vocab):
-            raise UserError("an id is not a whole number from 0 to 2^31 - 1")
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge
-                 for merge in content["model"]["merges"]]
-        merges = [(unicode_to_token(left), unicode_to_token(right)) for left, right in pairs]
-        return Tokenizer(vocab, merges, list(specials), pattern_from_json(content),
-                         bool(content["model"].get("ignore_merges")))
-
-
-def pattern_from_json(content: dict) -> str:
-    """The pre-token pattern of a tokenizer.json. Raises UserError if it has no such form."""
-    steps = content.get("pre_tokenizer") or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    *before, last = steps or [{}]
-    if last.get("type") != "ByteLevel":
-        raise UserError(f"its pre-tokenizer is {last.get('type')}, not ByteLevel")
-    if last.get("add_prefix_space"):
-        raise UserError("its pre-tokenizer adds a space before the text")
-    kinds, use_regex = [step.get("type") for step in before], last.get("use_regex", True)
-    if not kinds and use_regex:
-        return PRETOKEN_PATTERN
-    if kinds == ["Split"] and not use_regex:
-        split = before[0]
-        pieces_stay = split["behavior"] == "Isolated" and not split.get("invert")
-        if pieces_stay and "Regex" in split["pattern"]:
-            return split["pattern"]["Regex"]
-    if kinds == ["Digits"] and use_regex:
-        # Digits are split off first, one by one or as a run; then GPT-2's pattern sees each
-        # piece alone, so whitespace before a digit behaves like whitespace at the end.
-        digits = r"\p{N}" if before[0].get("individual_digits") else r"\p{N}+"
-        return PRETOKEN_PATTERN.replace(r" ?\p{N}+", digits).replace(
-            r"\s+(?!\S)", r"\s+(?![^\s\p{N}])")
-    raise UserError(f"its pre-tokenizer is {steps}: expected ByteLevel, alone or after one "
-                    "Split on a regular expression or Digits")
-
-
-def refuse_unsupported(content: Any) -> None:
-    """Raise UserError if a tokenizer.json does something that `Tokenizer` does not."""
-    model, after = content["model"], content.get("post_processor") or {}
-    after = after.get("processors", [after])
-    kinds = {step.get("type", "ByteLevel") for step in after}
-    unsupported = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    reasons = [
-        (model.get("type", "BPE") != "BPE", f"its model is {model.get('type')}, not BPE"),
-        *((model.get(key), f"its {key} is {model.get(key)!r}") for key in unsupported),
-        (model.get("byte_fallback"), "it is a SentencePiece conversion (byte_fallback)"),
-        (content.get("normalizer"), f"it normalizes text: {content.get('normalizer')}"),
-        (kinds - {"ByteLevel", "TemplateProcessing"}, f"its post-processor is {kinds}"),
-        *((entry.get("single_word") or entry.get("lstrip") or entry.get("rstrip"),
-           f"added token {entry['content']!r} also matches by its surroundings")
-          for entry in content["added_tokens"]),
-    ]
-    for wrong, reason in reasons:
-        if wrong:
-            raise UserError(reason)
-
-
-# Writing and reading files.
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears at `path` complete, or not at all.
-
-    The bytes go to a temporary file in the same directory, which is renamed at the end:
-    renaming is atomic on POSIX. If the block raises, whatever was at `path` stays. Missing
-    directories are created. A symbolic link stays, and its target is replaced. Raises
-    UserError if `path` is a directory, a device or a pipe.
-    """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file: choose another path to write to")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            # TRAP: without fsync, a power failure can leave the new name on an empty file.
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def json_bytes(content: Any) -> bytes:
-    """`content` as indented JSON."""
-    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically."""
-    with atomic_write(path) as file:
-        file.write(json_bytes(content))
-
-
-@contextlib.contextmanager
-def reading(path: str | Path, kind: str) -> Iterator[None]:
-    """Turn any failure while reading a file into one line: PATH is not a valid KIND: why."""
-    try:
-        yield
-    except OSError:
-        raise  # a missing or unreadable file is reported as such
-    except Exception as error:  # a damaged file can fail in dozens of ways
-        why = str(error) if isinstance(error, UserError) else f"it is damaged ({error!r})"
-        raise UserError(f"{path} is not a valid {kind}: {why}") from None
-
-
-def read_json(path: str | Path, kind: str) -> Any:
-    """The content of a JSON file; errors call the file a `kind`."""
-    with reading(path, kind):
-        return json.loads(Path(path).read_bytes())
+    if not set(map(ord, name)) <= UNICODE_TO_BYTE.keys():
+        raise UserError(f"token {name!r} is not spelled in GPT-2's byte alphabet")
+    return name.translate(UNICODE_TO_BYTE).encode("latin-1")
 
 
 # Exercises
-# 1. In `replay_merges`, apply the leftmost pair that has a merge instead of the earliest
-#    learned one. "then" still gives the same ids; which tests fail?
-# 2. Encode "Ünï" with the tokenizer of the doctest, then decode the ids one by one and all
+# 1. In `apply_merges`, apply the leftmost pair that has a merge instead of the one of lowest
+#    rank. Find a word that now gets other ids. (The tests find one too: pytest -k ids_are.)
+# 2. Encode "Ünï" with the tokenizer of the example, then decode the ids one by one and all
 #    together.
 
 
@@ -688,367 +535,47 @@ def read_json(path: str | Path, kind: str) -> Any:
 #
 # This chapter can wait: it computes what chapters 1 to 3 compute, on gigabytes of text.
 #
-# Three ideas make it fast. Work on a megabyte at a time with numpy instead of on one word at
-# a time in Python. Do the work once per *distinct* word: text repeats itself. And learn
-# merges without recounting: a merge changes only the words that contain the pair. Files are
-# read in spans that are safe to process alone, so memory stays small and every CPU core can
-# help. Tests compare everything here with the plain forms, on any bytes.
+# Three ideas make it fast. Learn merges without recounting: a merge changes only the words
+# that contain the pair. Do the work once per *distinct* word, since text repeats itself. And
+# process a megabyte at a time with numpy, instead of a word at a time in Python. Files are read
+# in parts that can be processed alone, so memory stays small and every CPU core can help.
+# Tests hold everything here equal to chapters 1 to 3, on any bytes.
 # ----------------------------------------------------------------------------------------
 
 import numpy as np
 
 CHUNK = 1 << 20  # bytes, or characters, processed at a time
-LONG_TEXT = 1 << 14  # characters from which on `Tokenizer.encode` uses this chapter
-MAX_PLAIN = 256  # bytes of a word up to which merges are replayed as in chapter 3
+LONG_TEXT = 1 << 14  # `Tokenizer.encode` uses this chapter for texts of at least this length
+MAX_NAIVE = 256  # `Tokenizer.apply_merges` uses it for words longer than this
 
-# Splitting without a regular expression. For GPT-2's pattern it is enough to know the class
-# of each character: a pre-token starts where the class changes, with three exceptions.
-
-LETTER, NUMBER, OTHER, SPACE, SPECIAL, UNKNOWN = range(6)
-SPECIAL_CODE = 0x110000  # stands for characters of special tokens; Unicode ends just below it
-CLASS_OF_CODE = np.full(SPECIAL_CODE + 1, UNKNOWN, np.uint8)
-CLASS_OF_CODE[SPECIAL_CODE] = SPECIAL
+# Merges are applied in three ways, always with the same result:
+#   apply_merges       one word in plain Python; short texts (chapter 3)
+#   encode_words       all new words of a chunk in lockstep; long texts and files
+#   encode_long_word   one very long word, such as a megabyte of base64
 
 
-def classify(codes: Iterable[int]) -> None:
-    """Fill in CLASS_OF_CODE, asking the regex package so that both agree on Unicode."""
-    for code in codes:
-        kinds = {r"\p{L}": LETTER, r"\p{N}": NUMBER, r"\s": SPACE}
-        found = [kind for kind, c in kinds.items() if regex.match(kind, chr(code))]
-        CLASS_OF_CODE[code] = kinds[found[0]] if found else OTHER
-
-
-classify(range(128))
-
-
-def character_classes(codes: np.ndarray) -> np.ndarray:
-    """The class of each code point; uint8 [N]."""
-    classes = CLASS_OF_CODE.take(codes)
-    unknown = classes == UNKNOWN
-    if unknown.any():
-        classify(set(codes[unknown].tolist()))
-        classes = CLASS_OF_CODE.take(codes)
-    return classes
-
-
-def find_gpt2_pretokens(codes: np.ndarray) -> np.ndarray:
-    """Whether a pre-token of GPT-2's pattern starts at each of these code points; bool [N].
-
-    >>> codes = np.array(list(map(ord, "it's  24!")))
-    >>> "".join("^" if start else "." for start in find_gpt2_pretokens(codes))
-    '^.^.^^..^'
-    """
-    classes = character_classes(codes)
-    space, changes = classes == SPACE, classes[1:] != classes[:-1]
-    start = np.ones(len(codes) + 3, bool)  # three more, so that codes[i + 2] always exists
-    # 1. A word after a single space does not start a pre-token: the space has started it.
-    start[1 : len(codes)] = changes & (space[1:] | (codes[:-1] != ord(" ")))
-    # 2. The last whitespace before a word starts one, even in the middle of a run.
-    start[1 : max(1, len(codes) - 1)] |= space[1:-1] & space[:-2] & (classes[2:] < SPACE)
-    # 3. A contraction is one pre-token if it starts at a boundary: 's 't 'm 'd 'll 've 're.
-    at = np.flatnonzero((codes == ord("'")) & start[: len(codes)])
-    padded = np.append(codes, [0, 0])
-    one, two = padded[at + 1], padded[at + 2]
-    short = np.isin(one, [ord(letter) for letter in "stmd"])
-    long = (one == ord("l")) & (two == ord("l"))
-    long |= np.isin(one, [ord("v"), ord("r")]) & (two == ord("e"))
-    start[at[short | long] + 1] = False
-    start[at[short] + 2] = True
-    start[at[long] + 3] = True
-    return start[: len(codes)]
-
-
-class Pretokens(typing.NamedTuple):
-    """A text in bytes, and the pre-tokens in it."""
-
-    data: bytes
-    starts: np.ndarray  # where each starts in `data`; int64 [N]
-    lengths: np.ndarray  # in bytes; int64 [N]
-    specials: list[tuple[int, str]]  # which of them are special tokens: (index, token)
-
-
-def find_pretokens(text: str, pattern: str, special_pattern: re.Pattern) -> Pretokens:
-    """All pre-tokens and special tokens of `text`, in order."""
-    data = text_to_bytes(text)
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    matches = list(special_pattern.finditer(text))
-    edges = np.array([match.span() for match in matches], np.int64).reshape(-1, 2)
-    if pattern == PRETOKEN_PATTERN:
-        masked = codes.copy() if matches else codes
-        for start, end in edges:
-            masked[start:end] = SPECIAL_CODE
-        is_start = find_gpt2_pretokens(masked)
-        is_start[edges[edges < len(codes)]] = True
-        starts = np.flatnonzero(is_start)
-    else:
-        borders, end = [0, *edges.flat], 0
-        for start, next_end in [*edges.tolist(), (len(text), 0)]:
-            for match in regex.finditer(pattern, text[end:start]):
-                borders += [end + match.start(), end + match.end()]
-            end = next_end
-        starts = np.unique(np.array(borders, np.int64))
-        starts = starts[starts < len(text)]
-    specials = [*zip(np.searchsorted(starts, edges[:, 0]).tolist(), (m[0] for m in matches))]
-    if len(codes) < len(data):  # from characters to bytes; an escaped byte is one byte
-        sizes = np.uint8(1) + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
-        sizes[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1
-        starts = np.cumsum(sizes, dtype=np.int64)[starts] - sizes[starts]
-    return Pretokens(data, starts, np.diff(starts, append=len(data)), specials)
-
-
-# Looking up all words of a chunk at once. A word of up to 15 bytes, with its length, fits into
-# two 64-bit integers, so "the same word" is two integer comparisons.
-
-MAX_SHORT = 15
-KEY_MASK = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # the low n bytes
-HASH_FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)  # odd, arbitrary
-
-
-def word_keys(words: Pretokens) -> tuple[np.ndarray, np.ndarray]:
-    """Two uint64 per word: bytes 0 to 7, and bytes 8 to 14 with the length on top."""
-    padded = words.data + bytes(16)
-    # One 64-bit integer starting at every byte, without copying anything.
-    integers = np.ndarray(len(words.data) + 9, "<u8", padded, strides=(1,))
-    lengths = np.minimum(words.lengths, MAX_SHORT + 1)
-    low = integers.take(words.starts) & KEY_MASK.take(np.minimum(lengths, 8))
-    high = integers.take(words.starts + 8) & KEY_MASK.take(np.clip(lengths - 8, 0, 7))
-    return low, high | lengths.astype(np.uint64) << np.uint64(56)
-
-
-class WordTable:
-    """Numbers distinct words: 0, 1, 2, ... in the order they are first seen.
-
-    A word's hash gives it two slots to be stored in. If other words have taken both, one of
-    them is overwritten, and gets a new number when it comes again. So a word can have several
-    numbers, but a number always means one word, and memory is fixed. Words longer than 15
-    bytes are rare; they are kept in a dictionary.
-    """
-
-    BITS = 19
-
-    def __init__(self, size: int = 0):
-        self.low, self.high = np.zeros((2, 1 << self.BITS), np.uint64)  # high 0: free slot
-        self.numbers = np.zeros(1 << self.BITS, np.int64)
-        self.long_words: dict[bytes, int] = {}
-        self.size = size
-
-    def lookup(self, words: Pretokens) -> tuple[np.ndarray, np.ndarray]:
-        """The number of each word, int64 [N], and the index of the first of each new word."""
-        low, high = word_keys(words)
-        hashes = (low * HASH_FACTORS[0] ^ high) * HASH_FACTORS[1]
-        slots = (hashes >> np.uint64(64 - self.BITS)).astype(np.int64)
-        missing = np.arange(len(slots))
-        for _ in range(2):  # the second slot is the first with its last bit flipped
-            found = self.low.take(slots[missing]) == low[missing]
-            found &= self.high.take(slots[missing]) == high[missing]
-            missing = missing[~found]
-            slots[missing] ^= 1
-        numbers = self.numbers.take(slots)
-        is_long = words.lengths > MAX_SHORT
-        missing = missing[~is_long[missing]]
-        # Sorting by hash puts equal words side by side; each group gets the next number.
-        order = missing[hashes[missing].argsort()]
-        low, high = low[order], high[order]
-        is_first = np.ones(len(order), bool)
-        is_first[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
-        new = order[is_first]
-        numbers[order] = self.size - 1 + np.cumsum(is_first)
-        slots[new] ^= self.high.take(slots[new]) != 0  # a free slot if there is one
-        self.low[slots[new]], self.high[slots[new]] = low[is_first], high[is_first]
-        self.numbers[slots[new]] = numbers[new]
-        self.size += len(new)
-        new_long: list[int] = []
-        for i in np.flatnonzero(is_long).tolist():
-            word = words.data[words.starts[i] : words.starts[i] + words.lengths[i]]
-            if word not in self.long_words:
-                self.long_words[word] = self.size + len(new_long)
-                new_long.append(i)
-            numbers[i] = self.long_words[word]
-        self.size += len(new_long)
-        return numbers, np.append(new, np.array(new_long, np.int64))
-
-
-def ragged_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The concatenation of the ranges starts[i], ..., starts[i] + lengths[i] - 1.
-
-    >>> ragged_indices(np.array([10, 5]), np.array([2, 3])).tolist()
-    [10, 11, 5, 6, 7]
-    """
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
-
-
-# Encoding.
-
-NO_MERGE = np.iinfo(np.int32).max  # the order of a pair that has no merge
-
-
-class MergeTable:
-    """The order of any pair's merge, looked up for many pairs at once: a hash table.
-
-    A pair is stored in the slot its hash names or, where that is taken, in the next free one.
-    """
-
-    def __init__(self, left: np.ndarray, right: np.ndarray):
-        self.bits = len(left).bit_length() + 3  # at least 7 of 8 slots are free
-        self.keys = np.full(1 << self.bits, -1)
-        self.orders = np.full(1 << self.bits, NO_MERGE, np.int32)
-        keys, todo = left << 32 | right, np.arange(len(left))
-        slots = self.first_slots(keys)
-        while len(todo):
-            free = todo[self.keys[slots[todo]] < 0]
-            self.keys[slots[free]] = keys[free]
-            stored = self.keys[slots[todo]] == keys[todo]
-            self.orders[slots[todo[stored]]] = todo[stored]
-            todo = todo[~stored]
-            slots[todo] = (slots[todo] + 1) % len(self.keys)
-
-    def first_slots(self, keys: np.ndarray) -> np.ndarray:
-        hashes = keys.astype(np.uint64) * HASH_FACTORS[0]
-        return (hashes >> np.uint64(64 - self.bits)).astype(np.int64)
-
-    def lookup(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """The order of the merge of each pair; NO_MERGE where there is none."""
-        keys = left << 32 | right
-        slots = self.first_slots(keys)
-        found = self.keys.take(slots)
-        todo = np.flatnonzero((found != keys) & (found >= 0))
-        while len(todo):  # another pair's slot: look into the next one
-            slots[todo] = (slots[todo] + 1) % len(self.keys)
-            found = self.keys[slots[todo]]
-            todo = todo[(found != keys[todo]) & (found >= 0)]
-        return self.orders.take(slots)
-
-
-class FastEncoder:
-    """Encodes long texts: the ids of `Tokenizer.encode`, by looking up whole words."""
-
-    MAX_WORDS, MAX_IDS = 1 << 18, 1 << 21  # remembered before starting over
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        pairs = np.array([pair for pair, _ in tokenizer.id_merges], np.int64).reshape(-1, 2)
-        self.merge_table = MergeTable(pairs[:, 0], pairs[:, 1])
-        self.merged_ids = np.array([merged for _, merged in tokenizer.id_merges], np.int64)
-        self.byte_ids = np.array([tokenizer.id_of[bytes([b])] for b in range(256)])
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget all words. Word number n has the ids pool[offsets[n] :][: lengths[n]]."""
-        specials = list(self.tokenizer.special_tokens.values())
-        self.table = WordTable(size=len(specials))  # the first numbers are special tokens
-        self.pool = np.array(specials, np.int32)
-        self.offsets, self.lengths = np.arange(len(specials)), np.ones(len(specials), int)
-        self.special_numbers = {s: n for n, s in enumerate(self.tokenizer.special_tokens)}
-
-    def encode(self, text: str, special: bool = True) -> np.ndarray:
-        """The ids of `text`, int32 [N]; with `special`, special tokens are recognized."""
-        specials = self.tokenizer.special_tokens if special else {}
-        pattern = special_token_pattern(specials)
-        pieces = safe_pieces([text], self.tokenizer.pattern, specials, CHUNK)
-        return np.concatenate([self.encode_piece(piece, pattern) for piece in pieces])
-
-    def encode_piece(self, text: str, special_pattern: re.Pattern) -> np.ndarray:
-        """The ids of a text that is not too large to be processed in one go."""
-        if self.table.size > self.MAX_WORDS or len(self.pool) > self.MAX_IDS:
-            self.clear()
-        words = find_pretokens(text, self.tokenizer.pattern, special_pattern)
-        numbers, new = self.table.lookup(words)
-        if len(new):
-            ids, lengths = self.encode_words(words, new)
-            offsets = len(self.pool) + np.cumsum(lengths) - lengths
-            self.offsets = np.append(self.offsets, offsets)
-            self.lengths = np.append(self.lengths, lengths)
-            self.pool = np.append(self.pool, ids.astype(np.int32))
-        for i, token in words.specials:
-            numbers[i] = self.special_numbers[token]
-        offsets, lengths = self.offsets.take(numbers), self.lengths.take(numbers)
-        return self.pool.take(ragged_indices(offsets, lengths))
-
-    def encode_words(
-        self, words: Pretokens, which: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of some words, concatenated, and how many each has.
-
-        All words take a step together: each applies its earliest-learned merge, once. A word
-        without any merge left is done. Very long words are encoded one by one.
-        """
-        lengths = words.lengths[which]
-        single = lengths > MAX_PLAIN
-        if self.tokenizer.ignore_merges:
-            single[:] = True
-        done = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]  # (ids, words they belong to)
-        for n in np.flatnonzero(single).tolist():
-            start = words.starts[which[n]]
-            found = self.tokenizer.replay_merges(words.data[start : start + lengths[n]])
-            done.append((np.array(found), np.full(len(found), n)))
-        lengths = np.where(single, 0, lengths)
-        word = np.repeat(np.arange(len(which)), lengths)
-        data = np.frombuffer(words.data, np.uint8)
-        ids = self.byte_ids[data[ragged_indices(words.starts[which], lengths)]]
-        orders = self.pair_orders(ids, word, np.arange(len(ids)))
-        while len(ids):
-            starts = np.flatnonzero(np.append(True, word[1:] != word[:-1]))
-            lowest = np.minimum.reduceat(orders, starts)
-            lowest = np.repeat(lowest, np.diff(starts, append=len(ids)))
-            is_done = lowest == NO_MERGE
-            done.append((ids[is_done], word[is_done]))
-            at = np.flatnonzero((orders == lowest) & ~is_done)
-            at = at[np.append(True, word[at[1:]] != word[at[:-1]])[: len(at)]]  # the leftmost
-            ids[at] = self.merged_ids[orders[at]]
-            keep = ~is_done
-            keep[at + 1] = False
-            at = np.cumsum(keep)[at] - 1  # where the merged tokens are after the removal
-            ids, word, orders = ids[keep], word[keep], orders[keep]
-            changed = np.append(at[at > 0] - 1, at)
-            orders[changed] = self.pair_orders(ids, word, changed)
-        all_ids, all_words = map(np.concatenate, zip(*done))
-        order = all_words.argsort(kind="stable")
-        return all_ids[order], np.bincount(all_words, minlength=len(which))
-
-    def pair_orders(self, ids: np.ndarray, word: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """The order of the merge of each pair (at, at + 1); NO_MERGE at the end of a word."""
-        after = np.minimum(at + 1, len(ids) - 1)
-        orders = self.merge_table.lookup(ids[at], ids[after])
-        orders[(word[at] != word[after]) | (at == after)] = NO_MERGE
-        return orders
-
-    def encode_long_word(self, word: bytes) -> tuple[int, ...]:
-        """The ids of one word, in time proportional to its length.
-
-        Merges all occurrences of a pair together, as learning does below, and finds the next
-        pair with a heap.
-        """
-        index = PairIndex([word], [1], self.byte_ids)
-        order_of, heap = self.tokenizer.merge_order, list[tuple[int, int]]()
-
-        def push(pairs: Iterable[int]) -> None:
-            for pair in pairs:
-                order = order_of.get((int(index.left[pair]), int(index.right[pair])))
-                if order is not None:
-                    heapq.heappush(heap, (order, pair))
-
-        push(np.flatnonzero(index.count[: index.num_pairs]).tolist())
-        while heap:
-            order, pair = heapq.heappop(heap)
-            push(index.merge(pair, int(self.merged_ids[order])))
-        return tuple(index.token[index.token >= 0].tolist())
-
-
-# Learning merges without recounting.
+# Learning merges without recounting
+# ----------------------------------
 
 
 class PairIndex:
     """Words as linked lists of tokens, and for each pair of neighbors: count and positions.
 
     Every byte of every word has a position. `token[p]` is the token there, `before[p]` and
-    `after[p]` are the positions of its neighbors; -1 as a token separates words. Merging a
-    pair at p changes token[p] and unlinks the position after it. Pairs have numbers:
-    `pair_at[p]` is the number of the pair (token at p, token after p), and pair n is
-    (left[n], right[n]), occurs count[n] times, and was seen at `positions(n)`.
+    `after[p]` are the positions of its neighbors. Merging a pair at p writes the new token to
+    p and unlinks the position after it. Here are "low" and "slow", and what merging l + o into
+    token 256 leaves. A token -1 separates words; -2 marks a position that is unlinked.
+
+        p        0   1   2   3   4   5   6   7   8   9
+        token   -1   l   o   w  -1   s   l   o   w  -1
+                -1 256  -2   w  -1   s 256  -2   w  -1
+
+    Pairs have numbers: `pair_at[p]` is the number of the pair (token at p, token after p), and
+    pair n is (left[n], right[n]) and occurs count[n] times. Where a pair is, was written down
+    when it was created: `position_lists[list_index[n]][start[n] : end[n]]`.
 
     >>> index = PairIndex([b"low", b"slow"], [5, 2])
-    >>> lo = ord("l") * 256 + ord("o")  # pairs of bytes have these numbers
+    >>> lo = ord("l") * 256 + ord("o")  # a pair of bytes has this number
     >>> created = index.merge(lo, 256)  # now s + 256 occurs twice, 256 + w seven times
     >>> [(int(index.left[n]), int(index.right[n]), int(index.count[n])) for n in created]
     [(115, 256, 2), (256, 119, 7)]
@@ -1070,12 +597,13 @@ class PairIndex:
         self.weight = np.append(0, np.repeat(np.fromiter(counts, np.int64), lengths + 1))
         is_pair = (self.token[:-1] >= 0) & (self.token[1:] >= 0)
         self.pair_at = np.append(np.where(is_pair, numbers, self.NO_PAIR), self.NO_PAIR)
-        # Room for every pair that merges may create; memory is only used when written to.
+        # Room for all pairs: each merge at a position creates at most two and removes one
+        # position, so there are at most 2 * size. Unused room takes no memory.
         self.num_pairs, room = self.NO_PAIR + 1, self.NO_PAIR + 1 + 2 * size
-        self.left, self.right, self.count, self.event, self.start, self.end = np.zeros(
+        self.left, self.right, self.count, self.list_index, self.start, self.end = np.zeros(
             (6, room), np.int64)
-        # All positions sorted by pair; `events` gets another such array from each merge.
-        self.events = [self.pair_at.argsort(kind="stable")]
+        # All positions, sorted by pair. Each merge adds another such array.
+        self.position_lists = [self.pair_at.argsort(kind="stable")]
         per_pair = np.bincount(self.pair_at, minlength=self.num_pairs)
         self.end[: self.num_pairs] = np.cumsum(per_pair)
         self.start[: self.num_pairs] = np.cumsum(per_pair) - per_pair
@@ -1085,8 +613,8 @@ class PairIndex:
         self.right[: self.NO_PAIR] = np.tile(byte_ids, 256)
 
     def positions(self, pair: int) -> np.ndarray:
-        """Where `pair` occurs now, without overlaps: "aaa" contains one pair of a's."""
-        seen = self.events[self.event[pair]][self.start[pair] : self.end[pair]]
+        """Where to merge `pair`: its occurrences without overlaps, so "aaa" has one "aa"."""
+        seen = self.position_lists[self.list_index[pair]][self.start[pair] : self.end[pair]]
         at = seen[self.pair_at[seen] == pair]  # later merges may have changed some
         if self.left[pair] == self.right[pair]:
             # In a run of equal tokens keep every second pair, counting from the run's start.
@@ -1116,7 +644,8 @@ class PairIndex:
         return self.add_pairs(
             new,
             np.concatenate([before[is_left], at[is_right]]),
-            np.concatenate([-2 - x[is_left], y[is_right]]),  # tokens on the left are negative
+            # To tell the two sides apart, a token x on the left is written as -2 - x.
+            np.concatenate([-2 - x[is_left], y[is_right]]),
             np.concatenate([weight[is_left], weight[is_right]]),
         )
 
@@ -1140,8 +669,8 @@ class PairIndex:
         other = neighbors[starts]
         self.left[created] = np.where(other < 0, -2 - other, new)
         self.right[created] = np.where(other < 0, new, other)
-        self.event[created] = len(self.events)
-        self.events.append(positions)
+        self.list_index[created] = len(self.position_lists)
+        self.position_lists.append(positions)
         return range(first, self.num_pairs)
 
 
@@ -1151,17 +680,17 @@ def tie_break_key(token: bytes) -> tuple[int, ...]:
     >>> sorted([b"a", b"ab", b"b"], key=tie_break_key)
     [b'b', b'ab', b'a']
     """
-    return (*(-byte for byte in token), 1)  # 1, the greatest, ends the shorter token
+    return (*(-byte for byte in token), 1)  # 1, so that "a" sorts after "ab"
 
 
 def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Merge]:
     """The merges of `learn_merges_naive`, in a fraction of the time.
 
     Pairs wait in a heap, the most frequent on top. An entry goes stale when another merge
-    uses up some of the pair's occurrences; then it is put back with its present count. (A
+    uses up some of the pair's occurrences; then it is put back with its current count. (A
     count never grows: a pair contains the newest token when it is created, and later merges
-    only take occurrences away.) Rare pairs outnumber frequent ones by far and mostly never
-    matter, so the heap takes pairs above a threshold only, which is halved when it is empty.
+    only take occurrences away.) Most pairs are rare and are never merged. So the heap holds
+    only pairs above a threshold, which is halved whenever the heap is empty.
 
     >>> words = {b"low": 5, b"lower": 2, b"newest": 6, b"widest": 3, b"slow": 1}
     >>> learn_merges(words, 4)
@@ -1204,7 +733,353 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
     return merges
 
 
-# Files. A file is processed in spans, cut where cutting changes no pre-token.
+# Splitting without a regular expression
+# --------------------------------------
+# For GPT-2's pattern it is enough to know the class of each character: a pre-token starts
+# where the class changes, with three exceptions. N is the number of characters.
+
+LETTER, NUMBER, OTHER, SPACE, SPECIAL, UNKNOWN = range(6)
+# The code that replaces characters of special tokens; Unicode ends just below it.
+SPECIAL_CODE = 0x110000
+CLASS_OF_CODE = np.full(SPECIAL_CODE + 1, UNKNOWN, np.uint8)
+CLASS_OF_CODE[SPECIAL_CODE] = SPECIAL
+
+
+def classify(codes: Iterable[int]) -> None:
+    """Fill in CLASS_OF_CODE, asking the regex package so that both agree on Unicode."""
+    for code in codes:
+        kinds = {r"\p{L}": LETTER, r"\p{N}": NUMBER, r"\s": SPACE}
+        found = [kind for kind, c in kinds.items() if regex.match(kind, chr(code))]
+        CLASS_OF_CODE[code] = kinds[found[0]] if found else OTHER
+
+
+classify(range(128))
+
+
+def character_classes(codes: np.ndarray) -> np.ndarray:
+    """The class of each code point; uint8 [N]."""
+    classes = CLASS_OF_CODE.take(codes)
+    unknown = classes == UNKNOWN
+    if unknown.any():
+        classify(set(codes[unknown].tolist()))
+        classes = CLASS_OF_CODE.take(codes)
+    return classes
+
+
+def find_gpt2_pretokens(codes: np.ndarray) -> np.ndarray:
+    """Whether a pre-token of GPT-2's pattern starts at each of these code points; bool [N].
+
+    >>> codes = np.array(list(map(ord, "it's  24!")))
+    >>> "".join("^" if start else "." for start in find_gpt2_pretokens(codes))
+    '^.^.^^..^'
+    """
+    classes = character_classes(codes)
+    space, changes = classes == SPACE, classes[1:] != classes[:-1]
+    start = np.ones(len(codes) + 3, bool)  # three more, for start[at + 3] below
+    # 1. What follows a space doesn't start a pre-token, since the space has started it.
+    start[1 : len(codes)] = changes & (space[1:] | (codes[:-1] != ord(" ")))
+    # 2. The last whitespace before a word starts one, even inside a run of whitespace. (The
+    #    classes below SPACE are letters, numbers and others.)
+    start[1 : max(1, len(codes) - 1)] |= space[1:-1] & space[:-2] & (classes[2:] < SPACE)
+    # 3. A contraction is one pre-token where nothing is in front: 's 't 'm 'd 'll 've 're.
+    at = np.flatnonzero((codes == ord("'")) & start[: len(codes)])
+    padded = np.append(codes, [0, 0])
+    one, two = padded[at + 1], padded[at + 2]
+    short = np.isin(one, [ord(letter) for letter in "stmd"])
+    long = (one == ord("l")) & (two == ord("l"))
+    long |= np.isin(one, [ord("v"), ord("r")]) & (two == ord("e"))
+    start[at[short | long] + 1] = False
+    start[at[short] + 2] = True
+    start[at[long] + 3] = True
+    return start[: len(codes)]
+
+
+def ragged_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The concatenation of the ranges starts[i], ..., starts[i] + lengths[i] - 1.
+
+    >>> ragged_indices(np.array([10, 5]), np.array([2, 3])).tolist()
+    [10, 11, 5, 6, 7]
+    """
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
+
+
+class Pretokens(typing.NamedTuple):
+    """A text in bytes, and the pre-tokens in it."""
+
+    data: bytes
+    starts: np.ndarray  # where each starts in `data`; int64 [N]
+    lengths: np.ndarray  # in bytes; int64 [N]
+    specials: list[tuple[int, str]]  # which of them are special tokens: (index, token)
+
+
+def find_pretokens(text: str, pattern: str, special_pattern: re.Pattern) -> Pretokens:
+    """All pre-tokens and special tokens of `text`, in order."""
+    data = text_to_bytes(text)
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    matches = list(special_pattern.finditer(text))
+    edges = np.array([match.span() for match in matches], np.int64).reshape(-1, 2)
+    if pattern == PRETOKEN_PATTERN:
+        masked = codes.copy()
+        masked[ragged_indices(edges[:, 0], edges[:, 1] - edges[:, 0])] = SPECIAL_CODE
+        is_start = find_gpt2_pretokens(masked)
+        is_start[edges[edges < len(codes)]] = True
+        starts = np.flatnonzero(is_start)
+    else:
+        borders, end = [0, *edges.flat], 0
+        for start, next_end in [*edges.tolist(), (len(text), 0)]:
+            for match in regex.finditer(pattern, text[end:start]):
+                borders += [end + match.start(), end + match.end()]
+            end = next_end
+        starts = np.unique(np.array(borders, np.int64))
+        starts = starts[starts < len(text)]
+    specials = [*zip(np.searchsorted(starts, edges[:, 0]).tolist(), (m[0] for m in matches))]
+    if len(codes) < len(data):  # from characters to bytes; an escaped byte is one byte
+        sizes = np.uint8(1) + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
+        sizes[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1
+        starts = np.cumsum(sizes, dtype=np.int64)[starts] - sizes[starts]
+    return Pretokens(data, starts, np.diff(starts, append=len(data)), specials)
+
+
+# Looking up all words of a chunk at once
+# ---------------------------------------
+# A word of up to 15 bytes, with its length, fits into two 64-bit integers, so "the same word"
+# is two integer comparisons. N is the number of words.
+
+MAX_SHORT = 15
+KEY_MASK = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # the low n bytes
+HASH_FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)  # odd, arbitrary
+
+
+def word_keys(words: Pretokens) -> tuple[np.ndarray, np.ndarray]:
+    """Two uint64 per word: bytes 0 to 7, and bytes 8 to 14 with the length in the top byte."""
+    padded = words.data + bytes(16)
+    # A view of the same memory with a 64-bit integer starting at every byte.
+    integers = np.ndarray(len(words.data) + 9, "<u8", padded, strides=(1,))
+    lengths = np.minimum(words.lengths, MAX_SHORT + 1)
+    low = integers.take(words.starts) & KEY_MASK.take(np.minimum(lengths, 8))
+    high = integers.take(words.starts + 8) & KEY_MASK.take(np.clip(lengths - 8, 0, 7))
+    return low, high | lengths.astype(np.uint64) << np.uint64(56)
+
+
+class WordTable:
+    """Gives each distinct word a number, the next free one when it is first seen.
+
+    A word's hash names two slots where it may be stored. If other words occupy both, one of
+    them is overwritten; when it reappears, it gets another number. So a word can have several
+    numbers, but a number always means one word, and memory is fixed. Words longer than 15
+    bytes are rare; they are kept in a dictionary.
+    """
+
+    BITS = 19
+
+    def __init__(self, size: int = 0):
+        self.low, self.high = np.zeros((2, 1 << self.BITS), np.uint64)  # high 0: free slot
+        self.numbers = np.zeros(1 << self.BITS, np.int64)
+        self.long_words: dict[bytes, int] = {}
+        self.size = size
+
+    def lookup(self, words: Pretokens) -> tuple[np.ndarray, np.ndarray]:
+        """The number of each word, int64 [N], and the indices of words that are new.
+
+        If a new word occurs several times, one of its indices is in the second result.
+        """
+        low, high = word_keys(words)
+        hashes = (low * HASH_FACTORS[0] ^ high) * HASH_FACTORS[1]
+        slots = (hashes >> np.uint64(64 - self.BITS)).astype(np.int64)
+        missing = np.arange(len(slots))
+        for _ in range(2):  # flipping the last bit gives the second slot, and then the first
+            found = self.low.take(slots[missing]) == low[missing]
+            found &= self.high.take(slots[missing]) == high[missing]
+            missing = missing[~found]
+            slots[missing] ^= 1
+        numbers = self.numbers.take(slots)
+        is_long = words.lengths > MAX_SHORT
+        missing = missing[~is_long[missing]]
+        # Sorting by hash puts equal words side by side; each group gets the next number. (If
+        # two words have the same hash, one may get two numbers: harmless.)
+        order = missing[hashes[missing].argsort()]
+        low, high = low[order], high[order]
+        is_first = np.ones(len(order), bool)
+        is_first[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
+        new = order[is_first]
+        numbers[order] = self.size - 1 + np.cumsum(is_first)
+        slots[new] ^= self.high.take(slots[new]) != 0  # the first slot, or the second
+        # TRAP: new words may share a slot. The last one wins, the same in all three arrays.
+        self.low[slots[new]], self.high[slots[new]] = low[is_first], high[is_first]
+        self.numbers[slots[new]] = numbers[new]
+        self.size += len(new)
+        new_long: list[int] = []
+        for i in np.flatnonzero(is_long).tolist():
+            word = words.data[words.starts[i] : words.starts[i] + words.lengths[i]]
+            if word not in self.long_words:
+                self.long_words[word] = self.size + len(new_long)
+                new_long.append(i)
+            numbers[i] = self.long_words[word]
+        self.size += len(new_long)
+        return numbers, np.append(new, np.array(new_long, np.int64))
+
+
+# Encoding
+# --------
+
+NO_RANK = np.iinfo(np.int32).max  # the rank of a pair that has no merge
+
+
+class MergeTable:
+    """The rank of many pairs at once: a hash table with open addressing and linear probing."""
+
+    def __init__(self, left: np.ndarray, right: np.ndarray):
+        self.bits = len(left).bit_length() + 3  # at least 7 of 8 slots are free
+        self.keys = np.full(1 << self.bits, -1)
+        self.ranks = np.full(1 << self.bits, NO_RANK, np.int32)
+        keys, todo = left << 32 | right, np.arange(len(left))
+        slots = self.first_slots(keys)
+        while len(todo):
+            free = todo[self.keys[slots[todo]] < 0]
+            self.keys[slots[free]] = keys[free]
+            stored = self.keys[slots[todo]] == keys[todo]
+            self.ranks[slots[todo[stored]]] = todo[stored]
+            todo = todo[~stored]
+            slots[todo] = (slots[todo] + 1) % len(self.keys)
+
+    def first_slots(self, keys: np.ndarray) -> np.ndarray:
+        hashes = keys.astype(np.uint64) * HASH_FACTORS[0]
+        return (hashes >> np.uint64(64 - self.bits)).astype(np.int64)
+
+    def lookup(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """The rank of each pair; NO_RANK if it has no merge."""
+        keys = left << 32 | right
+        slots = self.first_slots(keys)
+        found = self.keys.take(slots)
+        todo = np.flatnonzero((found != keys) & (found >= 0))
+        while len(todo):  # another pair's slot: look into the next one
+            slots[todo] = (slots[todo] + 1) % len(self.keys)
+            found = self.keys[slots[todo]]
+            todo = todo[(found != keys[todo]) & (found >= 0)]
+        return self.ranks.take(slots)
+
+
+class FastEncoder:
+    """Encodes long texts: the ids of `Tokenizer.encode`, by looking up whole words."""
+
+    MAX_WORDS, MAX_IDS = 1 << 18, 1 << 21  # beyond this, all words are forgotten
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        pairs = np.array([pair for pair, _ in tokenizer.id_merges], np.int64).reshape(-1, 2)
+        self.merge_table = MergeTable(pairs[:, 0], pairs[:, 1])
+        self.merged_ids = np.array([merged for _, merged in tokenizer.id_merges], np.int64)
+        self.byte_ids = np.array([tokenizer.token_to_id[bytes([b])] for b in range(256)])
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all words. Word number n has the ids pool[offsets[n] :][: lengths[n]]."""
+        specials = list(self.tokenizer.special_tokens.values())
+        self.table = WordTable(size=len(specials))  # the first numbers are special tokens
+        self.pool = np.array(specials, np.int32)
+        self.offsets, self.lengths = np.arange(len(specials)), np.ones(len(specials), int)
+        self.special_numbers = {s: n for n, s in enumerate(self.tokenizer.special_tokens)}
+
+    def encode(self, text: str, special: bool = True) -> np.ndarray:
+        """The ids of `text`, int32 [N]; with `special`, special tokens are recognized."""
+        specials = self.tokenizer.special_tokens if special else {}
+        pattern = special_token_pattern(specials)
+        pieces = safe_pieces([text], self.tokenizer.pattern, specials, CHUNK)
+        return np.concatenate([self.encode_piece(piece, pattern) for piece in pieces])
+
+    def encode_piece(self, text: str, special_pattern: re.Pattern) -> np.ndarray:
+        """The ids of a text that is not too large to be processed in one go."""
+        if self.table.size > self.MAX_WORDS or len(self.pool) > self.MAX_IDS:
+            self.clear()
+        words = find_pretokens(text, self.tokenizer.pattern, special_pattern)
+        numbers, new = self.table.lookup(words)
+        if len(new):
+            ids, lengths = self.encode_words(words, new)
+            offsets = len(self.pool) + np.cumsum(lengths) - lengths
+            self.offsets = np.append(self.offsets, offsets)
+            self.lengths = np.append(self.lengths, lengths)
+            self.pool = np.append(self.pool, ids.astype(np.int32))
+        for i, token in words.specials:
+            numbers[i] = self.special_numbers[token]
+        offsets, lengths = self.offsets.take(numbers), self.lengths.take(numbers)
+        return self.pool.take(ragged_indices(offsets, lengths))
+
+    def encode_words(
+        self, words: Pretokens, which: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of some words, concatenated, and how many each has.
+
+        The ids of all words stand in one array, and `word` tells which word each belongs to.
+        In every round each word applies its merge of lowest rank, once, at the leftmost place.
+        A word without any merge left is done. Very long words are encoded one by one.
+        """
+        lengths = words.lengths[which]
+        one_by_one = lengths > MAX_NAIVE
+        if self.tokenizer.ignore_merges:
+            one_by_one[:] = True
+        done = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]  # (ids, words they belong to)
+        for n in np.flatnonzero(one_by_one).tolist():
+            start = words.starts[which[n]]
+            found = self.tokenizer.apply_merges(words.data[start : start + lengths[n]])
+            done.append((np.array(found), np.full(len(found), n)))
+        lengths = np.where(one_by_one, 0, lengths)
+        word = np.repeat(np.arange(len(which)), lengths)
+        data = np.frombuffer(words.data, np.uint8)
+        ids = self.byte_ids[data[ragged_indices(words.starts[which], lengths)]]
+        orders = self.pair_ranks(ids, word, np.arange(len(ids)))
+        while len(ids):
+            starts = np.flatnonzero(np.append(True, word[1:] != word[:-1]))
+            lowest = np.minimum.reduceat(orders, starts)
+            lowest = np.repeat(lowest, np.diff(starts, append=len(ids)))
+            is_done = lowest == NO_RANK
+            done.append((ids[is_done], word[is_done]))
+            at = np.flatnonzero((orders == lowest) & ~is_done)
+            leftmost = np.ones(len(at), bool)  # one merge per word
+            leftmost[1:] = word[at[1:]] != word[at[:-1]]
+            at = at[leftmost]
+            ids[at] = self.merged_ids[orders[at]]
+            keep = ~is_done
+            keep[at + 1] = False
+            at = np.cumsum(keep)[at] - 1  # where the merged tokens are after the removal
+            ids, word, orders = ids[keep], word[keep], orders[keep]
+            changed = np.append(at[at > 0] - 1, at)
+            orders[changed] = self.pair_ranks(ids, word, changed)
+        all_ids, all_words = map(np.concatenate, zip(*done))
+        order = all_words.argsort(kind="stable")
+        return all_ids[order], np.bincount(all_words, minlength=len(which))
+
+    def pair_ranks(self, ids: np.ndarray, word: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """The rank of each pair (at, at + 1); NO_RANK at the end of a word."""
+        after = np.minimum(at + 1, len(ids) - 1)
+        orders = self.merge_table.lookup(ids[at], ids[after])
+        orders[(word[at] != word[after]) | (at == after)] = NO_RANK
+        return orders
+
+    def encode_long_word(self, word: bytes) -> tuple[int, ...]:
+        """The ids of one word, in time proportional to its length.
+
+        Merges all occurrences of a pair together, as learning does below, and finds the next
+        pair with a heap.
+        """
+        index = PairIndex([word], [1], self.byte_ids)
+        order_of, heap = self.tokenizer.merge_rank, list[tuple[int, int]]()
+
+        def push(pairs: Iterable[int]) -> None:
+            for pair in pairs:
+                order = order_of.get((int(index.left[pair]), int(index.right[pair])))
+                if order is not None:
+                    heapq.heappush(heap, (order, pair))
+
+        push(np.flatnonzero(index.count[: index.num_pairs]).tolist())
+        while heap:
+            order, pair = heapq.heappop(heap)
+            push(index.merge(pair, int(self.merged_ids[order])))
+        return tuple(index.token[index.token >= 0].tolist())
+
+
+# Files larger than memory
+# ------------------------
 
 # In the patterns of chapter 1, no pre-token contains a letter or digit followed by something
 # that is neither, and nothing before that point depends on what comes after. For any other
@@ -1287,7 +1162,7 @@ def split_file(
 
 
 def input_files(paths: str | Path | Sequence[str | Path]) -> list[FileSpan]:
-    """The text files to read, each as one span. A directory stands for all files in it."""
+    """The text files to read, each as one span. Directories are searched recursively."""
     files, given = [], [paths] if isinstance(paths, (str, Path)) else list(paths)
     for path in map(Path, given):
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -1297,56 +1172,8 @@ def input_files(paths: str | Path | Sequence[str | Path]) -> list[FileSpan]:
     return files
 
 
-# Reporting progress.
-
-
-def log(text: str) -> None:
-    """Tell the user something, on standard error: standard output is for results."""
-    if Progress.allowed and is_main_process():
-        print(text, file=sys.stderr, flush=True)
-
-
-def is_main_process() -> bool:
-    """Whether this is the only process, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss below an hour.
-
-    >>> format_duration(59.7), format_duration(3725)
-    ('1:00', '1:02:05')
-    """
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
-
-
-class Progress:
-    """One line on the terminal: fraction done, rate, time left. Silent if not a terminal."""
-
-    allowed = True  # --quiet sets it to False
-
-    def __init__(self, label: str, total: float, unit: str):
-        self.label, self.total, self.unit = label, total, unit
-        self.shown = self.allowed and sys.stderr.isatty()
-        self.start = self.last = time.monotonic()
-
-    def update(self, done: float, note: str = "") -> None:
-        now = time.monotonic()
-        if not self.shown or now - self.last < 0.1:
-            return
-        self.last, rate = now, done / max(now - self.start, 1e-9)
-        left = format_duration((self.total - done) / rate if rate else 0.0)
-        line = f"{self.label} {done / self.total:4.0%}  {rate:,.1f} {self.unit}/s{note}"
-        print(f"\r{f'{line}  {left} left':<79}", end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.shown:
-            print("\r" + " " * 79 + "\r", end="", file=sys.stderr, flush=True)
-
-
-# Many cores.
+# Many cores, and progress
+# ------------------------
 
 
 def available_cores() -> int:
@@ -1375,11 +1202,11 @@ def start_worker(setup: Callable | None, argument: Any) -> None:
     parent = multiprocessing.parent_process()
     assert parent
 
-    def leave_with_parent() -> None:  # or else wait forever for tasks if it is killed
+    def exit_with_parent() -> None:  # it would otherwise wait forever if the parent is killed
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     if setup:
         setup(argument)
 
@@ -1404,8 +1231,8 @@ def map_on_cores(
             setup(argument)
         yield from map(function, tasks)
         return
-    # WHY fork: it starts at once and copies nothing. TRAP: it is unsafe on macOS, and once
-    # PyTorch has started threads. Then each process imports this file again instead.
+    # WHY fork: the new process starts at once and shares our memory. TRAP: forking is unsafe on
+    # macOS, and after PyTorch has started threads. Then "spawn" imports this file afresh.
     fork = sys.platform == "linux" and "torch" not in sys.modules
     context = multiprocessing.get_context("fork" if fork else "spawn")
     try:
@@ -1465,7 +1292,54 @@ def count_files(
     return counts
 
 
-# The two tasks: learning a vocabulary from files, and encoding files.
+def log(text: str) -> None:
+    """Tell the user something, on standard error: standard output is for results."""
+    if Progress.enabled and is_main_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss below an hour.
+
+    >>> format_duration(59.7), format_duration(3725)
+    ('1:00', '1:02:05')
+    """
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+class Progress:
+    """One line on the terminal: fraction done, rate, time left. Silent if not a terminal."""
+
+    enabled = True  # --quiet sets it to False
+
+    def __init__(self, label: str, total: float, unit: str):
+        self.label, self.total, self.unit = label, total, unit
+        self.shown = self.enabled and sys.stderr.isatty()
+        self.start = self.last = time.monotonic()
+
+    def update(self, done: float, note: str = "") -> None:
+        now = time.monotonic()
+        if not self.shown or now - self.last < 0.1:
+            return
+        self.last, rate = now, done / max(now - self.start, 1e-9)
+        left = format_duration((self.total - done) / rate if rate else 0.0)
+        line = f"{self.label} {done / self.total:4.0%}  {rate:,.1f} {self.unit}/s{note}"
+        print(f"\r{f'{line}  {left} left':<79}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.shown:
+            print("\r" + " " * 79 + "\r", end="", file=sys.stderr, flush=True)
+
+
+# Training on files and encoding files
+# ------------------------------------
 
 
 def train_bpe(
@@ -1496,17 +1370,17 @@ def train_bpe(
     return build_vocab(merges, special_tokens), merges
 
 
-span_encoder: Tokenizer  # the tokenizer of `encode_span`, in each process
+worker_tokenizer: Tokenizer  # the tokenizer of `encode_span`, in each process
 
 
-def set_span_encoder(tokenizer: Tokenizer) -> None:
-    global span_encoder
-    span_encoder = tokenizer
+def set_worker_tokenizer(tokenizer: Tokenizer) -> None:
+    global worker_tokenizer
+    worker_tokenizer = tokenizer
 
 
 def encode_span(span: FileSpan) -> bytes:
     """The ids of a part of a file, as they are stored in a token file."""
-    return span_encoder.fast.encode(span.read()).astype(span_encoder.dtype).tobytes()
+    return worker_tokenizer.fast.encode(span.read()).astype(worker_tokenizer.dtype).tobytes()
 
 
 def encode_file(
@@ -1529,7 +1403,7 @@ def encode_file(
     dtype = np.dtype(tokenizer.dtype)
     eot = np.array([eot_id], dtype).tobytes() if append_eot else b""
     spans = [s for file in files for s in split_file(file, tokenizer.pattern, specials)]
-    results = map_on_cores(encode_span, spans, num_workers, set_span_encoder, tokenizer)
+    results = map_on_cores(encode_span, spans, num_workers, set_worker_tokenizer, tokenizer)
     progress = Progress("encoding", sum(file.end for file in files) / 1e6, "MB")
     ends, done, num_tokens = {(file.path, file.end) for file in files}, 0.0, 0
     with atomic_write(out_path) as out:
@@ -1541,9 +1415,9 @@ def encode_file(
             num_tokens = out.tell() // dtype.itemsize
             progress.update(done, f"  {num_tokens / 1e6:,.1f} M tokens")
         progress.close()
-        # TRAP: write the description first. If we are killed between the two, the old token
-        # file no longer has the length described, and `train` says so. The other way round, it
-        # would read new ids with the old description.
+        # TRAP: the description must be in place before the token file, which is renamed at the
+        # end of this block. If we are killed in between, an old token file of another length
+        # no longer fits the description, and `train` says so.
         write_json(f"{out_path}.json", {
             "dtype": dtype.name,
             "vocab_size": tokenizer.vocab_size,
@@ -1556,11 +1430,11 @@ def encode_file(
 
 
 def entropy_floor(files: Sequence[FileSpan]) -> float | None:
-    """The entropy in nats per byte that generated files state beside themselves, if all do.
+    """The entropy floor stated in a .json file beside each text file, if all have one.
 
     The bundled stories come from data/make_stories.py, which draws every word with a known
-    probability p and adds up -log p. No model can be expected to predict new stories of this
-    kind with fewer nats (natural-log bits) per byte.
+    probability p and adds up -log p. Chapter 7 measures models in the same unit, nats, and on
+    new stories no model can be expected to get below this sum. In nats per byte.
     """
     nats = 0.0
     for file in files:
@@ -1572,7 +1446,172 @@ def entropy_floor(files: Sequence[FileSpan]) -> float | None:
     return nats / sum(file.end for file in files)
 
 
-# Commands. A command is a function whose parameters are dataclasses. Each dataclass becomes a
+# tokenizer.json, and files that are never half-written
+# -----------------------------------------------------
+
+
+def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
+    """The content of the tokenizer.json for `tokenizer`."""
+    names = {i: token_to_unicode(token) for i, token in tokenizer.vocab.items()}
+    specials = {i: token for token, i in sorted(tokenizer.special_tokens.items())}
+    names |= specials
+    if repeated := [name for name, count in Counter(names.values()).items() if count > 1]:
+        raise UserError(f"special token {repeated[0]!r} is spelled like another token")
+    is_gpt2 = tokenizer.pattern == PRETOKEN_PATTERN
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    pre_tokenizer = {**byte_level, "use_regex": is_gpt2}
+    if not is_gpt2:
+        split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern},
+                 "behavior": "Isolated", "invert": False}
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, pre_tokenizer]}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": specials[i], **flags, "special": True}
+                         for i in sorted(specials)],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": {**byte_level, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": tokenizer.ignore_merges,
+            "vocab": {names[i]: i for i in sorted(names)},
+            "merges": [list(map(token_to_unicode, merge)) for merge in tokenizer.merges],
+        },
+    }
+
+
+def tokenizer_from_json(content: Any, path: str | Path) -> Tokenizer:
+    """The tokenizer described by the content of the tokenizer.json at `path`."""
+    with reading(path, "tokenizer.json"):
+        check_supported(content)
+        specials = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
+        vocab = {i: text_to_bytes(name) if name in specials else unicode_to_token(name)
+                 for name, i in content["model"]["vocab"].items()}
+        vocab |= {i: text_to_bytes(token) for token, i in specials.items()}
+        if not all(type(i) is int and 0 <= i < 1 << 31 for i in vocab):
+            raise UserError("an id is not a whole number from 0 to 2^31 - 1")
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge
+                 for merge in content["model"]["merges"]]
+        merges = [(unicode_to_token(left), unicode_to_token(right)) for left, right in pairs]
+        return Tokenizer(vocab, merges, list(specials), pattern_from_json(content),
+                         bool(content["model"].get("ignore_merges")))
+
+
+def pattern_from_json(content: dict) -> str:
+    """The pre-token pattern of a tokenizer.json. Raises UserError if it has no such form."""
+    steps = content.get("pre_tokenizer") or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    *before, last = steps or [{}]
+    if last.get("type") != "ByteLevel":
+        raise UserError(f"its pre-tokenizer is {last.get('type')}, not ByteLevel")
+    if last.get("add_prefix_space"):
+        raise UserError("its pre-tokenizer adds a space before the text")
+    kinds, use_regex = [step.get("type") for step in before], last.get("use_regex", True)
+    if not kinds and use_regex:
+        return PRETOKEN_PATTERN
+    if kinds == ["Split"] and not use_regex:
+        split = before[0]
+        pieces_stay = split["behavior"] == "Isolated" and not split.get("invert")
+        if pieces_stay and "Regex" in split["pattern"]:
+            return split["pattern"]["Regex"]
+    if kinds == ["Digits"] and use_regex:
+        # Digits are split off first, one by one or as a run; then GPT-2's pattern sees each
+        # piece alone, so whitespace before a digit behaves like whitespace at the end.
+        digits = r"\p{N}" if before[0].get("individual_digits") else r"\p{N}+"
+        return PRETOKEN_PATTERN.replace(r" ?\p{N}+", digits).replace(
+            r"\s+(?!\S)", r"\s+(?![^\s\p{N}])")
+    raise UserError(f"its pre-tokenizer is {steps}: expected ByteLevel, alone or after one "
+                    "Split on a regular expression or Digits")
+
+
+def check_supported(content: Any) -> None:
+    """Raise UserError if a tokenizer.json does something that `Tokenizer` does not."""
+    model, after = content["model"], content.get("post_processor") or {}
+    after = after.get("processors", [after])
+    kinds = {step.get("type", "ByteLevel") for step in after}
+    unsupported = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    reasons = [
+        (model.get("type", "BPE") != "BPE", f"its model is {model.get('type')}, not BPE"),
+        *((model.get(key), f"its {key} is {model.get(key)!r}") for key in unsupported),
+        (model.get("byte_fallback"), "it is a SentencePiece conversion (byte_fallback)"),
+        (content.get("normalizer"), f"it normalizes text: {content.get('normalizer')}"),
+        (kinds - {"ByteLevel", "TemplateProcessing"}, f"its post-processor is {kinds}"),
+        *((entry.get("single_word") or entry.get("lstrip") or entry.get("rstrip"),
+           f"added token {entry['content']!r} also matches spaces around it")
+          for entry in content["added_tokens"]),
+    ]
+    for wrong, reason in reasons:
+        if wrong:
+            raise UserError(reason)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears at `path` complete, or not at all.
+
+    The bytes go to a temporary file in the same directory, which is renamed at the end:
+    renaming is atomic on POSIX. If the block raises, whatever was at `path` stays. Missing
+    directories are created. A symbolic link is followed: its target is replaced. Raises
+    UserError if `path` is a directory, a device or a pipe.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file: choose another path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            # TRAP: without fsync, a power failure can leave the new name on an empty file.
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def json_bytes(content: Any) -> bytes:
+    """`content` as indented JSON."""
+    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` as indented JSON, atomically."""
+    with atomic_write(path) as file:
+        file.write(json_bytes(content))
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, kind: str) -> Iterator[None]:
+    """Turn any failure while reading a file into one line: PATH is not a valid KIND: why."""
+    try:
+        yield
+    except Exception as error:  # a damaged file can fail in dozens of ways
+        if isinstance(error, OSError) and error.filename:
+            raise  # a missing or unreadable file is reported as such
+        why = str(error) if isinstance(error, UserError) else f"it is damaged ({error!r})"
+        raise UserError(f"{path} is not a valid {kind}: {why}") from None
+
+
+def read_json(path: str | Path, kind: str) -> Any:
+    """The content of a JSON file; errors call the file a `kind`."""
+    with reading(path, kind):
+        return json.loads(Path(path).read_bytes())
+
+
+# The tokenizer's commands
+# ------------------------
+# A command is a function whose parameters are dataclasses. Each dataclass becomes a
 # group of command-line flags with its docstring as the heading, and each field one flag.
 
 
@@ -1732,11 +1771,11 @@ def parse_flags(name: str, command: Callable, argv: list[str]) -> list[Config]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command, given as after the program's name. Returns the exit status.
+    """Run the command in `argv`, without the program's name. Returns the exit status.
 
     0 means success, 2 a user's error, 128 + n stopped by signal n.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv, Progress.enabled = sys.argv[1:] if argv is None else argv, True
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(__doc__)
         return 0
@@ -1749,7 +1788,7 @@ def main(argv: list[str] | None = None) -> int:
             hint = did_you_mean(name, COMMANDS) or ": choose one of " + ", ".join(COMMANDS)
             raise UserError(f"unknown command {name!r}{hint}")
         configs = parse_flags(name, COMMANDS[name], argv[1:])
-        Progress.allowed = not any(getattr(config, "quiet", False) for config in configs)
+        Progress.enabled = not any(getattr(config, "quiet", False) for config in configs)
         return COMMANDS[name](*configs) or 0
     except UserError as error:
         message = str(error)
@@ -1761,22 +1800,22 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    if is_main_process():  # under torchrun all processes see the same flags; one speaks
+    if is_main_process():  # under torchrun, only rank 0 prints
         print(f"scratchformer: error: {message}", file=sys.stderr)
     return 2
 
 
 # Exercises
-# 1. Set WordTable.BITS to 4, so that words keep evicting each other. The tests still pass; how
-#    much slower is `bpe-encode`? Why are the results still right?
-# 2. Let `tie_break_key` return `tuple(token)`: the smallest pair now wins a tie. Which test
-#    fails, and on which text?
+# 1. Set WordTable.BITS to 4, so that words keep evicting each other. `bpe-encode` gets slower,
+#    and its result stays the same. Why?
+# 2. Let `tie_break_key` return `tuple(token)`: the smallest pair now wins a tie. On which of
+#    the chapter's examples does `learn_merges` now differ from `learn_merges_naive`?
 # 3. Train on the bundled stories with --vocab_size 300, 600, 1200 and 2400, encode, and compare
 #    the bytes per token that bpe-encode prints: 1.5, 2.6, 3.7, and then nothing changes,
 #    because every word of these stories is one token already.
 
-# The commands above leave here, and so do --help and the workers: none of them needs PyTorch,
-# which takes seconds to import.
+# The commands above run here, and so does --help: they don't need PyTorch, which takes seconds
+# to import.
 if __name__ == "__main__":
     if not sys.argv[1:] or sys.argv[1] in (*COMMANDS, "-h", "--help", "help", "--version"):
         sys.exit(main())

@@ -324,8 +324,8 @@ def test_any_bytes_survive_as_text(data):
     assert text_to_bytes(bytes_to_text(data)) == data
 
 
-def test_half_a_surrogate_pair_is_refused():
-    with pytest.raises(UserError, match="half of a surrogate pair"):
+def test_a_lone_surrogate_is_refused():
+    with pytest.raises(UserError, match="lone surrogate"):
         text_to_bytes("a\ud800")
 
 
@@ -590,7 +590,7 @@ FEW = {"model__vocab": {"a": 0}, "model__merges": []}
     (changed(model__merges=["q z"]), "lacks b'qz'"),
     (changed(model__merges=[["q"]]), "damaged"),
     (changed(**FEW), "lacks"),
-    (changed(model__vocab={"▁the": 0}), "not spelled in byte-level characters"),
+    (changed(model__vocab={"▁the": 0}), "not spelled in GPT-2's byte alphabet"),
     (changed(model__vocab=None), "damaged"),
     (changed(model__vocab={"a": -1}), "whole number"),
     (changed(model__vocab={"a": 1 << 40}), "whole number"),
@@ -740,8 +740,8 @@ def test_long_words_are_encoded_like_short_ones(text):
     word = text_to_bytes(text)[:700]
     plain = Tokenizer(OURS.vocab, OURS.merges)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scratchformer, "MAX_PLAIN", 1000)
-        expected = plain.replay_merges(word)
+        patch.setattr(scratchformer, "MAX_NAIVE", 1000)
+        expected = plain.apply_merges(word)
     assert OURS.fast.encode_long_word(word) == expected
 
 
