@@ -49,7 +49,7 @@ explains its flags: python scratchformer.py COMMAND --help
 #
 # Tensor shapes use one letter per dimension:
 #   B batch (sequences)    T time (position in the sequence)    D model width (d_model)
-#   H attention heads      K width of one head, D / H           F feed-forward width (d_ff)
+#   H attention heads      K width of one head, D / H           F MLP width (d_ff)
 #   V vocabulary size
 #
 # A comment that starts with WHY gives the reason for a choice; TRAP marks something that
@@ -211,7 +211,7 @@ def check_special_tokens(special_tokens: Sequence[str]) -> None:
 def count_pretokens(
     text: str, special_tokens: Sequence[str] = (), pattern: str = PRETOKEN_PATTERN
 ) -> Counter[bytes]:
-    """How often each pre-token occurs in `text`. Special tokens only separate the rest.
+    """How often each pre-token occurs in `text`. Special tokens act only as separators.
 
     >>> sorted(count_pretokens("to be or<end>not to be", ["<end>"]).items())
     [(b' be', 2), (b' or', 1), (b' to', 1), (b'not', 1), (b'to', 1)]
@@ -265,7 +265,7 @@ def learn_merges_naive(pretoken_counts: dict[bytes, int], num_merges: int) -> li
     """Up to `num_merges` merges, in the order learned; fewer if no pair is left.
 
     A worked example. At first "es" and "st" both occur 6 + 3 = 9 times. The tie goes to the
-    pair that comes last in the alphabet, and b"s" > b"e", so "st" is merged first. Then
+    lexicographically greatest pair, and b"s" > b"e", so "st" is merged first. Then
     "e" + "st" occurs 9 times. Then "lo" and "ow" occur 5 + 2 + 1 = 8 times each, and
     b"o" > b"l".
 
@@ -314,7 +314,7 @@ def build_vocab(merges: Sequence[Merge], special_tokens: Sequence[str]) -> dict[
 # 3. The tokenizer
 #
 # A trained tokenizer is a vocabulary and a list of merges. To *encode* text, split it into
-# pre-tokens, and in each of them repeat the merges in the order they were learned. To
+# pre-tokens, and in each of them apply the merges in the order they were learned. To
 # *decode* ids, look up their bytes and join them. (Sennrich et al. 2016, section 3.2)
 #
 # This is a complete tokenizer, and it is easy to follow. For long texts it hands over to
@@ -380,7 +380,7 @@ class Tokenizer:
         return Tokenizer, (self.vocab, self.merges, specials, self.pattern, self.ignore_merges)
 
     def apply_merges(self, word: bytes) -> tuple[int, ...]:
-        """The ids of one pre-token: apply the merge of lowest rank, until there is none.
+        """The ids of one pre-token: apply the merge of lowest rank, until none applies.
 
         This is the order of learning. A merge creates pairs with a token that did not exist
         when earlier merges were learned, so no new pair has a lower rank.
@@ -687,7 +687,7 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
     """The merges of `learn_merges_naive`, in a fraction of the time.
 
     Pairs wait in a heap, the most frequent on top. An entry goes stale when another merge
-    uses up some of the pair's occurrences; then it is put back with its current count. (A
+    consumes some of the pair's occurrences; then it is put back with its current count. (A
     count never grows: a pair contains the newest token when it is created, and later merges
     only take occurrences away.) Most pairs are rare and are never merged. So the heap holds
     only pairs above a threshold, which is halved whenever the heap is empty.
@@ -953,7 +953,7 @@ class MergeTable:
         slots = self.first_slots(keys)
         found = self.keys.take(slots)
         todo = np.flatnonzero((found != keys) & (found >= 0))
-        while len(todo):  # another pair's slot: look into the next one
+        while len(todo):  # another pair's slot: probe the next one
             slots[todo] = (slots[todo] + 1) % len(self.keys)
             found = self.keys[slots[todo]]
             todo = todo[(found != keys[todo]) & (found >= 0)]
@@ -963,7 +963,7 @@ class MergeTable:
 class FastEncoder:
     """Encodes long texts: the ids of `Tokenizer.encode`, by looking up whole words."""
 
-    MAX_WORDS, MAX_IDS = 1 << 18, 1 << 21  # beyond this, all words are forgotten
+    MAX_WORDS, MAX_IDS = 1 << 18, 1 << 21  # beyond this, the cache is cleared
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -1027,24 +1027,24 @@ class FastEncoder:
         word = np.repeat(np.arange(len(which)), lengths)
         data = np.frombuffer(words.data, np.uint8)
         ids = self.byte_ids[data[ragged_indices(words.starts[which], lengths)]]
-        orders = self.pair_ranks(ids, word, np.arange(len(ids)))
+        ranks = self.pair_ranks(ids, word, np.arange(len(ids)))
         while len(ids):
             starts = np.flatnonzero(np.append(True, word[1:] != word[:-1]))
-            lowest = np.minimum.reduceat(orders, starts)
+            lowest = np.minimum.reduceat(ranks, starts)
             lowest = np.repeat(lowest, np.diff(starts, append=len(ids)))
             is_done = lowest == NO_RANK
             done.append((ids[is_done], word[is_done]))
-            at = np.flatnonzero((orders == lowest) & ~is_done)
+            at = np.flatnonzero((ranks == lowest) & ~is_done)
             leftmost = np.ones(len(at), bool)  # one merge per word
             leftmost[1:] = word[at[1:]] != word[at[:-1]]
             at = at[leftmost]
-            ids[at] = self.merged_ids[orders[at]]
+            ids[at] = self.merged_ids[ranks[at]]
             keep = ~is_done
             keep[at + 1] = False
             at = np.cumsum(keep)[at] - 1  # where the merged tokens are after the removal
-            ids, word, orders = ids[keep], word[keep], orders[keep]
+            ids, word, ranks = ids[keep], word[keep], ranks[keep]
             changed = np.append(at[at > 0] - 1, at)
-            orders[changed] = self.pair_ranks(ids, word, changed)
+            ranks[changed] = self.pair_ranks(ids, word, changed)
         all_ids, all_words = map(np.concatenate, zip(*done))
         order = all_words.argsort(kind="stable")
         return all_ids[order], np.bincount(all_words, minlength=len(which))
@@ -1052,29 +1052,29 @@ class FastEncoder:
     def pair_ranks(self, ids: np.ndarray, word: np.ndarray, at: np.ndarray) -> np.ndarray:
         """The rank of each pair (at, at + 1); NO_RANK at the end of a word."""
         after = np.minimum(at + 1, len(ids) - 1)
-        orders = self.merge_table.lookup(ids[at], ids[after])
-        orders[(word[at] != word[after]) | (at == after)] = NO_RANK
-        return orders
+        ranks = self.merge_table.lookup(ids[at], ids[after])
+        ranks[(word[at] != word[after]) | (at == after)] = NO_RANK
+        return ranks
 
     def encode_long_word(self, word: bytes) -> tuple[int, ...]:
         """The ids of one word, in time proportional to its length.
 
-        Merges all occurrences of a pair together, as learning does below, and finds the next
+        Merges all occurrences of a pair together, as `learn_merges` does, and finds the next
         pair with a heap.
         """
         index = PairIndex([word], [1], self.byte_ids)
-        order_of, heap = self.tokenizer.merge_rank, list[tuple[int, int]]()
+        rank_of, heap = self.tokenizer.merge_rank, list[tuple[int, int]]()
 
         def push(pairs: Iterable[int]) -> None:
             for pair in pairs:
-                order = order_of.get((int(index.left[pair]), int(index.right[pair])))
-                if order is not None:
-                    heapq.heappush(heap, (order, pair))
+                rank = rank_of.get((int(index.left[pair]), int(index.right[pair])))
+                if rank is not None:
+                    heapq.heappush(heap, (rank, pair))
 
         push(np.flatnonzero(index.count[: index.num_pairs]).tolist())
         while heap:
-            order, pair = heapq.heappop(heap)
-            push(index.merge(pair, int(self.merged_ids[order])))
+            rank, pair = heapq.heappop(heap)
+            push(index.merge(pair, int(self.merged_ids[rank])))
         return tuple(index.token[index.token >= 0].tolist())
 
 
@@ -1120,7 +1120,7 @@ def safe_pieces(
                 if cut:
                     yield text[:cut]
                 text = text[cut:]
-                wanted = max(size, 2 * len(text))  # doubling keeps the searching linear
+                wanted = max(size, 2 * len(text))  # doubling keeps the total search time linear
     yield text
 
 
@@ -1826,7 +1826,7 @@ if __name__ == "__main__":
 #
 # A language model reads token ids and gives a probability to every token that could come
 # next. Chapters 5 to 8 cut batches out of a corpus, build the model, train it, and let it
-# write. All of it is plain PyTorch on one device; speed and more devices are Part Three.
+# write. All of it is plain PyTorch on a CPU; speed and other devices are Part Three.
 # ========================================================================================
 
 # ----------------------------------------------------------------------------------------
@@ -1872,8 +1872,9 @@ def cut_windows(
 def window_starts(seed: int, step: int, rows: range, num_places: int) -> np.ndarray:
     """Where the windows of these rows of a step's batch begin, int64, uniform in num_places.
 
-    Philox turns a key and a counter into random bits, like a hash function. Here the key is
-    (seed, step) and the counter is the row, so each row can be computed on its own:
+    Philox turns a key and a counter into random bits, like a hash function. The key (seed,
+    step) fixes a stream of random numbers, and row number r takes the r-th of them. So however
+    the rows are divided, each gets the same start:
 
     >>> window_starts(1, 0, range(4), 1000)[2:] == window_starts(1, 0, range(2, 4), 1000)
     array([ True,  True])
@@ -1894,7 +1895,9 @@ def get_batch(
     return cut_windows(tokens, starts, context_length)
 
 
-# A corpus may be larger than memory, so token files stay on disk until a slice is read.
+# The rest of this chapter is bookkeeping, and you can skip it the first time. A corpus may be
+# larger than memory, so a `TokenDataset` is an array of ids that stays on disk until a slice of
+# it is read. Most of its lines check that files are what they claim to be.
 
 METADATA_TYPES: dict[str, Any] = {
     "dtype": str, "vocab_size": int, "num_tokens": int,
@@ -1907,13 +1910,13 @@ def load_metadata(token_file: Path) -> dict:
     path, kind = Path(f"{token_file}.json"), "token file description"
     if not path.is_file():
         return {}
+    metadata = read_json(path, kind)
     with reading(path, kind):
-        metadata = read_json(path, kind)
         for key, value in metadata.items():
             if not isinstance(value, METADATA_TYPES.get(key, object)):
-                raise ValueError(f"{key} is {value!r}")
+                raise UserError(f"{key} is {value!r}")
         if (dtype := metadata.get("dtype", "uint16")) not in ("uint16", "uint32"):
-            raise ValueError(f"dtype is {dtype!r}, not uint16 or uint32")
+            raise UserError(f"dtype is {dtype!r}, not uint16 or uint32")
     return metadata
 
 
@@ -1993,7 +1996,7 @@ class TokenDataset:
 #
 # Which function maps T tokens to a prediction of each next token? Look up a vector of D
 # numbers for every token. Let every block add two corrections to it: attention mixes in
-# what earlier tokens have to say; a small network, the MLP, computes on each position alone.
+# what earlier tokens have to say; a small network, the MLP, works on each position separately.
 # At the end, a matrix turns each vector into V scores, the logits, one per possible token.
 # (Vaswani et al. 2017, arXiv 1706.03762, with the changes of Llama: Touvron et al. 2023,
 # arXiv 2302.13971, section 2.2)
@@ -2008,7 +2011,8 @@ class TokenDataset:
 # by a matrix: rows of `a` numbers become rows of `b`. (It stores the matrix as [b, a] and
 # computes x @ W.T; formulas here just say x @ W.)
 #
-# These are the numbers that make up a model. What they mean comes up below, part by part.
+# These are the numbers that make up a model. What they mean comes up below, part by part. Each
+# is declared as flag(default, explanation, smallest value), and is a command-line flag as well.
 
 
 @dataclasses.dataclass
@@ -2124,7 +2128,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same with a causal mask, by PyTorch's routine, which never stores T x T scores."""
+    """The same with a causal mask, by PyTorch's routine, which avoids storing T x T scores."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -2224,7 +2228,7 @@ def silu(z: Tensor) -> Tensor:
 class SwiGLU(nn.Module):
     """(silu(x @ W_gate) * (x @ W_up)) @ W_down: [B, T, D] -> [B, T, D].
 
-    Attention moves information between positions; this computes on each position alone. The
+    Attention moves information between positions; this works on each position separately. The
     gate decides for each of F hidden numbers whether it's passed on. WHY the silu: without
     something nonlinear in between, several matrices in a row are no more than one matrix.
     WHY F is about 8/3 D: three matrices of that size hold as many weights as the two of a
@@ -2248,7 +2252,7 @@ class Block(nn.Module):
     a shared notebook. Each part reads a normalized copy and writes down its correction. WHY:
     what the model learns from, the gradient (chapter 7), flows back through additions
     unchanged, so deep stacks of blocks train as easily as shallow ones (Xiong et al. 2020,
-    arXiv 2002.04745, figure 1: "pre-norm").
+    arXiv 2002.04745, figure 1).
     """
 
     def __init__(self, config: ModelConfig):
@@ -2308,7 +2312,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Draw all weights anew."""
+        """Reinitialize all weights."""
         for name, weight in self.named_parameters():
             weight.copy_(initial_weight(name, weight, self.config.num_layers, seed))
         self.init_rope()
@@ -2335,17 +2339,17 @@ class Transformer(nn.Module):
 
 # Exercises
 # 1. Let `apply_rotary` return x unchanged and train as at the end of chapter 7. The model still
-#    learns, but clearly less: it no longer knows in what order the earlier tokens came.
+#    learns, but clearly less: nothing tells it directly in what order the earlier tokens came.
 # 2. Tie the weights: after `self.lm_head = ...` write `self.lm_head.weight =
-#    self.embedding.weight`. The model has V * D fewer weights, and still starts near ln V.
+#    self.embedding.weight`. The model then has V * D fewer weights.
 
 
 # ----------------------------------------------------------------------------------------
 # 7. Training
 #
 # How does the model get good at predicting the next token? Measure how wrong it is (the
-# loss), compute for every weight in which direction the loss falls (the gradient), move all
-# weights a little that way, and repeat. The chapter ends with a complete training loop.
+# loss), compute for every weight how the loss grows with it (the gradient), move all weights a
+# little the opposite way, and repeat. The chapter ends with a complete training loop.
 #
 # The loss is cross-entropy, the optimizer AdamW, and the learning rate rises and falls over
 # the run. (Loshchilov & Hutter 2019, arXiv 1711.05101: AdamW, algorithm 2)
@@ -2476,8 +2480,8 @@ def learning_rate(
 ) -> float:
     """The learning rate of `step` (from 0): a linear rise, then half a cosine down to min_lr.
 
-    WHY warm up: AdamW divides by v, which rests on only a few gradients at first. WHY decay:
-    large steps oscillate across the valley; small ones at the end settle into it.
+    WHY warm up: AdamW divides by sqrt(v), and at first v rests on only a few gradients. WHY
+    decay: large steps bounce between the walls of a valley; small ones at the end settle.
     Source: Loshchilov & Hutter 2017 (arXiv 1608.03983), equation 5, without restarts.
 
     >>> [round(learning_rate(step, 1.0, 0.1, 2, 6), 3) for step in range(7)]
@@ -2513,10 +2517,10 @@ def train_step(
 
 # Validation
 # ----------
-# A model that is trained on the same text for long starts to memorize it: the loss on that
-# text keeps falling while the loss on new text stalls or rises. This is *overfitting*. To
+# A model that is trained on the same text for a long time starts to memorize it: the loss on
+# that text keeps falling while the loss on new text stalls or rises. This is *overfitting*. To
 # notice it, keep some text out of training and measure the loss there, the validation loss.
-# One *epoch* is as many steps as it takes to see as many tokens as the corpus has. In the
+# One *epoch* is one pass over the data, or as many steps as see that many tokens. In the
 # first epoch nearly everything is new, and both losses fall together.
 
 
@@ -2564,12 +2568,14 @@ def train_model(
     return losses
 
 
-# To see it learn from stories (two minutes; the demo of the first page makes the files):
+# To see it learn from stories (two minutes; the demo makes the files):
 #
 #     from scratchformer import *
 #     train_tokens = TokenDataset(["out/demo/train.bin"])
 #     valid_tokens = TokenDataset(["out/demo/valid.bin"])
-#     model = Transformer(ModelConfig(train_tokens.vocab_size, 256, 2, 128, 4, 256))
+#     model = Transformer(ModelConfig(
+#         train_tokens.vocab_size, context_length=256, num_layers=2, d_model=128,
+#         num_heads=4, d_ff=256))
 #     config = OptimizerConfig(max_steps=500, lr=3e-3)
 #     train_model(model, train_tokens, valid_tokens, config, batch_size=8)
 #
@@ -2600,10 +2606,10 @@ def sample(
 ) -> Tensor:
     """Ids drawn from softmax(logits / temperature), int64 [B], for logits [B, V].
 
-    A temperature below 1 makes likely tokens even likelier, and 0 always takes the likeliest.
-    top_k keeps the k likeliest tokens (and any equal to the last of them). top_p keeps the
-    likeliest tokens that together reach probability p, at least one. By hand: these logits
-    mean 9%, 67% and 24%, so the second token alone reaches a half.
+    A temperature below 1 makes likely tokens even more likely; 0 always takes the most likely.
+    top_k keeps the k most likely tokens (and any equal to the last of them). top_p keeps the
+    most likely tokens that together reach probability p, at least one. By hand: these logits
+    correspond to 9%, 67% and 24%, so the second token alone reaches 0.5.
 
     >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0)
     tensor([1])
@@ -2622,7 +2628,7 @@ def sample(
         beyond = p.cumsum(-1) - p >= top_p  # those before it reach top_p already
         beyond[:, 0] = False
         logits = logits.scatter(-1, ids, ordered.masked_fill(beyond, -math.inf))
-    # Drawing is a race: let token i arrive at time e[i] / p[i], with e exponentially
+    # Sampling as a race: let token i arrive at time e[i] / p[i], with e exponentially
     # distributed. Then token i comes first with probability p[i]. (torch.multinomial does the
     # same, but makes the CPU wait for a GPU.)
     e = torch.empty_like(logits).exponential_(generator=generator)
@@ -2673,8 +2679,8 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 # -------------------
 # Attention is the only place where a token looks at others, and of an earlier token it needs
 # only the key and the value. Those never change, because no token looks ahead. So keep them,
-# and let the model read nothing but the new token: the cost of a token then no longer grows
-# with the text.
+# and let the model read nothing but the new token. Attention still looks at all earlier keys,
+# but everything else then costs the same for every token, however long the text is.
 
 
 class CachedModel:
@@ -2731,7 +2737,7 @@ def generate(
 ) -> Iterator[int]:
     """Yield what `generate_naive` yields, with a cache, up to context_length.
 
-    When the context is full, the model reads the later half of it again and goes on from
+    When the context is full, the model reads the second half of it again and continues from
     there. `cached_model` is a cache to use again, or a faster one (chapter 9).
     """
     check_prompt(prompt_ids, model.config.vocab_size)
@@ -2751,10 +2757,10 @@ def generate(
 
 
 # Exercises
-# 1. Let the demo's model write at --temperature 0, 0.8 and 2: the likeliest story, a different
-#    one for each seed, and one without grammar.
+# 1. Let the demo's model write at --temperature 0, 0.8 and 2: always the most likely token, a
+#    different story for each seed, and one without grammar.
 # 2. Add min-p (Nguyen et al. 2024, arXiv 2407.01082): keep the tokens whose probability is at
-#    least a share p of the likeliest token's. One parameter, and two lines beside top_k's.
+#    least a fraction p of the most likely token's. One parameter, and two lines beside top_k's.
 
 
 # ========================================================================================
@@ -3496,18 +3502,13 @@ def load_checkpoint(path: str | Path) -> dict:
             raise UserError(f"no checkpoint (step_NNNNNN.pt) in {path}")
         path = found[-1]
     with reading(path, "checkpoint"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"the checksum of {damaged} is wrong")
-        except OSError as error:
-            if error.filename:  # missing, or no permission
-                raise
-            raise ValueError(str(error)) from None  # a damaged file sends zipfile astray
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise UserError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         missing = {"model", "model_config", "step"} - set(state)
         if missing:
-            raise ValueError(f"it has no {' or '.join(sorted(missing))}")
+            raise UserError(f"it has no {' or '.join(sorted(missing))}")
         return {**modernize(state), "path": str(path)}
 
 
@@ -4187,7 +4188,7 @@ def config_from_hf(content: dict) -> ModelConfig:
              "rope_type": rope.get("rope_type", rope.get("type", "default"))}
     for name, value in required.items():
         if found.get(name) not in (None, value):
-            raise ValueError(f"its {name} is {found[name]!r}, where we have {value!r}")
+            raise UserError(f"its {name} is {found[name]!r}, where we have {value!r}")
     theta = float(rope.get("rope_theta") or content.get("rope_theta", 10000.0))
     fields = {ours: content[theirs] for ours, theirs in HF_FIELDS.items()}
     return ModelConfig(**fields, rope_theta=theta)
