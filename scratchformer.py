@@ -128,7 +128,8 @@ PRETOKEN_PATTERN = (
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )
 # GPT-4's pattern takes digits in groups of at most three, and a word may start with any one
-# punctuation mark or space, not just a space. (From OpenAI's tiktoken; also used by Llama 3.)
+# punctuation mark or space, not just a space. (As first published in OpenAI's tiktoken, and
+# used by Llama 3.)
 GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -1099,10 +1100,16 @@ def last_safe_split(text: str, pattern: str, special_tokens: Iterable[str]) -> i
         finder = f"(?r)(?<={special_token_pattern(specials).pattern})"
     # The ends of `text` may hold part of a special token, or of a character of four bytes.
     margin = max([4, *(len(text_to_bytes(token)) for token in specials)])
-    for match in regex.finditer(finder, text, pos=margin, endpos=max(0, len(text) - margin)):
+
+    def crossed(p: int) -> bool:  # by a special token, or by what overlaps one
+        return any(text.find(s, max(0, p - len(s) + 1), p + len(s) - 1) >= 0 for s in specials)
+
+    start, end = 2 * margin, max(0, len(text) - margin)
+    for match in regex.finditer(finder, text, pos=start, endpos=end):
         cut = match.start()
-        around = [text.find(s, cut - len(s) + 1, cut + len(s) - 1) for s in specials]
-        if max(around, default=-1) < 0:  # no special token lies across the cut
+        # TRAP: special tokens can overlap. Of <a> and a>b, only the first is found in "<a>b".
+        ended = [len(token) for token in specials if text.endswith(token, 0, cut)]
+        if not crossed(cut) and not crossed(cut - max(ended, default=0)):
             return cut
     return 0
 
@@ -1213,32 +1220,35 @@ def start_worker(setup: Callable | None, argument: Any) -> None:
 
 def map_on_cores(
     function: Callable,
-    tasks: Sequence,
+    spans: Sequence[FileSpan],
     num_workers: int | None,
     setup: Callable | None = None,
     argument: Any = None,
 ) -> Iterator[Any]:
-    """`function` of each task, in order, in several processes; None means one per core.
+    """`function` of each span, in order, in several processes.
 
-    Each process calls `setup(argument)` first.
+    Each process calls `setup(argument)` first. None means one process per core, or no extra
+    process for less than 8 MB, which would be done before another process is ready.
     """
     if num_workers is None:
-        num_workers = available_cores()
+        large = sum(span.end - span.start for span in spans) >= 8 * CHUNK
+        num_workers = available_cores() if large else 1
     if num_workers < 1:
         raise UserError(f"num_workers must be at least 1, not {num_workers}")
-    if min(num_workers, len(tasks)) == 1:
+    num_workers = min(num_workers, len(spans))
+    if num_workers == 1:
         if setup:
             setup(argument)
-        yield from map(function, tasks)
+        yield from map(function, spans)
         return
     # WHY fork: the new process starts at once and shares our memory. TRAP: forking is unsafe on
     # macOS, and after PyTorch has started threads. Then "spawn" imports this file afresh.
     fork = sys.platform == "linux" and "torch" not in sys.modules
     context = multiprocessing.get_context("fork" if fork else "spawn")
     try:
-        with ProcessPoolExecutor(min(num_workers, len(tasks)), context, start_worker,
-                                 (setup, argument)) as pool:
-            yield from bounded_map(pool, function, tasks, 2 * num_workers)
+        initialization = start_worker, (setup, argument)
+        with ProcessPoolExecutor(num_workers, context, *initialization) as pool:
+            yield from bounded_map(pool, function, spans, 2 * num_workers)
     except BrokenExecutor:
         raise UserError("a worker process died: is there enough memory?") from None
 

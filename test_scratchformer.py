@@ -281,7 +281,7 @@ def tokenizer_from(text, num_merges, specials=(), pattern=PRETOKEN_PATTERN):
 
 
 def cl100k_pattern():
-    """GPT-4's pattern as tiktoken has it, rewritten for speed but equivalent."""
+    """GPT-4's pattern as tiktoken has it, rewritten for speed."""
     with pytest.MonkeyPatch.context() as patch:  # without this, it downloads the vocabulary
         patch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
         return openai_public.cl100k_base()["pat_str"]
@@ -310,7 +310,9 @@ def test_pretokens_by_hand():
 @given(texts)
 def test_pretokens_are_tiktokens(text):
     assert pretokenize(text) == regex.findall(r50k_pat_str, text)
-    assert pretokenize(text, GPT4_PATTERN) == regex.findall(cl100k_pattern(), text)
+    # tiktoken's present form of GPT-4's pattern takes whitespace at the end of a text as one
+    # piece, even if it contains line breaks. Elsewhere it is the one first published.
+    assert pretokenize(text + ".", GPT4_PATTERN) == regex.findall(cl100k_pattern(), text + ".")
 
 
 @given(any_texts, st.sampled_from([PRETOKEN_PATTERN, GPT4_PATTERN, "b+", r"\s+|the"]))
@@ -782,6 +784,7 @@ def test_safe_splits_are_found_near_the_end():
 
 
 @given(any_texts, any_texts, any_texts, special_sets)
+@example("", "        <a>b0", "", ["<a>", "a>b"])
 def test_a_safe_split_changes_nothing_whatever_is_before_and_after(
     before, text, after, specials
 ):
