@@ -1384,6 +1384,7 @@ worker_tokenizer: Tokenizer  # the tokenizer of `encode_span`, in each process
 
 
 def set_worker_tokenizer(tokenizer: Tokenizer) -> None:
+    """Give this process the tokenizer that `encode_span` uses."""
     global worker_tokenizer
     worker_tokenizer = tokenizer
 
@@ -3114,10 +3115,12 @@ class ProcessConfig(Config):
 
 
 def get_rank() -> int:
+    """This process's number among all that torchrun started, from 0."""
     return int(os.environ.get("RANK", 0))
 
 
 def get_world_size() -> int:
+    """How many processes torchrun started."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -3212,6 +3215,7 @@ def on_main(function: Callable[[], Any]) -> Any:
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
+    """The sum of `value` over all processes. Collective: every rank must call this."""
     value = value.detach().clone()
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(value)
@@ -3297,6 +3301,7 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def is_fsdp(module: nn.Module) -> bool:
+    """Whether `module` has been sharded by `fully_shard`."""
     return hasattr(module, "set_requires_gradient_sync")
 
 
