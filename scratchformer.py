@@ -924,41 +924,7 @@ class WordTable:
 # Encoding
 # --------
 
-NO_RANK = np.iinfo(np.int32).max  # the rank of a pair that has no merge
-
-
-class MergeTable:
-    """The rank of many pairs at once: a hash table with open addressing and linear probing."""
-
-    def __init__(self, left: np.ndarray, right: np.ndarray):
-        self.bits = len(left).bit_length() + 3  # at least 7 of 8 slots are free
-        self.keys = np.full(1 << self.bits, -1)
-        self.ranks = np.full(1 << self.bits, NO_RANK, np.int32)
-        keys, todo = left << 32 | right, np.arange(len(left))
-        slots = self.first_slots(keys)
-        while len(todo):
-            free = todo[self.keys[slots[todo]] < 0]
-            self.keys[slots[free]] = keys[free]
-            stored = self.keys[slots[todo]] == keys[todo]
-            self.ranks[slots[todo[stored]]] = todo[stored]
-            todo = todo[~stored]
-            slots[todo] = (slots[todo] + 1) % len(self.keys)
-
-    def first_slots(self, keys: np.ndarray) -> np.ndarray:
-        hashes = keys.astype(np.uint64) * HASH_FACTORS[0]
-        return (hashes >> np.uint64(64 - self.bits)).astype(np.int64)
-
-    def lookup(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """The rank of each pair; NO_RANK if it has no merge."""
-        keys = left << 32 | right
-        slots = self.first_slots(keys)
-        found = self.keys.take(slots)
-        todo = np.flatnonzero((found != keys) & (found >= 0))
-        while len(todo):  # another pair's slot: probe the next one
-            slots[todo] = (slots[todo] + 1) % len(self.keys)
-            found = self.keys[slots[todo]]
-            todo = todo[(found != keys[todo]) & (found >= 0)]
-        return self.ranks.take(slots)
+NO_RANK = np.iinfo(np.int64).max  # the rank of a pair that has no merge
 
 
 class FastEncoder:
@@ -969,7 +935,9 @@ class FastEncoder:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         pairs = np.array([pair for pair, _ in tokenizer.id_merges], np.int64).reshape(-1, 2)
-        self.merge_table = MergeTable(pairs[:, 0], pairs[:, 1])
+        # Both ids of a pair in one integer, sorted for binary search; the last is never found.
+        pairs = np.append(pairs[:, 0] << 32 | pairs[:, 1], np.iinfo(np.int64).max)
+        self.rank_of_pair, self.pairs = pairs.argsort(), np.sort(pairs)
         self.merged_ids = np.array([merged for _, merged in tokenizer.id_merges], np.int64)
         self.byte_ids = np.array([tokenizer.token_to_id[bytes([b])] for b in range(256)])
         self.clear()
@@ -1053,9 +1021,10 @@ class FastEncoder:
     def pair_ranks(self, ids: np.ndarray, word: np.ndarray, at: np.ndarray) -> np.ndarray:
         """The rank of each pair (at, at + 1); NO_RANK at the end of a word."""
         after = np.minimum(at + 1, len(ids) - 1)
-        ranks = self.merge_table.lookup(ids[at], ids[after])
-        ranks[(word[at] != word[after]) | (at == after)] = NO_RANK
-        return ranks
+        pairs = ids[at] << 32 | ids[after]
+        found = self.pairs.searchsorted(pairs)
+        has_rank = (self.pairs[found] == pairs) & (word[at] == word[after]) & (at != after)
+        return np.where(has_rank, self.rank_of_pair[found], NO_RANK)
 
     def encode_long_word(self, word: bytes) -> tuple[int, ...]:
         """The ids of one word, in time proportional to its length.
