@@ -936,8 +936,8 @@ class FastEncoder:
         self.tokenizer = tokenizer
         pairs = np.array([pair for pair, _ in tokenizer.id_merges], np.int64).reshape(-1, 2)
         # Both ids of a pair in one integer, sorted for binary search; the last is never found.
-        pairs = np.append(pairs[:, 0] << 32 | pairs[:, 1], np.iinfo(np.int64).max)
-        self.rank_of_pair, self.pairs = pairs.argsort(), np.sort(pairs)
+        keys = np.append(pairs[:, 0] << 32 | pairs[:, 1], np.iinfo(np.int64).max)
+        self.rank_of_pair, self.pairs = keys.argsort(), np.sort(keys)
         self.merged_ids = np.array([merged for _, merged in tokenizer.id_merges], np.int64)
         self.byte_ids = np.array([tokenizer.token_to_id[bytes([b])] for b in range(256)])
         self.clear()
@@ -1138,14 +1138,32 @@ def split_file(
 
 
 def input_files(paths: str | Path | Sequence[str | Path]) -> list[FileSpan]:
-    """The text files to read, each as one span. Directories are searched recursively."""
+    """The text files to read, each as one span.
+
+    Directories are searched recursively, without hidden files and directories (such as .git)
+    and without binary files: those with a zero byte in their first 8,000, as git decides it.
+    """
     files, given = [], [paths] if isinstance(paths, (str, Path)) else list(paths)
     for path in map(Path, given):
-        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        files += [FileSpan(str(p), 0, p.stat().st_size) for p in inside]
+        found = [path]
+        if path.is_dir():
+            everything = sorted(p for p in path.rglob("*") if p.is_file())
+            visible = [p for p in everything
+                       if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            found = [p for p in visible if not is_binary(p)]
+            if len(found) < len(everything):
+                log(f"{path}: {len(found)} text files; skipped "
+                    f"{len(everything) - len(visible)} hidden and "
+                    f"{len(visible) - len(found)} binary ones")
+        files += [FileSpan(str(p), 0, p.stat().st_size) for p in found]
     if not sum(file.end for file in files):
         raise UserError(f"no text to read in {', '.join(map(str, given))}")
     return files
+
+
+def is_binary(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return b"\0" in file.read(8000)
 
 
 # Many cores, and progress
@@ -1673,10 +1691,11 @@ def bpe_train(config: BPETrainConfig, console: ConsoleConfig) -> None:
 
 def bpe_encode(config: BPEEncodeConfig, console: ConsoleConfig) -> None:
     """Turn text into a file of token ids."""
-    start, size = time.monotonic(), sum(file.end for file in input_files(config.dataset_path))
+    start, files = time.monotonic(), input_files(config.dataset_path)
     tokenizer = Tokenizer.load(config.tokenizer_path)
-    tokens = encode_file(tokenizer, config.dataset_path, config.out_path, config.append_eot,
-                         config.num_workers)
+    tokens = encode_file(tokenizer, [file.path for file in files], config.out_path,
+                         config.append_eot, config.num_workers)
+    size = sum(file.end for file in files)
     seconds = time.monotonic() - start
     log(f"{config.out_path}: {tokens:,} tokens, {size / max(tokens, 1):.2f} bytes per token, "
         f"{seconds:.1f} s, {size / seconds / 1e6:.1f} MB/s")

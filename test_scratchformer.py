@@ -91,6 +91,7 @@ from scratchformer import (
     generate_naive,
     get_batch,
     gradient_norm,
+    input_files,
     last_safe_split,
     learn_merges,
     learn_merges_naive,
@@ -1126,6 +1127,20 @@ def test_importing_the_file_says_nothing():
     done = subprocess.run([sys.executable, "-W", "error", "-c", "import scratchformer"],
                           cwd=FILE.parent, capture_output=True)  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_directories_are_read_without_hidden_and_binary_files(tmp_path, capsys):
+    (tmp_path / "src" / ".git").mkdir(parents=True)
+    (tmp_path / "src" / "deep").mkdir()
+    for name, content in [("a.txt", b"one"), ("deep/b", b"two"), (".hidden", b"x"),
+                          (".git/HEAD", b"ref"), ("deep/c.pyc", b"\xa7\r\n\0binary")]:
+        (tmp_path / "src" / name).write_bytes(content)
+    files = input_files(tmp_path / "src")
+    assert [Path(file.path).name for file in files] == ["a.txt", "b"]
+    message = capsys.readouterr().err
+    assert "2 text files; skipped 2 hidden and 1 binary" in message
+    # What is named is read, whatever it is.
+    assert input_files(tmp_path / "src" / ".hidden") and not capsys.readouterr().err
 
 
 # ======================================================================================
@@ -3084,7 +3099,8 @@ def test_the_readme_shows_every_command():
 @with_readme
 def test_links_of_the_readme_point_at_the_chapters_they_name():
     links = re.findall(r"\[(\d+)\. [^]]*\]\(scratchformer\.py#L(\d+)\)", README)
-    assert {number: int(line) for number, line in links} == HEADS
+    found = {number: int(line) for number, line in links}
+    assert found == HEADS, "python data/link_readme.py corrects them"
 
 
 @with_readme
@@ -3099,6 +3115,16 @@ def test_every_chapter_has_a_short_header_an_example_and_exercises(number):
     assert LINES.index(RULE, start) - start <= 12
     chapter = "\n".join(LINES[start:end])
     assert "\n# Exercises\n# 1. " in chapter and ">>> " in chapter
+
+
+# Each test gets the mark of its chapter, so that `pytest -m chapter7` runs one chapter's tests.
+TESTS = Path(__file__).read_text(encoding="utf-8").splitlines()
+chapter_at = list(itertools.accumulate(
+    ((m := re.match(r"# (\d+)\. [A-Z -]+$", line)) and m[1] for line in TESTS),
+    lambda before, here: here or before))  # fmt: skip
+for name, test in list(globals().items()):
+    if name.startswith("test_") and (chapter := chapter_at[test.__code__.co_firstlineno - 1]):
+        getattr(pytest.mark, f"chapter{chapter}")(test)
 
 
 # ======================================================================================

@@ -10,7 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+try:
+    import matplotlib.pyplot as plt
+except ImportError:
+    sys.exit("this needs matplotlib: uv run --with matplotlib ..., or pip install matplotlib")
 
 
 def draw(run: Path, picture: Path) -> None:

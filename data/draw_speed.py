@@ -9,7 +9,10 @@ length is the speed relative to ours, so that longer than 1 is faster than this 
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+try:
+    import matplotlib.pyplot as plt
+except ImportError:
+    sys.exit("this needs matplotlib: uv run --with matplotlib ..., or pip install matplotlib")
 
 # What was done, and seconds or milliseconds it took: ours first.
 MEASURED = {
