@@ -572,8 +572,8 @@ class PairIndex:
                 -1 256  -2   w  -1   s 256  -2   w  -1
 
     Pairs have numbers: `pair_at[p]` is the number of the pair (token at p, token after p), and
-    pair n is (left[n], right[n]) and occurs count[n] times. Where a pair is, was written down
-    when it was created: `position_lists[list_index[n]][start[n] : end[n]]`.
+    pair n is (left[n], right[n]) and occurs count[n] times. Where it occurred when it was
+    created is in `positions[start[n] : start[n + 1]]`.
 
     >>> index = PairIndex([b"low", b"slow"], [5, 2])
     >>> lo = ord("l") * 256 + ord("o")  # a pair of bytes has this number
@@ -600,22 +600,20 @@ class PairIndex:
         self.pair_at = np.append(np.where(is_pair, numbers, self.NO_PAIR), self.NO_PAIR)
         # Room for all pairs: each merge at a position creates at most two and removes one
         # position, so there are at most 2 * size. Unused room takes no memory.
-        self.num_pairs, room = self.NO_PAIR + 1, self.NO_PAIR + 1 + 2 * size
-        self.left, self.right, self.count, self.list_index, self.start, self.end = np.zeros(
-            (6, room), np.int64)
-        # All positions, sorted by pair. Each merge adds another such array.
-        self.position_lists = [self.pair_at.argsort(kind="stable")]
+        self.num_pairs, room = self.NO_PAIR + 1, self.NO_PAIR + 2 + 2 * size
+        self.left, self.right, self.count, self.start = np.zeros((4, room), np.int64)
+        self.positions = np.zeros(3 * size, np.int64)
+        self.positions[:size] = self.pair_at.argsort(kind="stable")  # sorted by pair
         per_pair = np.bincount(self.pair_at, minlength=self.num_pairs)
-        self.end[: self.num_pairs] = np.cumsum(per_pair)
-        self.start[: self.num_pairs] = np.cumsum(per_pair) - per_pair
+        self.start[1 : self.num_pairs + 1] = np.cumsum(per_pair)
         weights = np.bincount(self.pair_at, self.weight, self.num_pairs)
         self.count[: self.NO_PAIR] = weights[:-1]
         self.left[: self.NO_PAIR] = np.repeat(byte_ids, 256)
         self.right[: self.NO_PAIR] = np.tile(byte_ids, 256)
 
-    def positions(self, pair: int) -> np.ndarray:
-        """Where to merge `pair`: its occurrences without overlaps, so "aaa" has one "aa"."""
-        seen = self.position_lists[self.list_index[pair]][self.start[pair] : self.end[pair]]
+    def occurrences(self, pair: int) -> np.ndarray:
+        """Where to merge `pair`, without overlaps: "aaa" has one "aa"."""
+        seen = self.positions[self.start[pair] : self.start[pair + 1]]
         at = seen[self.pair_at[seen] == pair]  # later merges may have changed some
         if self.left[pair] == self.right[pair]:
             # In a run of equal tokens keep every second pair, counting from the run's start.
@@ -626,7 +624,7 @@ class PairIndex:
 
     def merge(self, pair: int, new: int) -> range:
         """Replace `pair` by the token `new`; returns the numbers of the pairs this creates."""
-        at = self.positions(pair)
+        at = self.occurrences(pair)
         right, weight = self.after[at], self.weight[at]
         # The pairs on both sides disappear. (In "abab" both are the same pair: count it once.)
         np.subtract.at(self.count, self.pair_at[right], weight)
@@ -662,16 +660,15 @@ class PairIndex:
         is_first[1:] = neighbors[1:] != neighbors[:-1]
         starts = is_first.nonzero()[0]
         first, self.num_pairs = self.num_pairs, self.num_pairs + len(starts)
-        created = slice(first, self.num_pairs)
-        self.start[created], self.end[created] = starts, len(order)
-        self.end[first : self.num_pairs - 1] = starts[1:]
+        created, used = slice(first, self.num_pairs), self.start[first]
+        self.positions[used : used + len(order)] = positions
+        self.start[created] = used + starts
+        self.start[self.num_pairs] = used + len(order)
         self.count[created] = np.add.reduceat(weights[order], starts)
         self.pair_at[positions] = first - 1 + is_first.cumsum()
         other = neighbors[starts]
         self.left[created] = np.where(other < 0, -2 - other, new)
         self.right[created] = np.where(other < 0, new, other)
-        self.list_index[created] = len(self.position_lists)
-        self.position_lists.append(positions)
         return range(first, self.num_pairs)
 
 
