@@ -39,7 +39,7 @@ explains its flags: python scratchformer.py COMMAND --help
 #    7 * Training              loss, gradients, AdamW, and a complete training loop
 #    8 * Generation            sampling text; the KV cache
 #   PART THREE: SCALE
-#    9   Faster steps          mixed precision, the fused loss, compilation, CUDA graphs
+#    9   Faster steps          mixed precision, the fused loss, Muon, compilation, CUDA graphs
 #   10   Many devices          data parallel and FSDP
 #   11   Checkpoints           saving a run so that it can resume exactly
 #   12   The training run      the training loop with everything switched on
@@ -2773,9 +2773,10 @@ def generate(
 # How does the same step take less time and memory on one device? Matmuls in 16 bits run
 # several times faster on a GPU; the logits, the largest tensor of all, are never stored
 # whole; torch.compile merges small operations; activations can be recomputed instead of
-# stored. For generation, the enemy is overhead per token.
-# This chapter can wait: it computes what chapters 7 and 8 compute. Two words: a *kernel* is
-# a program that a GPU runs, and the *host* is the CPU that launches it.
+# stored. For generation, the enemy is overhead per token. All that computes what chapters 7
+# and 8 compute. Another optimizer, Muon, lets the model learn more in each step.
+# This chapter can wait. Two words: a *kernel* is a program that a GPU runs, and the *host*
+# is the CPU that launches it.
 # (Micikevicius et al. 2018, arXiv 1710.03740: mixed precision; Hsu et al. 2024, Liger
 # Kernel, arXiv 2410.10989: fused loss; Chen et al. 2016, arXiv 1604.06174: recomputation)
 # ----------------------------------------------------------------------------------------
@@ -2956,6 +2957,163 @@ class TransformerWithLoss(Transformer):
         if targets is None:
             return self.lm_head(x)
         return self.loss_function(x, self.lm_head.weight, targets)
+
+
+# Muon
+# ----
+# AdamW treats a matrix as a bag of separate numbers. But a matrix acts on vectors. Its
+# gradient has a few large singular values and many small ones: a few directions dominate the
+# update, and along all others the matrix hardly changes. Muon makes the singular values of the
+# update nearly equal, so that rare directions are learned as fast as common ones. The same loss
+# then takes fewer steps. (Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein &
+# Newhouse 2024, arXiv 2409.20325: why it's steepest descent in the norm that fits matrices)
+#
+# It's for the matrices of the blocks. AdamW still learns the norm weights, the embedding and
+# the head. The last two are tables with one row per token.
+
+
+@dataclasses.dataclass(kw_only=True)
+class LearningConfig(OptimizerConfig):
+    """Learning"""
+
+    optimizer: Literal["adamw", "muon"] = flag(
+        "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest")
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """The matrices x [N, rows, columns], with all singular values moved close to 1.
+
+    If x = U @ diag(s) @ V.T, then x @ x.T @ x = U @ diag(s^3) @ V.T. So matmuls alone apply a
+    polynomial to the singular values, here a * s + b * s^3 + c * s^5. With these numbers, five
+    rounds lift everything above 0.01 to between 0.7 and 1.2, and that is close enough. This is
+    a Newton-Schulz iteration, and 16 bits are enough for it.
+    Source of a, b and c: Jordan et al. 2024, section "Tuning the coefficients".
+
+    By hand: this update moves (1, 1) by 3.9 and (1, -1) by 0.1, and afterwards both alike.
+
+    >>> update = torch.tensor([[[2.0, 1.9], [1.9, 2.0]]])
+    >>> torch.linalg.svdvals(update), torch.linalg.svdvals(orthogonalize(update))
+    (tensor([[3.9000, 0.1000]]), tensor([[0.9718, 0.6968]]))
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[1] > x.shape[2]  # multiply on the side where the square is smaller
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # now no singular value is above 1
+    for _ in range(5):
+        square = x.mT @ x if tall else x @ x.mT  # (N, n, n), n = min(rows, columns)
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b and c are done
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        x = x @ factor if tall else factor @ x
+    return x
+
+
+def muon_reference(
+    weight: Tensor, grad: Tensor, momentum: Tensor, lr: float, weight_decay: float
+) -> tuple[Tensor, Tensor]:
+    """One update of Muon for one matrix, written out: the new weight and the new momentum.
+
+    The momentum is AdamW's m. The update mixes in the gradient once more (Nesterov momentum).
+    WHY 0.2 * sqrt(max(rows, columns)): entries of U @ V.T are about 1 / sqrt(max(rows,
+    columns)) large, and AdamW's updates have entries of about 0.2. With this factor, lr and
+    weight_decay mean what they mean for AdamW. Source: Liu et al. 2025 (arXiv 2502.16982),
+    section 2.2.
+    """
+    momentum = 0.95 * momentum + 0.05 * grad
+    update = orthogonalize((0.95 * momentum + 0.05 * grad)[None])[0]
+    update = 0.2 * math.sqrt(max(weight.shape)) * update
+    return weight - lr * (weight_decay * weight + update), momentum
+
+
+def matrix_rows(name: str, weight: Tensor) -> list[int]:
+    """The rows of each matrix in a weight: one large weight may hold several matrices.
+
+    >>> matrix_rows("blocks.0.attention.qkv.weight", torch.empty(12, 4))
+    [4, 4, 4]
+    """
+    rows, width = weight.shape
+    if name.endswith("qkv.weight"):
+        return [width, (rows - width) // 2, (rows - width) // 2]
+    return [rows // 2] * 2 if name.endswith("gate_up.weight") else [rows]
+
+
+class Muon(torch.optim.AdamW):
+    """`muon_reference` for the matrices of the blocks, AdamW for all other parameters.
+
+    `params` has for each parameter the tensor to update: itself, except for FSDP (chapter 10).
+    As in fused AdamW, gradients are divided by `grad_scale`, and nothing changes if `found_inf`
+    is 1. `dtype` is the precision of `orthogonalize`.
+    """
+
+    def __init__(
+        self, model: nn.Module, params: dict[Any, Any], config: OptimizerConfig,
+        dtype: torch.dtype = torch.float32, fused: bool | None = None, compiled: bool = False,
+    ):
+        matrices = {p: name for name, p in model.named_parameters()
+                    if p in params and p.dim() == 2 and name.startswith("blocks.")}
+        others = [params[p] for p in params if p not in matrices]
+        groups = make_optimizer(others, config, fused).param_groups
+        groups.append({"params": [params[p] for p in matrices],
+                       "weight_decay": config.weight_decay})
+        super().__init__(groups, lr=config.lr, fused=fused)
+        self.dtype = dtype
+        self.rows = {params[p]: matrix_rows(name, p) for p, name in matrices.items()}
+        self.scales = {params[p]: 0.2 * math.sqrt(max(matrix_rows(name, p)[0], p.shape[1]))
+                       for p, name in matrices.items()}
+        if compiled:  # fewer passes over memory
+            self.average = torch.compile(self.average)  # type: ignore[method-assign]
+            self.update = torch.compile(self.update)  # type: ignore[method-assign]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        group = self.param_groups[-1]
+        weights = group["params"]
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["exp_avg"] = torch.zeros_like(weight)
+        zero = torch.zeros((), device=weights[0].device)
+        divisor = getattr(self, "grad_scale", zero + 1)
+        found_inf = getattr(self, "found_inf", zero)
+        momenta = [self.state[weight]["exp_avg"] for weight in weights]
+        updates = self.average([weight.grad for weight in weights], momenta, divisor, found_inf)
+        matrices = [matrix for weight, update in zip(weights, updates)
+                    for matrix in update.split(self.rows[weight])]
+        done = iter(self.orthogonalize_all(matrices))
+        directions = [[next(done) for _ in self.rows[weight]] for weight in weights]
+        scales = [self.scales[weight] for weight in weights]
+        lr = group["lr"] * (1 - found_inf)
+        self.update(weights, directions, scales, lr, group["weight_decay"])
+        for weight in weights:
+            weight.grad = None  # AdamW skips parameters without a gradient
+        super().step()
+
+    def average(
+        self, grads: list[Tensor], momenta: list[Tensor], divisor: Tensor, found_inf: Tensor
+    ) -> list[Tensor]:
+        """Put the gradients into the momenta. Returns what is to be orthogonalized."""
+        updates = []
+        for grad, momentum in zip(grads, momenta):
+            # The mean of the momentum and itself: with found_inf the momentum stays.
+            grad = torch.where(found_inf > 0, momentum, grad / divisor)
+            momentum.lerp_(grad, 0.05)  # 0.95 * momentum + 0.05 * grad
+            updates.append(grad.lerp(momentum, 0.95).to(self.dtype))
+        return updates
+
+    def orthogonalize_all(self, matrices: list[Tensor]) -> list[Tensor]:
+        """`orthogonalize` for each matrix, all matrices of one shape at a time."""
+        result = list(matrices)
+        for shape in {matrix.shape for matrix in matrices}:
+            places = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
+            batch = orthogonalize(torch.stack([matrices[i] for i in places]))
+            for i, matrix in zip(places, batch):
+                result[i] = matrix
+        return result
+
+    def update(
+        self, weights: list[Tensor], directions: list[list[Tensor]], scales: list[float],
+        lr: Tensor, weight_decay: float,
+    ) -> None:
+        """Move the weights; not at all if `lr` is 0."""
+        for weight, parts, scale in zip(weights, directions, scales):
+            weight.sub_(lr * (weight_decay * weight + scale * torch.cat(parts)))
 
 
 # Recomputation and compilation
@@ -3354,6 +3512,65 @@ def local_params(model: nn.Module) -> dict[Any, Any]:
     return {p: local_shard(p) for p in model.parameters() if p.requires_grad}
 
 
+class DistributedMuon(Muon):
+    """Muon on n processes, each of which orthogonalizes every n-th matrix.
+
+    Under FSDP a process holds some rows of every matrix, possibly none. They travel to the
+    process whose turn it is, and what becomes of them travels back. Without FSDP every process
+    has all rows of all matrices, and only the results travel.
+    """
+
+    def __init__(self, model: nn.Module, params: dict[Any, Any], *args: Any):
+        super().__init__(model, params, *args)
+        mesh = getattr(next(iter(params)), "device_mesh", None)
+        self.sharded = mesh is not None
+        self.group = mesh.get_group(mesh.ndim - 1) if mesh else None  # as in `gradient_norm`
+        self.rank = torch.distributed.get_rank(self.group)
+        self.size = torch.distributed.get_world_size(self.group)
+        self.empty = torch.empty(0, dtype=self.dtype, device=next(iter(self.rows)).device)
+        self.held: list[list[int]] = []  # for each matrix, how many rows each process holds
+        for weight, rows in self.rows.items():
+            shard = -(-sum(rows) // self.size)  # the first `shard` rows are process 0's, ...
+            ends = itertools.accumulate(rows)
+            held = [[max(0, min(end, (r + 1) * shard) - max(end - count, r * shard))
+                     if self.sharded else count for r in range(self.size)]
+                    for end, count in zip(ends, rows)]
+            self.rows[weight] = [counts[self.rank] for counts in held]
+            self.held += held
+
+    def orthogonalize_all(self, matrices: list[Tensor]) -> list[Tensor]:
+        n, processes = self.size, range(self.size)
+        mine, held = matrices[self.rank :: n], self.held[self.rank :: n]
+        if self.sharded:
+            shapes: list[list[Any]] = [
+                [(rows[r], matrix.shape[1]) for rows, matrix in zip(held, mine)]
+                for r in processes]
+            received = self.exchange([matrices[r::n] for r in processes], shapes)
+            mine = [torch.cat(parts) for parts in zip(*received)]  # whole ones
+        split = [matrix.split(rows) if self.sharded else [matrix] * n
+                 for matrix, rows in zip(super().orthogonalize_all(mine), held)]
+        shapes = [[matrix.shape for matrix in matrices[r::n]] for r in processes]
+        received = self.exchange([[parts[r] for parts in split] for r in processes], shapes)
+        result = list(matrices)
+        for r in processes:
+            result[r::n] = received[r]
+        return result
+
+    def exchange(
+        self, parts: list[list[Tensor]], shapes: list[list[Any]]
+    ) -> list[list[Tensor]]:
+        """Collective: parts[r] go to process r. Returns what each r sends, of shapes[r]."""
+        sent = torch.cat([self.empty, *(part.flatten() for to_r in parts for part in to_r)])
+        lengths = [list(map(math.prod, of_r)) for of_r in shapes]
+        sizes = list(map(sum, lengths))
+        received = self.empty.new_empty(sum(sizes))
+        torch.distributed.all_to_all_single(  # one message between any two processes
+            received, sent, sizes, [sum(map(Tensor.numel, to_r)) for to_r in parts],
+            group=self.group)
+        return [[part.view(shape) for part, shape in zip(chunk.split(length), of_r)]
+                for chunk, length, of_r in zip(received.split(sizes), lengths, shapes)]
+
+
 @torch.no_grad()
 def take_local_gradients(params: dict[Any, Any]) -> None:
     """Hand the gradients of all parameters to the plain tensors of `local_params`."""
@@ -3459,7 +3676,7 @@ def build_model(
 # This chapter can wait: it adds nothing to the model.
 # ----------------------------------------------------------------------------------------
 
-ADAM_STATE = ("exp_avg", "exp_avg_sq")  # PyTorch's names for m and v
+ADAM_STATE = ("exp_avg", "exp_avg_sq")  # PyTorch's names for m and v; Muon has only m
 
 
 @dataclasses.dataclass
@@ -3565,8 +3782,9 @@ def gather_state(state: TrainState, weights_only: bool) -> dict:
         # A parameter that's frozen, or never got a gradient, has no optimizer state.
         moments = state.optimizer.state[state.params[p]] if p in state.params else None
         if moments and not weights_only:
-            adam["step"][name] = moments["step"].item()
-            for key in ADAM_STATE:
+            if "step" in moments:
+                adam["step"][name] = moments["step"].item()
+            for key in (key for key in ADAM_STATE if key in moments):
                 keep(adam[key], name, moments[key], p)
     content = {"model": weights, "model_config": dataclasses.asdict(state.model.config),
                "scaler": state.scaler.state_dict()}
@@ -3625,20 +3843,25 @@ def restore_state(saved: dict | None, state: TrainState) -> None:
     for name, p in state.model.named_parameters():
         copy_full(content["model"][name] if saved else None, p, from_main=True)
     adam = content.get("optimizer")
-    steps = on_main(lambda: adam and adam["step"])  # by name; a frozen parameter has none
+    # By name; a frozen parameter has none, and a matrix of Muon's has only the first moment.
+    steps = on_main(lambda: adam and adam["step"])
+    saved_names = on_main(lambda: adam and {key: list(adam[key]) for key in ADAM_STATE})
     if steps is None:
         return
     device = state.model.rope_cache.device
     for name, p in state.model.named_parameters():
-        if name not in steps or p not in state.params:
-            continue
-        # The fused kernel counts steps on the device, as float32.
-        moments = {"step": torch.full((), steps[name], device=device)}
-        for key in ADAM_STATE:
+        local, moments = state.params.get(p), {}
+        by_muon = isinstance(state.optimizer, Muon) and local in state.optimizer.rows
+        keys = ADAM_STATE[:1] if by_muon else ADAM_STATE
+        if local is None or any(name not in saved_names[key] for key in keys):
+            continue  # the optimizer starts afresh for this one
+        if not by_muon:  # the fused kernel counts steps on the device, as float32
+            moments["step"] = torch.full((), steps[name], device=device)
+        for key in keys:
             moment = torch.zeros_like(p)  # sharded as the parameter is
             copy_full(adam[key][name] if adam else None, moment, from_main=True)
             moments[key] = local_shard(moment)
-        state.optimizer.state[state.params[p]] = moments
+        state.optimizer.state[local] = moments
     state.scaler.load_state_dict(on_main(lambda: content["scaler"]))
 
 
@@ -3909,7 +4132,7 @@ class Trainer:
 
     model_config: ModelConfig
     data: DataConfig
-    optim: OptimizerConfig
+    optim: LearningConfig
     flags: RunConfig
     processes: ProcessConfig
     device: torch.device
@@ -3923,7 +4146,14 @@ class Trainer:
         model = build_model(
             self.model_config, data.seed, self.device, self.dtype, self.processes)
         params = local_params(model)
-        optimizer = make_optimizer(params.values(), self.optim, self.device.type != "mps")
+        fused, compiled = self.device.type != "mps", self.processes.compile
+        optimizer: torch.optim.AdamW
+        if self.optim.optimizer == "adamw":
+            optimizer = make_optimizer(params.values(), self.optim, fused)
+        else:
+            kind = DistributedMuon if get_world_size() > 1 else Muon
+            precision = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+            optimizer = kind(model, params, self.optim, precision, fused, compiled)
         scaler = GradScaler(self.device, enabled=self.dtype == torch.float16)
         self.state = TrainState(model, params, optimizer, scaler)
         self.autocast = make_autocast(self.device, self.dtype, fsdp)
@@ -4344,7 +4574,7 @@ def open_outdir(outdir: Path, path: Path | None, tokens: TokenDataset) -> Tokeni
 def train(
     data: DataConfig,
     model_flags: ModelFlags,  # type: ignore[valid-type]
-    optim: OptimizerConfig,
+    optim: LearningConfig,
     run: RunConfig,
     start: StartConfig,
     devices: DeviceConfig,
@@ -4383,7 +4613,7 @@ def train(
         saved = None  # frees its tensors
         if not given or not given["resuming"]:
             return trainer.run(0, stop)
-        if changed := differences(given["run"], trainer.run_flags):
+        if changed := differences({"optimizer": "adamw", **given["run"]}, trainer.run_flags):
             log(f"changed since the checkpoint: {changed}")
         return trainer.run(given["step"], stop)
 
