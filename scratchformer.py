@@ -115,15 +115,16 @@ __version__ = "0.1.0"
 # occur often, from single bytes up to whole words.
 #
 # First, a regular expression splits the text into *pre-tokens*, roughly words. A token never
-# crosses the boundary of a pre-token, so "dog", "dog." and "dog!" share the token "dog" instead
-# of becoming three unrelated ones. (Radford et al. 2019, GPT-2, section 2.2)
+# crosses the boundary of a pre-token, so " dog", " dog." and " dog!" share the token " dog"
+# instead of becoming three unrelated ones. (Radford et al. 2019, GPT-2, section 2.2)
 # ----------------------------------------------------------------------------------------
 
 # GPT-2's pattern. At each position the first alternative that matches wins: an English
 # contraction; letters, digits or punctuation, each with one optional space in front; or
-# whitespace. `\s+(?!\S)` stops one short of the next word, so that the last space of a run
-# joins that word. (\p{L} is any letter in Unicode and \p{N} any digit. Python's `re` doesn't
-# know these classes; the package `regex` does.)
+# whitespace. A space belongs to the word that follows it, so most words need no separate token
+# for the space. That's why `\s+(?!\S)` leaves the last space of a run to the next word. (\p{L}
+# is any letter in Unicode and \p{N} any numeric character. Python's `re` doesn't know these
+# classes; the package `regex` does.)
 PRETOKEN_PATTERN = (
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )
@@ -141,7 +142,7 @@ class UserError(ValueError):
 
 
 def pretokenize(text: str, pattern: str = PRETOKEN_PATTERN) -> list[str]:
-    """Split `text` into pre-tokens. Concatenated, they give `text` again.
+    """Split `text` into pre-tokens. Joining them reproduces `text`.
 
     >>> pretokenize("It's 3 o'clock,  isn't it?")
     ['It', "'s", ' 3', ' o', "'", 'clock', ',', ' ', ' isn', "'t", ' it', '?']
@@ -155,7 +156,7 @@ def pretokenize(text: str, pattern: str = PRETOKEN_PATTERN) -> list[str]:
 
 
 # Tokens are made of bytes, not characters. In UTF-8, "a" is one byte, "é" two and "漢" three.
-# There are only 256 bytes, and every text is made of them, so no character is ever unknown.
+# There are only 256 possible bytes, and all text is made of them, so no character is unknown.
 
 
 def text_to_bytes(text: str) -> bytes:
@@ -167,12 +168,12 @@ def text_to_bytes(text: str) -> bytes:
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
-        half = text[error.start]
-        raise UserError(f"the text contains {half!r}, a lone surrogate") from None
+        surrogate = text[error.start]
+        raise UserError(f"the text contains {surrogate!r}, a lone surrogate") from None
 
 
 def bytes_to_text(data: bytes) -> str:
-    """The inverse of `text_to_bytes`, for any bytes.
+    """The inverse of `text_to_bytes`, for arbitrary bytes.
 
     Files are not always valid UTF-8. Python's "surrogateescape" maps each invalid byte to a
     reserved character (U+DC80 to U+DCFF), and `text_to_bytes` maps it back.
@@ -183,8 +184,8 @@ def bytes_to_text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-# A *special token* marks something that is not text, such as the end of a document. It has
-# one id of its own, however it is spelled, and is cut out before the pattern sees the text.
+# A *special token* marks something that is not text, such as the end of a document. It gets
+# a single id, however long its text is, and is cut out before the pattern sees the text.
 
 
 def special_token_pattern(special_tokens: Iterable[str]) -> re.Pattern:
@@ -227,7 +228,7 @@ def count_pretokens(
 # 1. `pretokenize(" 2024 24,000")` gives " 2024", " 24", "," and "000". Predict what it gives
 #    with GPT4_PATTERN, then try it. Which numbers does each pattern let a model see as one
 #    token?
-# 2. Remove `\s+(?!\S)|` from PRETOKEN_PATTERN and split "a  b". Which token gets the second
+# 2. Remove `\s+(?!\S)|` from PRETOKEN_PATTERN and split "a  b". Which pre-token gets the second
 #    space now? What would that mean for the word " b"?
 
 
@@ -285,7 +286,7 @@ def learn_merges_naive(pretoken_counts: dict[bytes, int], num_merges: int) -> li
             break  # every word is a single token
         # WHY the pair is part of the key: ties are common. By count alone the winner would be
         # whichever pair came first, and the same text in another order would give another
-        # tokenizer.
+        # tokenizer. Any fixed rule will do; this one takes the greatest pair.
         best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))
         merges.append(best)
         words = [(merge_pair(tokens, best, best[0] + best[1]), n) for tokens, n in words]
@@ -318,16 +319,16 @@ def build_vocab(merges: Sequence[Merge], special_tokens: Sequence[str]) -> dict[
 # pre-tokens, and in each of them apply the merges in the order they were learned. To
 # *decode* ids, look up their bytes and join them. (Sennrich et al. 2016, section 3.2)
 #
-# This is a complete tokenizer, and it is easy to follow. For long texts it hands over to
-# chapter 4, which computes the same ids faster. Tokenizers are saved as Hugging Face's
-# tokenizer.json, so other libraries can read ours and we can read theirs.
+# This is a complete tokenizer. Lines marked "chapter 4" hand long texts to that chapter's
+# faster code, which gives the same ids: ignore them for now. Tokenizers are saved as Hugging
+# Face's tokenizer.json, so other libraries can read ours and we can read theirs.
 # ----------------------------------------------------------------------------------------
 
 END_OF_TEXT = "<|endoftext|>"  # the special token between documents, named as in GPT-2
 
 
 class Tokenizer:
-    """Byte-level BPE: text to token ids and back, exactly, for any bytes.
+    """Byte-level BPE: text to token ids, and back to exactly the same bytes.
 
     `vocab` maps ids to bytes. `merges` are pairs of tokens in the order learned. Special
     tokens that are not in `vocab` get the next free ids. `pattern` splits text into
@@ -357,7 +358,7 @@ class Tokenizer:
         check_pattern(pattern)
         self.vocab, self.merges, self.pattern = dict(vocab), list(merges), pattern
         self.ignore_merges = ignore_merges
-        # Reversed, so that of two entries with the same bytes the first one counts.
+        # Reversed, so that of two entries with the same bytes the first one wins.
         self.token_to_id = {token: i for i, token in reversed(self.vocab.items())}
         check_merges(self.merges, self.token_to_id)
         self.special_tokens: dict[str, int] = {}
@@ -368,7 +369,7 @@ class Tokenizer:
         self.dtype = "<u2" if self.vocab_size <= 1 << 16 else "<u4"  # of ids in token files
         self.special_pattern = special_token_pattern(self.special_tokens)
         # The merges in terms of ids, ((left, right), merged). The *rank* of a pair is its
-        # place in this list: the lower, the earlier it was learned.
+        # index in this list: the lower, the earlier it was learned.
         id_of = self.token_to_id
         self.id_merges = [((id_of[left], id_of[right]), id_of[left + right])
                           for left, right in self.merges]
@@ -381,15 +382,15 @@ class Tokenizer:
         return Tokenizer, (self.vocab, self.merges, specials, self.pattern, self.ignore_merges)
 
     def apply_merges(self, word: bytes) -> tuple[int, ...]:
-        """The ids of one pre-token: apply the merge of lowest rank, until none applies.
+        """The ids of one pre-token: apply the merge of lowest rank until none applies.
 
-        This is the order of learning. A merge creates pairs with a token that did not exist
-        when earlier merges were learned, so no new pair has a lower rank.
+        This is the order of learning: a merge creates only pairs that contain its new token,
+        and merges with that token were learned later.
         """
         if self.ignore_merges and word in self.token_to_id:
             return (self.token_to_id[word],)
         if len(word) > MAX_NAIVE:
-            return self.fast.encode_long_word(word)  # chapter 4: the same ids
+            return self.fast.encode_long_word(word)  # chapter 4
         ids = [self.token_to_id[bytes([byte])] for byte in word]
         no_rank = len(self.merges)
         while len(ids) > 1:
@@ -420,9 +421,9 @@ class Tokenizer:
         return ids + self.encode_ordinary(text[end:])
 
     def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
-        """The ids of all chunks joined, one by one, holding only a little text at a time.
+        """Yields the ids of the joined chunks, holding only a little text in memory.
 
-        `for id in tokenizer.encode_iterable(open(path)): ...` reads a file of any size.
+        `for token_id in tokenizer.encode_iterable(open(path)): ...` reads a file of any size.
         """
         for text in safe_pieces(chunks, self.pattern, self.special_tokens):  # chapter 4
             yield from self.encode(text)
@@ -490,7 +491,8 @@ def check_merges(merges: Sequence[Merge], token_to_id: dict[bytes, int]) -> None
         raise UserError("a merge is listed twice")
 
 
-# The file. JSON cannot hold arbitrary bytes, so GPT-2 writes each byte as a visible character.
+# The tokenizer.json format. JSON can't hold arbitrary bytes, so GPT-2 writes each byte as a
+# visible character.
 
 
 def bytes_to_unicode() -> dict[int, str]:
@@ -520,13 +522,13 @@ def token_to_unicode(token: bytes) -> str:
 def unicode_to_token(name: str) -> bytes:
     """The inverse of `token_to_unicode`."""
     if not set(map(ord, name)) <= UNICODE_TO_BYTE.keys():
-        raise UserError(f"token {name!r} is not spelled in GPT-2's byte alphabet")
+        raise UserError(f"token {name!r} has characters outside GPT-2's byte alphabet")
     return name.translate(UNICODE_TO_BYTE).encode("latin-1")
 
 
 # Exercises
 # 1. In `apply_merges`, apply the leftmost pair that has a merge instead of the one of lowest
-#    rank. Find a word that now gets other ids. (The tests find one too: pytest -k ids_are.)
+#    rank. Find a word that now gets other ids.
 # 2. Encode "Ünï" with the tokenizer of the example, then decode the ids one by one and all
 #    together.
 
@@ -534,13 +536,14 @@ def unicode_to_token(name: str) -> bytes:
 # ----------------------------------------------------------------------------------------
 # 4. Tokenizing corpora
 #
-# This chapter can wait: it computes what chapters 1 to 3 compute, on gigabytes of text.
+# This chapter can wait; go on at "5. Data". It computes what chapters 1 to 3 compute, on
+# gigabytes of text. (Its last third is files, processes, progress and flags, none of it about
+# language: the tokenizer's commands need that before PyTorch is imported.)
 #
 # Three ideas make it fast. Learn merges without recounting: a merge changes only the words
 # that contain the pair. Do the work once per *distinct* word, since text repeats itself. And
-# process a megabyte at a time with numpy, instead of a word at a time in Python. Files are read
-# in parts that can be processed alone, so memory stays small and every CPU core can help.
-# Tests hold everything here equal to chapters 1 to 3, on any bytes.
+# process a megabyte at a time with numpy, instead of a word at a time in Python. Tests check
+# that the results equal those of chapters 1 to 3, on arbitrary bytes. "Word" means pre-token.
 # ----------------------------------------------------------------------------------------
 
 import numpy as np
@@ -555,12 +558,28 @@ MAX_NAIVE = 256  # `Tokenizer.apply_merges` uses it for words longer than this
 #   encode_long_word   one very long word, such as a megabyte of base64
 
 
+def run_starts(values: np.ndarray) -> np.ndarray:
+    """Whether each value differs from the one before it; bool [N].
+
+    >>> run_starts(np.array([7, 7, 3, 7])).tolist()
+    [True, False, True, True]
+    """
+    starts = np.ones(len(values), bool)
+    starts[1:] = values[1:] != values[:-1]
+    return starts
+
+
+
 # Learning merges without recounting
 # ----------------------------------
 
 
 class PairIndex:
     """Words as linked lists of tokens, and for each pair of neighbors: count and positions.
+
+    In plain Python one would keep a dictionary from pair to the set of words that contain it.
+    This is the same idea in arrays, so that a merge takes a few numpy calls however often the
+    pair occurs.
 
     Every byte of every word has a position. `token[p]` is the token there, `before[p]` and
     `after[p]` are the positions of its neighbors. Merging a pair at p writes the new token to
@@ -571,12 +590,15 @@ class PairIndex:
         token   -1   l   o   w  -1   s   l   o   w  -1
                 -1 256  -2   w  -1   s 256  -2   w  -1
 
-    Pairs have numbers: `pair_at[p]` is the number of the pair (token at p, token after p), and
-    pair n is (left[n], right[n]) and occurs count[n] times. Where it occurred when it was
-    created is in `positions[start[n] : start[n + 1]]`.
+    Each pair has an id: `pair_at[p]` is that of the pair (token at p, token after p). Pair n
+    is (left[n], right[n]) and occurs count[n] times; `positions[start[n] : start[n + 1]]` are
+    the positions where it occurred when it was created. A pair of bytes has the id
+    256 * left + right, NO_PAIR stands for no pair, and merges create the ids above.
 
     >>> index = PairIndex([b"low", b"slow"], [5, 2])
-    >>> lo = ord("l") * 256 + ord("o")  # a pair of bytes has this number
+    >>> lo = ord("l") * 256 + ord("o")
+    >>> int(index.count[lo]), index.occurrences(lo).tolist()
+    (7, [1, 6])
     >>> created = index.merge(lo, 256)  # now s + 256 occurs twice, 256 + w seven times
     >>> [(int(index.left[n]), int(index.right[n]), int(index.count[n])) for n in created]
     [(115, 256, 2), (256, 119, 7)]
@@ -598,10 +620,11 @@ class PairIndex:
         self.weight = np.append(0, np.repeat(np.fromiter(counts, np.int64), lengths + 1))
         is_pair = (self.token[:-1] >= 0) & (self.token[1:] >= 0)
         self.pair_at = np.append(np.where(is_pair, numbers, self.NO_PAIR), self.NO_PAIR)
-        # Room for all pairs: each merge at a position creates at most two and removes one
-        # position, so there are at most 2 * size. Unused room takes no memory.
-        self.num_pairs, room = self.NO_PAIR + 1, self.NO_PAIR + 2 + 2 * size
-        self.left, self.right, self.count, self.start = np.zeros((4, room), np.int64)
+        # Preallocate for all pairs. Merging at one position creates at most two pairs and
+        # unlinks one position, so `size` positions allow at most 2 * size new pairs. (The
+        # system supplies memory for np.zeros only when it is first written.)
+        self.num_pairs, capacity = self.NO_PAIR + 1, self.NO_PAIR + 2 + 2 * size
+        self.left, self.right, self.count, self.start = np.zeros((4, capacity), np.int64)
         self.positions = np.zeros(3 * size, np.int64)
         self.positions[:size] = self.pair_at.argsort(kind="stable")  # sorted by pair
         per_pair = np.bincount(self.pair_at, minlength=self.num_pairs)
@@ -613,17 +636,18 @@ class PairIndex:
 
     def occurrences(self, pair: int) -> np.ndarray:
         """Where to merge `pair`, without overlaps: "aaa" has one "aa"."""
-        seen = self.positions[self.start[pair] : self.start[pair + 1]]
-        at = seen[self.pair_at[seen] == pair]  # later merges may have changed some
+        candidates = self.positions[self.start[pair] : self.start[pair + 1]]
+        at = candidates[self.pair_at[candidates] == pair]  # later merges may have changed some
         if self.left[pair] == self.right[pair]:
-            # In a run of equal tokens keep every second pair, counting from the run's start.
+            # In a run of equal tokens merge every second pair: of "aaaaa" the pairs 0 and 2.
             index = np.arange(len(at))
             starts_run = np.append(True, self.after[at[:-1]] != at[1:])
-            at = at[(index - np.maximum.accumulate(np.where(starts_run, index, 0))) % 2 == 0]
+            first_of_run = np.maximum.accumulate(np.where(starts_run, index, 0))
+            at = at[(index - first_of_run) % 2 == 0]
         return at
 
     def merge(self, pair: int, new: int) -> range:
-        """Replace `pair` by the token `new`; returns the numbers of the pairs this creates."""
+        """Replace `pair` by the token `new`; returns the ids of the pairs this creates."""
         at = self.occurrences(pair)
         right, weight = self.after[at], self.weight[at]
         # The pairs on both sides disappear. (In "abab" both are the same pair: count it once.)
@@ -643,21 +667,20 @@ class PairIndex:
         return self.add_pairs(
             new,
             np.concatenate([before[is_left], at[is_right]]),
-            # To tell the two sides apart, a token x on the left is written as -2 - x.
-            np.concatenate([-2 - x[is_left], y[is_right]]),
+            # The neighbor and its side in one integer: even on the left, odd on the right.
+            np.concatenate([2 * x[is_left], 2 * y[is_right] + 1]),
             np.concatenate([weight[is_left], weight[is_right]]),
         )
 
     def add_pairs(
         self, new: int, positions: np.ndarray, neighbors: np.ndarray, weights: np.ndarray
     ) -> range:
-        """Number the pairs of the token `new` with its neighbors, and count them."""
+        """Assign ids to the pairs of the token `new` with its neighbors, and count them."""
         if not len(positions):
             return range(0)
         order = neighbors.argsort(kind="stable")  # equal pairs side by side
         positions, neighbors = positions[order], neighbors[order]
-        is_first = np.ones(len(order), bool)
-        is_first[1:] = neighbors[1:] != neighbors[:-1]
+        is_first = run_starts(neighbors)
         starts = is_first.nonzero()[0]
         first, self.num_pairs = self.num_pairs, self.num_pairs + len(starts)
         created, used = slice(first, self.num_pairs), self.start[first]
@@ -666,9 +689,9 @@ class PairIndex:
         self.start[self.num_pairs] = used + len(order)
         self.count[created] = np.add.reduceat(weights[order], starts)
         self.pair_at[positions] = first - 1 + is_first.cumsum()
-        other = neighbors[starts]
-        self.left[created] = np.where(other < 0, -2 - other, new)
-        self.right[created] = np.where(other < 0, new, other)
+        other, is_right = np.divmod(neighbors[starts], 2)
+        self.left[created] = np.where(is_right, new, other)
+        self.right[created] = np.where(is_right, other, new)
         return range(first, self.num_pairs)
 
 
@@ -684,7 +707,7 @@ def tie_break_key(token: bytes) -> tuple[int, ...]:
 def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Merge]:
     """The merges of `learn_merges_naive`, in a fraction of the time.
 
-    Pairs wait in a heap, the most frequent on top. An entry goes stale when another merge
+    Pairs wait in a max-heap keyed by count. An entry goes stale when another merge
     consumes some of the pair's occurrences; then it is put back with its current count. (A
     count never grows: a pair contains the newest token when it is created, and later merges
     only take occurrences away.) Most pairs are rare and are never merged. So the heap holds
@@ -734,7 +757,8 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
 # Splitting without a regular expression
 # --------------------------------------
 # For GPT-2's pattern it is enough to know the class of each character: a pre-token starts
-# where the class changes, with three exceptions. N is the number of characters.
+# where the class changes, with three exceptions. N is the number of characters. (Any other
+# pattern takes the regular expression, several times slower: see `find_pretokens`.)
 
 LETTER, NUMBER, OTHER, SPACE, SPECIAL, UNKNOWN = range(6)
 # The code that replaces characters of special tokens; Unicode ends just below it.
@@ -782,13 +806,13 @@ def find_gpt2_pretokens(codes: np.ndarray) -> np.ndarray:
     # 3. A contraction is one pre-token where nothing is in front: 's 't 'm 'd 'll 've 're.
     at = np.flatnonzero((codes == ord("'")) & start[: len(codes)])
     padded = np.append(codes, [0, 0])
-    one, two = padded[at + 1], padded[at + 2]
-    short = np.isin(one, [ord(letter) for letter in "stmd"])
-    long = (one == ord("l")) & (two == ord("l"))
-    long |= np.isin(one, [ord("v"), ord("r")]) & (two == ord("e"))
-    start[at[short | long] + 1] = False
-    start[at[short] + 2] = True
-    start[at[long] + 3] = True
+    next1, next2 = padded[at + 1], padded[at + 2]
+    one_letter = np.isin(next1, [ord(letter) for letter in "stmd"])
+    two_letters = (next1 == ord("l")) & (next2 == ord("l"))
+    two_letters |= np.isin(next1, [ord("v"), ord("r")]) & (next2 == ord("e"))
+    start[at[one_letter | two_letters] + 1] = False
+    start[at[one_letter] + 2] = True
+    start[at[two_letters] + 3] = True
     return start[: len(codes)]
 
 
@@ -803,7 +827,7 @@ def ragged_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 class Pretokens(typing.NamedTuple):
-    """A text in bytes, and the pre-tokens in it."""
+    """The UTF-8 bytes of a text, and the pre-tokens in it."""
 
     data: bytes
     starts: np.ndarray  # where each starts in `data`; int64 [N]
@@ -841,8 +865,10 @@ def find_pretokens(text: str, pattern: str, special_pattern: re.Pattern) -> Pret
 
 # Looking up all words of a chunk at once
 # ---------------------------------------
-# A word of up to 15 bytes, with its length, fits into two 64-bit integers, so "the same word"
-# is two integer comparisons. N is the number of words.
+# A Python dictionary from word to ids would do, one word at a time; that takes several times
+# as long as everything else here. Instead, a word of up to 15 bytes, with its length, is packed
+# into two 64-bit integers, so that comparing all words of a chunk with those in a table takes
+# two numpy comparisons. N is the number of words.
 
 MAX_SHORT = 15
 KEY_MASK = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # the low n bytes
@@ -872,7 +898,8 @@ class WordTable:
     BITS = 19
 
     def __init__(self, size: int = 0):
-        self.low, self.high = np.zeros((2, 1 << self.BITS), np.uint64)  # high 0: free slot
+        # A free slot has high 0; a word's high is never 0, since it contains the length.
+        self.low, self.high = np.zeros((2, 1 << self.BITS), np.uint64)
         self.numbers = np.zeros(1 << self.BITS, np.int64)
         self.long_words: dict[bytes, int] = {}
         self.size = size
@@ -898,8 +925,7 @@ class WordTable:
         # two words have the same hash, one may get two numbers: harmless.)
         order = missing[hashes[missing].argsort()]
         low, high = low[order], high[order]
-        is_first = np.ones(len(order), bool)
-        is_first[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
+        is_first = run_starts(low) | run_starts(high)
         new = order[is_first]
         numbers[order] = self.size - 1 + np.cumsum(is_first)
         slots[new] ^= self.high.take(slots[new]) != 0  # the first slot, or the second
@@ -932,7 +958,7 @@ class FastEncoder:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         pairs = np.array([pair for pair, _ in tokenizer.id_merges], np.int64).reshape(-1, 2)
-        # Both ids of a pair in one integer, sorted for binary search; the last is never found.
+        # Both ids of a pair in one integer, sorted for binary search. The last is a sentinel.
         keys = np.append(pairs[:, 0] << 32 | pairs[:, 1], np.iinfo(np.int64).max)
         self.rank_of_pair, self.pairs = keys.argsort(), np.sort(keys)
         self.merged_ids = np.array([merged for _, merged in tokenizer.id_merges], np.int64)
@@ -976,9 +1002,15 @@ class FastEncoder:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The ids of some words, concatenated, and how many each has.
 
-        The ids of all words stand in one array, and `word` tells which word each belongs to.
-        In every round each word applies its merge of lowest rank, once, at the leftmost place.
-        A word without any merge left is done. Very long words are encoded one by one.
+        The ids of all words are in one flat array, and `word` tells which word each belongs
+        to. In every round each word applies its merge of lowest rank, once, at its leftmost
+        occurrence. A word without any merge left is done. With the merges th, the, he:
+
+            ids    t h e n t h      word    0 0 0 0 1 1      before the first round
+                   th e n th                0 0 0 1          word 1 is done
+                   the n                    0 0              word 0 is done
+
+        Very long words are encoded one by one.
         """
         lengths = words.lengths[which]
         one_by_one = lengths > MAX_NAIVE
@@ -995,15 +1027,13 @@ class FastEncoder:
         ids = self.byte_ids[data[ragged_indices(words.starts[which], lengths)]]
         ranks = self.pair_ranks(ids, word, np.arange(len(ids)))
         while len(ids):
-            starts = np.flatnonzero(np.append(True, word[1:] != word[:-1]))
+            starts = np.flatnonzero(run_starts(word))
             lowest = np.minimum.reduceat(ranks, starts)
             lowest = np.repeat(lowest, np.diff(starts, append=len(ids)))
             is_done = lowest == NO_RANK
             done.append((ids[is_done], word[is_done]))
             at = np.flatnonzero((ranks == lowest) & ~is_done)
-            leftmost = np.ones(len(at), bool)  # one merge per word
-            leftmost[1:] = word[at[1:]] != word[at[:-1]]
-            at = at[leftmost]
+            at = at[run_starts(word[at])]  # the leftmost one of each word
             ids[at] = self.merged_ids[ranks[at]]
             keep = ~is_done
             keep[at + 1] = False
@@ -1024,7 +1054,7 @@ class FastEncoder:
         return np.where(has_rank, self.rank_of_pair[found], NO_RANK)
 
     def encode_long_word(self, word: bytes) -> tuple[int, ...]:
-        """The ids of one word, in time proportional to its length.
+        """The ids of one word, in time nearly proportional to its length.
 
         Merges all occurrences of a pair together, as `learn_merges` does, and finds the next
         pair with a heap.
@@ -1048,9 +1078,11 @@ class FastEncoder:
 # Files larger than memory
 # ------------------------
 
-# In the patterns of chapter 1, no pre-token contains a letter or digit followed by something
-# that is neither, and nothing before that point depends on what comes after. For any other
-# pattern only the end of a special token is safe. (?r) searches from the end.
+# Files are read in parts that can be processed independently, so that memory stays small and
+# every CPU core can help. In the patterns of chapter 1, no pre-token contains a letter or digit
+# followed by something that is neither, and nothing before that point depends on what comes
+# after. So "one two,| three" may be cut before any space or punctuation that follows a word.
+# For any other pattern only the end of a special token is safe. (?r) searches from the end.
 SAFE_SPLIT = r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])"
 
 
@@ -1064,16 +1096,17 @@ def last_safe_split(text: str, pattern: str, special_tokens: Iterable[str]) -> i
     finder = SAFE_SPLIT
     if pattern not in (PRETOKEN_PATTERN, GPT4_PATTERN):
         finder = f"(?r)(?<={special_token_pattern(specials).pattern})"
-    # The ends of `text` may hold part of a special token, or of a character of four bytes.
+    # Both ends of `text` may hold part of a special token, or of a character of four bytes.
     margin = max([4, *(len(text_to_bytes(token)) for token in specials)])
 
-    def crossed(p: int) -> bool:  # by a special token, or by what overlaps one
+    def crossed(p: int) -> bool:  # does a special token begin before p and end after it?
         return any(text.find(s, max(0, p - len(s) + 1), p + len(s) - 1) >= 0 for s in specials)
 
     start, end = 2 * margin, max(0, len(text) - margin)
     for match in regex.finditer(finder, text, pos=start, endpos=end):
         cut = match.start()
-        # TRAP: special tokens can overlap. Of <a> and a>b, only the first is found in "<a>b".
+        # TRAP: special tokens can overlap. Of <a> and a>b, only the first is found in "<a>b",
+        # so nothing may cross the start of a token that ends here, either.
         ended = [len(token) for token in specials if text.endswith(token, 0, cut)]
         if not crossed(cut) and not crossed(cut - max(ended, default=0)):
             return cut
@@ -1083,7 +1116,7 @@ def last_safe_split(text: str, pattern: str, special_tokens: Iterable[str]) -> i
 def safe_pieces(
     chunks: Iterable[str], pattern: str, special_tokens: Iterable[str], size: int = 1 << 13
 ) -> Iterator[str]:
-    """The text of `chunks` in pieces of about `size` characters that can be encoded alone."""
+    """The text of `chunks` in pieces of about `size` characters that encode independently."""
     text, wanted = "", size
     for chunk in chunks:
         for start in range(0, len(chunk), size):
@@ -1098,7 +1131,7 @@ def safe_pieces(
 
 
 class FileSpan(typing.NamedTuple):
-    """A part of a text file, in bytes, that can be processed alone."""
+    """A part of a text file, in bytes, that can be processed independently."""
 
     path: str
     start: int
@@ -1138,7 +1171,7 @@ def input_files(paths: str | Path | Sequence[str | Path]) -> list[FileSpan]:
     """The text files to read, each as one span.
 
     Directories are searched recursively, without hidden files and directories (such as .git)
-    and without binary files: those with a zero byte in their first 8,000, as git decides it.
+    and without binary files: those with a NUL byte in the first 8,000 (git's heuristic).
     """
     files, given = [], [paths] if isinstance(paths, (str, Path)) else list(paths)
     for path in map(Path, given):
@@ -1177,7 +1210,7 @@ def available_cores() -> int:
 def bounded_map(
     executor: Executor, function: Callable, tasks: Iterable, limit: int
 ) -> Iterator[Any]:
-    """`function` of each task, in order, with at most `limit` tasks running or waiting."""
+    """Yields `function(task)` in order, with at most `limit` tasks running or waiting."""
     pending: deque[Future] = deque()
     for task in tasks:
         pending.append(executor.submit(function, task))
@@ -1209,7 +1242,7 @@ def map_on_cores(
     setup: Callable | None = None,
     argument: Any = None,
 ) -> Iterator[Any]:
-    """`function` of each span, in order, in several processes.
+    """Yields `function(span)` for each span, in order, computed in several processes.
 
     Each process calls `setup(argument)` first. None means one process per core, or no extra
     process for less than 8 MB, which would be done before another process is ready.
@@ -1226,7 +1259,7 @@ def map_on_cores(
         yield from map(function, spans)
         return
     # WHY fork: the new process starts at once and shares our memory. TRAP: forking is unsafe on
-    # macOS, and after PyTorch has started threads. Then "spawn" imports this file afresh.
+    # macOS, and after PyTorch has started threads. Then "spawn" imports this file again.
     fork = sys.platform == "linux" and "torch" not in sys.modules
     context = multiprocessing.get_context("fork" if fork else "spawn")
     try:
@@ -1240,7 +1273,7 @@ def map_on_cores(
 def count_span(
     whole: FileSpan, pattern: str, special_tokens: Sequence[str]
 ) -> dict[bytes, int]:
-    """How often each pre-token occurs in a part of a file."""
+    """How often each pre-token occurs in a part of a file. `counts[n]` belongs to `seen[n]`."""
     special_pattern = special_token_pattern(special_tokens)
     totals: Counter[bytes] = Counter()
     table, seen, counts = WordTable(), list[bytes](), np.zeros(0, np.int64)
@@ -1387,8 +1420,8 @@ def encode_file(
 ) -> int:
     """Encode text files into the token file `out_path`; returns the number of tokens.
 
-    A token file is nothing but ids, little-endian uint16, or uint32 if the vocabulary has
-    more than 65,536 entries. A description, `out_path`.json, goes beside it. With
+    A token file is raw ids without a header, little-endian uint16, or uint32 if the vocabulary
+    has more than 65,536 entries. A description goes beside it, to `out_path`.json. With
     `append_eot`, each input file that does not end with the end-of-text token gets one.
     """
     files, specials = input_files(dataset_path), list(tokenizer.special_tokens)
@@ -1451,7 +1484,7 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
     specials = {i: token for token, i in sorted(tokenizer.special_tokens.items())}
     names |= specials
     if repeated := [name for name, count in Counter(names.values()).items() if count > 1]:
-        raise UserError(f"special token {repeated[0]!r} is spelled like another token")
+        raise UserError(f"special token {repeated[0]!r} collides with another token")
     is_gpt2 = tokenizer.pattern == PRETOKEN_PATTERN
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     pre_tokenizer = {**byte_level, "use_regex": is_gpt2}
@@ -1494,7 +1527,7 @@ def tokenizer_from_json(content: Any, path: str | Path) -> Tokenizer:
                  for name, i in content["model"]["vocab"].items()}
         vocab |= {i: text_to_bytes(token) for token, i in specials.items()}
         if not all(type(i) is int and 0 <= i < 1 << 31 for i in vocab):
-            raise UserError("an id is not a whole number from 0 to 2^31 - 1")
+            raise UserError("an id is not an integer from 0 to 2^31 - 1")
         pairs = [merge.split(" ") if isinstance(merge, str) else merge
                  for merge in content["model"]["merges"]]
         merges = [(unicode_to_token(left), unicode_to_token(right)) for left, right in pairs]
@@ -1503,7 +1536,7 @@ def tokenizer_from_json(content: Any, path: str | Path) -> Tokenizer:
 
 
 def pattern_from_json(content: dict) -> str:
-    """The pre-token pattern of a tokenizer.json. Raises UserError if it has no such form."""
+    """The pattern of a tokenizer.json. Raises UserError if it isn't one regular expression."""
     steps = content.get("pre_tokenizer") or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
     *before, last = steps or [{}]
@@ -1599,7 +1632,7 @@ def reading(path: str | Path, kind: str) -> Iterator[None]:
 
 
 def read_json(path: str | Path, kind: str) -> Any:
-    """The content of a JSON file; errors call the file a `kind`."""
+    """The content of a JSON file. `kind` names it in error messages."""
     with reading(path, kind):
         return json.loads(Path(path).read_bytes())
 

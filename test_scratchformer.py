@@ -597,10 +597,10 @@ FEW = {"model__vocab": {"a": 0}, "model__merges": []}
     (changed(model__merges=["q z"]), "lacks b'qz'"),
     (changed(model__merges=[["q"]]), "damaged"),
     (changed(**FEW), "lacks"),
-    (changed(model__vocab={"▁the": 0}), "not spelled in GPT-2's byte alphabet"),
+    (changed(model__vocab={"▁the": 0}), "characters outside GPT-2's byte alphabet"),
     (changed(model__vocab=None), "damaged"),
-    (changed(model__vocab={"a": -1}), "whole number"),
-    (changed(model__vocab={"a": 1 << 40}), "whole number"),
+    (changed(model__vocab={"a": -1}), "an integer from 0"),
+    (changed(model__vocab={"a": 1 << 40}), "an integer from 0"),
 ])  # fmt: skip
 def test_a_tokenizer_file_of_another_kind_is_refused_with_a_reason(
     capsys, tmp_path, content, words
