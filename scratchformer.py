@@ -68,7 +68,6 @@ import hashlib
 import heapq
 import importlib
 import inspect
-import itertools
 import json
 import math
 import multiprocessing
@@ -1322,7 +1321,15 @@ def count_files(
 def log(text: str) -> None:
     """Tell the user something, on standard error: standard output is for results."""
     if Progress.enabled and is_main_process():
-        print(text, file=sys.stderr, flush=True)
+        print_error(text + "\n")
+
+
+def print_error(text: str) -> None:
+    """Write to standard error, or nowhere if that fails: a lost log must not end a run."""
+    try:
+        print(text, end="", file=sys.stderr, flush=True)
+    except OSError:  # a closed pipe or terminal, a full disk
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
 def is_main_process() -> bool:
@@ -1358,11 +1365,11 @@ class Progress:
         self.last, rate = now, done / max(now - self.start, 1e-9)
         left = format_duration((self.total - done) / rate if rate else 0.0)
         line = f"{self.label} {done / self.total:4.0%}  {rate:,.1f} {self.unit}/s{note}"
-        print(f"\r{f'{line}  {left} left':<79}", end="", file=sys.stderr, flush=True)
+        print_error(f"\r{f'{line}  {left} left':<79}")
 
     def close(self) -> None:
         if self.shown:
-            print("\r" + " " * 79 + "\r", end="", file=sys.stderr, flush=True)
+            print_error("\r" + " " * 79 + "\r")
 
 
 # Training on files and encoding files
@@ -1657,8 +1664,11 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value, (least, most) = getattr(self, field.name), field.metadata["range"]
+            kinds: Any = {"int": int, "float": (int, float)}.get(str(field.type), object)
+            if not isinstance(value, kinds) and value is not field.default:
+                raise UserError(f"{field.name} is {value!r}, not a number of type {field.type}")
             if isinstance(value, (int, float)) and not (
-                math.isfinite(value) and least <= value <= most
+                abs(value) < 2**63 and least <= value <= most
             ):
                 need = f"at least {least}" if math.isinf(most) else f"from {least} to {most}"
                 raise UserError(f"--{field.name} must be {need}, not {value}")
@@ -1754,20 +1764,24 @@ class Parser(argparse.ArgumentParser):
         elif typing.get_origin(kind) is Literal:
             options = {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is list:
-            options = {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "PATH"}
+            options = {"action": "extend", "type": typing.get_args(kind)[0], "nargs": "+",
+                       "metavar": "PATH"}  # given twice, it adds; of others, the last counts
         if kind is not bool and not required:
             options["default"] = field.default
         group.add_argument("--" + field.name, required=required, help=text, **options)
 
     def parse(self, argv: list[str]) -> dict[str, Any]:
         """The values of all flags. Hyphens count as underscores; mistyped names get a hint."""
-        argv = [re.sub(r"^--[a-z][a-z0-9-]*", lambda m: "--" + m[0][2:].replace("-", "_"), word)
-                for word in argv]
         known = [name for action in self._actions for name in action.option_strings]
-        for name in (word.split("=")[0] for word in argv if word.startswith("--")):
-            if name not in known:
-                self.error(f"unknown flag {name}{did_you_mean(name, known)}")
-        return vars(self.parse_args(argv))
+        words = []
+        for word in argv:
+            if match := re.fullmatch(r"--(\w[\w-]*)(=.*)?", word, re.DOTALL):  # else a value
+                name = "--" + match[1].replace("-", "_")
+                if name not in known:
+                    self.error(f"unknown flag {name}{did_you_mean(name, known)}")
+                word = name + (match[2] or "")
+            words.append(word)
+        return vars(self.parse_args(words))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -1805,6 +1819,11 @@ def main(argv: list[str] | None = None) -> int:
     0 means success, 2 a user's error, 128 + n stopped by signal n.
     """
     argv, Progress.enabled = sys.argv[1:] if argv is None else argv, True
+    for name in ("stdin", "stdout", "stderr"):
+        stream: Any = getattr(sys, name) or open(os.devnull, "r+")  # None: it was closed
+        if name != "stderr" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # any bytes pass
+        setattr(sys, name, stream)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(__doc__)
         return 0
@@ -1830,7 +1849,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     if is_main_process():  # under torchrun, only rank 0 prints
-        print(f"scratchformer: error: {message}", file=sys.stderr)
+        print_error(f"scratchformer: error: {message}\n")
     return 2
 
 
@@ -1930,7 +1949,7 @@ def get_batch(
 
 METADATA_TYPES: dict[str, Any] = {
     "dtype": str, "vocab_size": int, "num_tokens": int,
-    "floor_nats_per_byte": (float, type(None)),
+    "floor_nats_per_byte": (float, type(None)), "tokenizer_sha256": (str, type(None)),
 }
 
 
@@ -1962,12 +1981,14 @@ class TokenDataset:
         names, metadata = ", ".join(map(str, paths)), [load_metadata(p) for p in self.paths]
         self.dtypes = [np.dtype(m.get("dtype", "uint16")).newbyteorder("<") for m in metadata]
         lengths = []
-        for path, dtype, stated in zip(self.paths, self.dtypes, metadata):
-            length, rest = divmod(size := path.stat().st_size, dtype.itemsize)
+        # Held open, so that a file replaced during training doesn't change what we read.
+        self.files = [open(path, "rb") for path in self.paths]
+        for path, file, dtype, stated in zip(self.paths, self.files, self.dtypes, metadata):
+            length, rest = divmod(size := os.fstat(file.fileno()).st_size, dtype.itemsize)
             if rest or stated.get("num_tokens", length) != length:
                 raise UserError(f"{path} is damaged: {size} bytes don't match its description")
             lengths.append(length)
-        self.ends = np.cumsum(lengths)  # where each file ends in the whole sequence
+        self.lengths, self.ends = lengths, np.cumsum(lengths)  # `ends` in the whole sequence
         sizes = {m["vocab_size"] for m in metadata if "vocab_size" in m}
         if len(sizes) > 1 or vocab_size and sizes and vocab_size < max(sizes):
             raise UserError(f"vocab_size is {vocab_size or 'not given'}, but {names} state "
@@ -1995,12 +2016,13 @@ class TokenDataset:
         """The ids of a slice, int64. Raises UserError if one is outside the vocabulary."""
         start, stop, _ = window.indices(len(self))
         parts = [np.empty(0, np.int64)]
-        for path, dtype, end in zip(self.paths, self.dtypes, self.ends):
+        for file, dtype, end, length in zip(self.files, self.dtypes, self.ends, self.lengths):
             if start < end and start < stop:
                 # WHY a new map for each read: pages touched through one that stays open count
                 # as this process's memory, until it holds the whole file.
-                mapped = np.memmap(path, dtype, mode="r")
-                first = len(mapped) - (end - start)
+                with reading(file.name, "token file"):
+                    mapped = np.memmap(file, dtype, mode="r", shape=(length,))
+                first = length - (end - start)
                 parts.append(mapped[first : first + stop - start].astype(np.int64))
                 start += len(parts[-1])
         ids = np.concatenate(parts)
@@ -2049,8 +2071,8 @@ class ModelConfig(Config):
     """Model"""
 
     vocab_size: int = flag(0, "size of the vocabulary; 0: as the token file says", 0)
-    context_length: int = flag(512, "tokens the model looks at", 1)
-    num_layers: int = flag(8, "blocks", 1)
+    context_length: int = flag(512, "tokens the model looks at", 1, 2**22)
+    num_layers: int = flag(8, "blocks", 1, 1000)
     d_model: int = flag(768, "width of the residual stream", 1)
     num_heads: int = flag(16, "attention heads", 1)
     d_ff: int = flag(2048, "width inside SwiGLU, about 8/3 of d_model", 1)
@@ -2647,7 +2669,9 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    # Subtracting the largest changes no probability, and no temperature can overflow.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
         smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < smallest, -math.inf)
@@ -3445,7 +3469,8 @@ class BatchLoader:
             # Pinned memory lets the copy to a GPU run while the GPU computes.
             return [x.pin_memory() if device.type == "cuda" else x for x in batch]
 
-        tasks = itertools.product(steps, range(self.grad_accum_steps))
+        tasks = ((step, micro_step) for step in steps  # itertools.product would store them all
+                 for micro_step in range(self.grad_accum_steps))
         with ThreadPoolExecutor(1) as executor:
             for batch in bounded_map(executor, load, tasks, 3):
                 yield [x.to(device, non_blocking=True) for x in batch]
@@ -3792,6 +3817,8 @@ def model_from_checkpoint(
         model = TransformerWithLoss(config)
         weights = {k: w.to(device, dtype) for k, w in state["model"].items()}
         model.load_state_dict(weights, assign=True)
+        if bad := [k for k, w in state["model"].items() if not w.isfinite().all()]:
+            raise UserError(f"{bad[0]} is not finite")
     model.init_rope()  # TRAP: in float32, which model.to(dtype) would round
     return model.eval()
 
