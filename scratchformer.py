@@ -68,6 +68,7 @@ import hashlib
 import heapq
 import importlib
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -1668,7 +1669,8 @@ class Config:
             if not isinstance(value, kinds) and value is not field.default:
                 raise UserError(f"{field.name} is {value!r}, not a number of type {field.type}")
             if isinstance(value, (int, float)) and not (
-                abs(value) < 2**63 and least <= value <= most
+                abs(value) < (2**63 if isinstance(value, int) else math.inf)
+                and least <= value <= most
             ):
                 need = f"at least {least}" if math.isinf(most) else f"from {least} to {most}"
                 raise UserError(f"--{field.name} must be {need}, not {value}")
