@@ -1677,13 +1677,6 @@ class Config:
 
 
 @dataclasses.dataclass(kw_only=True)
-class ConsoleConfig(Config):
-    """Console"""
-
-    quiet: bool = flag(False, "print errors and results only")
-
-
-@dataclasses.dataclass(kw_only=True)
 class BPETrainConfig(Config):
     """Vocabulary"""
 
@@ -1717,7 +1710,7 @@ def read_special_tokens(path: Path | None) -> list[str]:
     return tokens
 
 
-def bpe_train(config: BPETrainConfig, console: ConsoleConfig) -> None:
+def bpe_train(config: BPETrainConfig) -> None:
     """Learn a byte-level BPE vocabulary from text."""
     start, specials = time.monotonic(), read_special_tokens(config.special_tokens_path)
     named = {"gpt2": PRETOKEN_PATTERN, "gpt4": GPT4_PATTERN}
@@ -1731,7 +1724,7 @@ def bpe_train(config: BPETrainConfig, console: ConsoleConfig) -> None:
         f"longest {longest!r}, {time.monotonic() - start:.1f} s")
 
 
-def bpe_encode(config: BPEEncodeConfig, console: ConsoleConfig) -> None:
+def bpe_encode(config: BPEEncodeConfig) -> None:
     """Turn text into a file of token ids."""
     start, files = time.monotonic(), input_files(config.dataset_path)
     tokenizer = Tokenizer.load(config.tokenizer_path)
@@ -1768,8 +1761,6 @@ class Parser(argparse.ArgumentParser):
         elif typing.get_origin(kind) is list:
             options = {"action": "extend", "type": typing.get_args(kind)[0], "nargs": "+",
                        "metavar": "PATH"}  # given twice, it adds; of others, the last counts
-        if kind is not bool and not required:
-            options["default"] = field.default
         group.add_argument("--" + field.name, required=required, help=text, **options)
 
     def parse(self, argv: list[str]) -> dict[str, Any]:
@@ -1796,23 +1787,39 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def parse_flags(name: str, command: Callable, argv: list[str]) -> list[Config]:
-    """The dataclasses that `command` takes, filled from `argv`.
+def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[list[Config], bool]:
+    """The dataclasses that `command` takes, filled from `argv`; and whether --quiet is there.
 
-    >>> def greet(console: ConsoleConfig): "Say hello."
-    >>> parse_flags("greet", greet, ["--quiet"])
-    [ConsoleConfig(quiet=True)]
+    >>> @dataclasses.dataclass
+    ... class Greeting(Config):
+    ...     name: str = flag("you", "whom to greet")
+    >>> def greet(greeting: Greeting): "Say hello."
+    >>> parse_flags("greet", greet, ["--name", "Ann"])
+    ([Greeting(name='Ann')], False)
     """
     kinds = [k for n, k in typing.get_type_hints(command).items() if n != "return"]
     parser = Parser(f"scratchformer {name}", "%(prog)s [flags]", inspect.getdoc(command),
-                    allow_abbrev=False)
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for kind in kinds:
         group, hints = parser.add_argument_group(kind.__doc__), typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
             parser.add_field(group, field, hints[field.name])
-    values = parser.parse(argv)
-    return [kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
-            for kind in kinds]
+    parser.add_argument("--quiet", action="store_true", help="print errors and results only")
+    given = parser.parse(argv)  # the flags in argv; dataclasses know the defaults of the rest
+    configs = [kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)
+                       if field.name in given}) for kind in kinds]
+    return configs, "quiet" in given
+
+
+def error_message(error: Exception) -> str:
+    """What to tell the user about an error, in one line.
+
+    >>> error_message(OSError(2, "No such file or directory", "text.txt"))
+    'text.txt: No such file or directory'
+    """
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror or error}"
+    return str(error)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1837,16 +1844,14 @@ def main(argv: list[str] | None = None) -> int:
         if name not in COMMANDS:
             hint = did_you_mean(name, COMMANDS) or ": choose one of " + ", ".join(COMMANDS)
             raise UserError(f"unknown command {name!r}{hint}")
-        configs = parse_flags(name, COMMANDS[name], argv[1:])
-        Progress.enabled = not any(getattr(config, "quiet", False) for config in configs)
+        configs, quiet = parse_flags(name, COMMANDS[name], argv[1:])
+        Progress.enabled = not quiet
         return COMMANDS[name](*configs) or 0
-    except UserError as error:
-        message = str(error)
     except BrokenPipeError:  # whoever reads our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        message = f"{error.filename or name}: {error.strerror or error}"
+    except (UserError, OSError) as error:
+        message = error_message(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -2834,7 +2839,7 @@ def generate(
 # whole; torch.compile merges small operations; activations can be recomputed instead of
 # stored. For generation, the enemy is overhead per token. All that computes what chapters 7
 # and 8 compute. Another optimizer, Muon, lets the model learn more in each step.
-# This chapter can wait. Two words: a *kernel* is a program that a GPU runs, and the *host*
+# This chapter can wait. Two terms: a *kernel* is a program that a GPU runs, and the *host*
 # is the CPU that launches it.
 # (Micikevicius et al. 2018, arXiv 1710.03740: mixed precision; Hsu et al. 2024, Liger
 # Kernel, arXiv 2410.10989: fused loss; Chen et al. 2016, arXiv 1604.06174: recomputation)
@@ -2865,8 +2870,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if has_bfloat16 else "float16" if cuda else "float32"
     if name == "bfloat16" and cuda and not has_bfloat16:
-        raise UserError("--dtype bfloat16: this GPU has none; use float16 or float32")
-    # TF32 matmuls for what stays float32 on a GPU.
+        raise UserError("this GPU doesn't support bfloat16: use --dtype float16 or float32")
+    # What stays float32 on a GPU uses TF32: matmuls round their inputs to 11 bits.
     torch.set_float32_matmul_precision("high" if cuda else "highest")
     return getattr(torch, name)
 
@@ -2882,28 +2887,26 @@ class GradScaler:
     Many gradients are below 6e-8, where float16 has no numbers left. So the loss is multiplied
     by a large power of two before backward, and the gradients are divided by it afterwards. If
     they overflow, the step is skipped and the scale halved; after 2,000 good steps in a row
-    it's doubled. For other dtypes the scale is 1 and stays 1. In plain lines, with clipping:
+    it's doubled. For other dtypes the scale stays 1. With clipping, this is
 
         if grad_norm.isfinite():
             grad /= scale * max(1, grad_norm / clip_grad)
             optimizer.step()
 
-    WHY not in these lines: the `if` makes the host wait for the GPU. The fused AdamW kernel
-    does it without waiting: it divides gradients by `optimizer.grad_scale`, and does nothing
-    if `optimizer.found_inf` is 1.
-    WHY not torch.amp.GradScaler: it reads all gradients once more to find out what the norm
-    already tells. And under FSDP (chapter 10), where a process sees only its shards, one
-    process would skip a step that the others take.
+    but this `if` makes the host wait for the GPU. The fused AdamW kernel doesn't: it divides
+    gradients by `optimizer.grad_scale`, and does nothing if `optimizer.found_inf` is 1.
+    WHY not torch.amp.GradScaler: under FSDP (chapter 10) it sees one process's shards only, so
+    one process would skip a step that the others take.
     """
 
     GROWTH_INTERVAL = 2000
     MAX_CONSECUTIVE_SKIPS = 10  # too many to be bad luck: chapter 12 stops the run
-    STATE = ("loss_scale", "good_steps", "skipped", "skipped_in_a_row")
+    STATE = ("loss_scale", "good_steps", "skipped", "consecutive_skips")
 
     def __init__(self, device: torch.device, enabled: bool):
         self.enabled = enabled
         self.loss_scale = torch.tensor(2.0**16 if enabled else 1.0, device=device)
-        self.good_steps, self.skipped, self.skipped_in_a_row = torch.zeros(3, device=device)
+        self.good_steps, self.skipped, self.consecutive_skips = torch.zeros(3, device=device)
 
     def scale(self, loss: Tensor) -> Tensor:
         return loss * self.loss_scale
@@ -2923,7 +2926,7 @@ class GradScaler:
                     p.grad /= divisor
             optimizer.step()
         self.skipped = self.skipped + found_inf
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * found_inf
+        self.consecutive_skips = (self.consecutive_skips + 1) * found_inf
         if self.enabled:
             self.good_steps = (self.good_steps + 1) * (1 - found_inf)
             grow = (self.good_steps >= self.GROWTH_INTERVAL).float()
@@ -3189,9 +3192,9 @@ def checkpoint_activations(model: Transformer) -> None:
             torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
-def compile_model(model: TransformerWithLoss, by_block: bool) -> None:
+def compile_model(model: TransformerWithLoss, per_block: bool) -> None:
     """Let torch.compile fuse operations: the model as a whole, or each block on its own."""
-    if by_block:
+    if per_block:
         for block in model.blocks:
             block.compile()  # all blocks share one compilation
         model.loss_function = torch.compile(linear_cross_entropy)
@@ -3200,7 +3203,10 @@ def compile_model(model: TransformerWithLoss, by_block: bool) -> None:
 
 
 def without_compiling() -> Any:
-    """A context in which nothing is compiled: for shapes that occur only once."""
+    """A context in which compiled code runs as plain Python: for shapes that occur only once.
+
+    A *stance* tells torch.compile what to do when it meets a new shape; the default compiles.
+    """
     return torch.compiler.set_stance("force_eager")
 
 
@@ -3232,7 +3238,7 @@ class CUDAGraphDecoder(CachedModel):
         self.start.fill_(start)
         with torch.cuda.device(self.kv_cache.device):
             if self.graph is None:
-                # Once without recording, since libraries set themselves up at the first call.
+                # Once without recording: the first call includes lazy initialization.
                 super().__call__(self.token, self.start)
                 self.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):
@@ -3284,11 +3290,11 @@ def use_all_cores(model: nn.Module) -> None:
 # ----------------------------------------------------------------------------------------
 
 # `torchrun` starts several copies of a program, *processes*, and tells each its place in
-# environment variables: RANK, its number; WORLD_SIZE, how many there are; LOCAL_RANK, its
-# number on this machine. A *collective* is an operation that every process must call, in the
-# same order, or all wait forever: all_reduce gives everybody the sum of everybody's tensors,
-# broadcast gives everybody one process's tensor, and a barrier waits until all are there. NCCL
-# carries them out between GPUs, gloo between CPUs.
+# environment variables: RANK, its number; WORLD_SIZE, how many there are; LOCAL_RANK and
+# LOCAL_WORLD_SIZE, the same on this machine alone. A *collective* is an operation that every
+# process must call, in the same order, or all wait forever: all_reduce gives everybody the sum
+# of everybody's tensors, broadcast gives everybody one process's tensor, and a barrier waits
+# until all are there. NCCL carries them out between GPUs, gloo between CPUs.
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -3353,30 +3359,29 @@ class SharedError(UserError):
     """An error that all processes know of and raise together."""
 
 
-class Distributed:
-    """A context: joins the processes that torchrun has started, if any, and leaves them."""
-
-    def __init__(self, device: torch.device):
-        # Two backends: gradients travel over NCCL. Small decisions travel over gloo, which
-        # doesn't make the host wait for the GPU.
-        self.backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-    def __enter__(self) -> Distributed:
-        if "RANK" in os.environ:
-            torch.distributed.init_process_group(self.backend)
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if not torch.distributed.is_initialized():
-            return
-        if error is not None and not isinstance(error, SharedError) and get_world_size() > 1:
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun has started, if any, and leave them in order."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    # Two backends: gradients travel over NCCL. Small decisions travel over gloo, which doesn't
+    # make the host wait for the GPU.
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    except BaseException as error:
+        if get_world_size() > 1 and not isinstance(error, SharedError):
             # The others may be waiting for this process in a collective, so leaving in order
             # would hang. Say why and exit; torchrun then ends the others.
             if not isinstance(error, UserError):
-                traceback.print_exception(kind, error, trace)
+                traceback.print_exc()
             text = f"scratchformer: error: process {get_rank()}: {error}"
             print(text, file=sys.stderr, flush=True)
             os._exit(2 if isinstance(error, UserError) else 1)
+        raise
+    finally:
         # TRAP: a plain destroy_process_group() aborts some CPU runs at exit ("terminate called
         # without an active exception"). Whatever holds the group must be gone first, and
         # nobody may leave while others still talk.
@@ -3392,10 +3397,8 @@ def on_every_process(function: Callable[[], Any]) -> Any:
     result, message = None, None
     try:
         result = function()
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror or error}"
+    except (UserError, OSError) as error:
+        message = error_message(error)
     messages: list[str | None] = [None] * get_world_size()
     torch.distributed.all_gather_object(messages, message)
     if found := [text for text in messages if text]:
@@ -3403,17 +3406,12 @@ def on_every_process(function: Callable[[], Any]) -> Any:
     return result
 
 
-def only_on_main(function: Callable[[], Any]) -> Any:
-    """function() on process 0, and None on the others. An error is everybody's."""
-    return on_every_process(lambda: function() if get_rank() == 0 else None)
-
-
-def on_main(function: Callable[[], Any]) -> Any:
-    """function(), called by process 0 alone; every process gets the result, or the error."""
-    result = [only_on_main(function)]
+def broadcast(value: Any) -> Any:
+    """Process 0's `value`, on every process."""
+    values = [value]
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(result, 0, device=torch.device("cpu"))
-    return result[0]
+        torch.distributed.broadcast_object_list(values, 0, device=torch.device("cpu"))
+    return values[0]
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
@@ -3424,58 +3422,36 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def on_any_process(condition: bool) -> bool:
-    """Whether `condition` is true on any process, so that all of them act alike."""
-    return bool(sum_over_processes(torch.tensor(int(condition))))
-
-
 # Data parallel
 # -------------
 
 
-class BatchLoader:
-    """The micro-batches of this process, loaded ahead of time by a thread.
+def load_batches(
+    tokens: np.ndarray | TokenDataset, context_length: int, steps: range, device: torch.device,
+    batch_size: int, grad_accum_steps: int = 1, seed: int = 1, rank: int = 0,
+    world_size: int = 1,
+) -> Generator:
+    """Yield this process's micro-batches of all `steps`, loaded ahead of time by a thread.
 
     The rows of a step's batch are numbered. Micro-step `a` on process `rank` takes batch_size
     rows starting at (a * world_size + rank) * batch_size. By hand, eight rows, two at a time:
-    two processes with two micro-steps see what one process sees in four.
-
-    >>> loaders = [BatchLoader(np.arange(99), 5, 2, 2, 1, rank, 2) for rank in range(2)]
-    >>> [[loader.rows(micro_step) for micro_step in range(2)] for loader in loaders]
-    [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 8)]]
+    of two processes with two micro-steps, the first takes rows 0, 1 and then 4, 5, the second
+    takes 2, 3 and then 6, 7. Together they see what one process sees in four micro-steps.
     """
 
-    def __init__(
-        self, tokens: np.ndarray | TokenDataset, context_length: int, batch_size: int,
-        grad_accum_steps: int = 1, seed: int = 1, rank: int = 0, world_size: int = 1,
-    ):
-        self.tokens, self.context_length, self.seed = tokens, context_length, seed
-        self.batch_size, self.grad_accum_steps = batch_size, grad_accum_steps
-        self.rank, self.world_size = rank, world_size
+    def load(task: tuple[int, int]) -> list[Tensor]:
+        step, micro_step = task
+        first = (micro_step * world_size + rank) * batch_size
+        rows = range(first, first + batch_size)
+        batch = get_batch(tokens, context_length, seed, step, rows)  # (B, T) each
+        # Pinned memory lets the copy to a GPU run while the GPU computes.
+        return [x.pin_memory() if device.type == "cuda" else x for x in batch]
 
-    def rows(self, micro_step: int) -> range:
-        """This process's rows of the whole batch."""
-        first = (micro_step * self.world_size + self.rank) * self.batch_size
-        return range(first, first + self.batch_size)
-
-    def get(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of one micro-step, int64 [B, T]."""
-        rows = self.rows(micro_step)
-        return get_batch(self.tokens, self.context_length, self.seed, step, rows)
-
-    def stream(self, steps: range, device: torch.device) -> Generator:
-        """The micro-batches of all these steps in order, on `device`."""
-
-        def load(task: tuple[int, int]) -> list[Tensor]:
-            batch = self.get(*task)
-            # Pinned memory lets the copy to a GPU run while the GPU computes.
-            return [x.pin_memory() if device.type == "cuda" else x for x in batch]
-
-        tasks = ((step, micro_step) for step in steps  # itertools.product would store them all
-                 for micro_step in range(self.grad_accum_steps))
-        with ThreadPoolExecutor(1) as executor:
-            for batch in bounded_map(executor, load, tasks, 3):
-                yield [x.to(device, non_blocking=True) for x in batch]
+    tasks = ((step, micro_step) for step in steps  # itertools.product would store them all
+             for micro_step in range(grad_accum_steps))
+    with ThreadPoolExecutor(1) as executor:
+        for batch in bounded_map(executor, load, tasks, 3):
+            yield [x.to(device, non_blocking=True) for x in batch]
 
 
 def average_gradients(model: nn.Module) -> None:
@@ -3492,11 +3468,9 @@ def average_gradients(model: nn.Module) -> None:
         return
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     # One long message, because many short ones would wait for each other.
-    flat = torch.cat([grad.flatten() for grad in grads])
+    flat = torch.nn.utils.parameters_to_vector(grads)
     torch.distributed.all_reduce(flat)
-    flat /= get_world_size()
-    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
-        grad.copy_(mean.view_as(grad))
+    torch.nn.utils.vector_to_parameters(flat / get_world_size(), grads)
 
 
 # FSDP
@@ -3509,10 +3483,14 @@ def is_fsdp(module: nn.Module) -> bool:
 
 
 def shard_model(
-    model: Transformer, device: torch.device, dtype: torch.dtype, by_block: bool,
+    model: Transformer, device: torch.device, dtype: torch.dtype, per_block: bool,
     shard_size: int = 0,
 ) -> None:
-    """Shard every weight over all processes, or over groups of `shard_size` (HSDP).
+    """Shard every weight over all processes, or over groups of `shard_size`.
+
+    The latter is HSDP, hybrid sharded data parallel: the model is sharded within a group (the
+    GPUs of a node, say) and replicated across groups. The *mesh* arranges the processes in one
+    row, or for HSDP in one row per group.
 
     A *unit* is what is gathered at once. The model as one unit is fastest: each unit costs the
     host some milliseconds per micro-step. Block by block, only one block's weights are whole
@@ -3523,13 +3501,13 @@ def shard_model(
     size, make_mesh = get_world_size(), torch.distributed.init_device_mesh
     if shard_size in (0, size):
         mesh = make_mesh(device.type, (size,))
-    else:  # sharded within a node, replicated across nodes
+    else:
         grid = (size // shard_size, shard_size)
         mesh = make_mesh(device.type, grid, mesh_dim_names=("replicate", "shard"))
     # Weights are gathered in `dtype`, gradients summed in float32. TRAP: by default FSDP also
     # casts what enters a unit, the float32 RoPE cache among it.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for unit in [*model.blocks, model] if by_block else [model]:
+    for unit in [*model.blocks, model] if per_block else [model]:
         # The last unit holds the head, which the backward pass needs at once: keep it gathered.
         sharded: Any = fully_shard(
             unit, mesh=mesh, mp_policy=policy, reshard_after_forward=unit is not model)
@@ -3672,17 +3650,14 @@ def copy_full(full: Tensor | None, target: Any, from_main: bool = False) -> None
     target.copy_(full)
 
 
-def full_tensor(local: Tensor, like: Any) -> Tensor:
-    """Collective: the whole tensor, on the CPU, of which `local` is this process's shard.
+def sharded_like(p: Any, local: Tensor) -> Tensor:
+    """The tensor of which `local` is this process's shard, if it is sharded as `p` is."""
+    if not hasattr(p, "to_local"):
+        return local
+    from torch.distributed.tensor import DTensor
 
-    It's sharded as the parameter `like` is.
-    """
-    if hasattr(like, "to_local"):
-        from torch.distributed.tensor import DTensor
-
-        local = DTensor.from_local(local, like.device_mesh, like.placements,
-                                   shape=like.shape, stride=like.stride()).full_tensor()
-    return local.detach().to("cpu", copy=True)
+    return DTensor.from_local(
+        local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
 
 def build_model(
@@ -3698,14 +3673,14 @@ def build_model(
     with torch.device("meta"):  # shapes without numbers
         model = TransformerWithLoss(config)
     num_weights = sum(p.numel() for p in model.parameters())
-    by_block = flags.fsdp and (
+    per_block = flags.fsdp and (
         flags.fsdp_unit == "block" or flags.fsdp_unit == "auto" and num_weights > 1e9)
     if flags.activation_checkpointing:
         checkpoint_activations(model)
     if flags.compile:
-        compile_model(model, by_block)
+        compile_model(model, per_block)
     if flags.fsdp:
-        shard_model(model, device, dtype, by_block, flags.shard_size)
+        shard_model(model, device, dtype, per_block, flags.shard_size)
     elif dtype != torch.float32:
         # autocast would leave the embedding in float32, and with it the residual stream.
         model.embedding.register_forward_hook(lambda module, args, x: x.to(dtype))
@@ -3737,16 +3712,6 @@ def build_model(
 # ----------------------------------------------------------------------------------------
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # PyTorch's names for m and v; Muon has only m
-
-
-@dataclasses.dataclass
-class TrainState:
-    """Everything that training changes."""
-
-    model: TransformerWithLoss
-    params: dict[Any, Any]  # of `local_params`
-    optimizer: torch.optim.AdamW
-    scaler: GradScaler
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
@@ -3786,22 +3751,24 @@ def load_checkpoint(path: str | Path) -> dict:
         missing = {"model", "model_config", "step"} - set(state)
         if missing:
             raise UserError(f"it has no {' or '.join(sorted(missing))}")
-        return {**modernize(state), "path": str(path)}
+        return {**migrate_checkpoint(state), "path": str(path)}
 
 
-def modernize(state: dict) -> dict:
-    """A checkpoint's state under today's names. The first edition had others."""
+def migrate_checkpoint(state: dict) -> dict:
+    """A checkpoint's state under today's names. Earlier versions of this file had others."""
 
-    def rename(weights: dict) -> dict:
-        return {re.sub(r"^head\.", "lm_head.", name.replace("swiglu", "mlp")): value
-                for name, value in weights.items()}
+    def rename(content: dict) -> dict:
+        old_names = {r"^head\.": "lm_head.", "swiglu": "mlp", "^scale$": "loss_scale",
+                     "skipped_in_a_row": "consecutive_skips"}
+        for old, new in old_names.items():
+            content = {re.sub(old, new, name): value for name, value in content.items()}
+        return content
 
     state = {**state, "model": rename(state["model"])}
     if "optimizer" in state:
         state["optimizer"] = {key: rename(value) for key, value in state["optimizer"].items()}
-    if "stepper" in state:
-        stepper = state.pop("stepper")
-        state["scaler"] = {"loss_scale": stepper.pop("scale"), **stepper}
+    if scaler := state.pop("stepper", None) or state.get("scaler"):
+        state["scaler"] = rename(scaler)
     return state
 
 
@@ -3829,102 +3796,70 @@ def model_from_checkpoint(
 # ------
 
 
-def gather_state(state: TrainState, weights_only: bool) -> dict:
-    """Collective: whole tensors, on process 0's host. The others take part and get nothing."""
-    adam: dict[str, dict] = {key: {} for key in (*ADAM_STATE, "step")}
+def gather_state(
+    model: nn.Module, params: dict[Any, Any], optimizer: Any, weights_only: bool = False
+) -> dict:
+    """Collective: weights and optimizer state, whole, on process 0's host; nothing elsewhere.
+
+    `params` are the `local_params` that the optimizer updates.
+    """
     weights: dict[str, Tensor] = {}
+    adam: dict[str, dict] = {key: {} for key in (*ADAM_STATE, "step")}
 
-    def keep(into: dict, name: str, local: Tensor, like: Any) -> None:
-        full = full_tensor(local, like)
+    def gather(into: dict, name: str, tensor: Any) -> None:
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if get_rank() == 0:
-            into[name] = full
+            into[name] = full.detach().to("cpu", copy=True)
 
-    for name, p in state.model.named_parameters():
-        keep(weights, name, local_shard(p), p)
+    for name, p in model.named_parameters():
+        gather(weights, name, p)
         # A parameter that's frozen, or never got a gradient, has no optimizer state.
-        moments = state.optimizer.state[state.params[p]] if p in state.params else None
-        if moments and not weights_only:
-            if "step" in moments:
-                adam["step"][name] = moments["step"].item()
-            for key in (key for key in ADAM_STATE if key in moments):
-                keep(adam[key], name, moments[key], p)
-    content = {"model": weights, "model_config": dataclasses.asdict(state.model.config),
-               "scaler": state.scaler.state_dict()}
-    return content if weights_only else {**content, "optimizer": adam}
+        if not weights_only and (state := optimizer.state.get(params.get(p))):
+            if "step" in state:
+                adam["step"][name] = state["step"].item()
+            for key in (key for key in ADAM_STATE if key in state):
+                gather(adam[key], name, sharded_like(p, state[key]))
+    return {"model": weights} if weights_only else {"model": weights, "optimizer": adam}
 
 
-class CheckpointWriter:
-    """Writes checkpoints to a directory in a background thread. For process 0."""
-
-    def __init__(self, outdir: Path, keep: int):
-        self.outdir, self.keep = outdir, keep
-        self.executor = ThreadPoolExecutor(1)
-        self.last: Any = None
-
-    def save(self, state: dict) -> None:
-        """Start writing, once the previous checkpoint is on disk."""
-        self.wait()
-        self.last = self.executor.submit(self.write, state)
-
-    def write(self, state: dict) -> None:
-        save_checkpoint(self.outdir / f"step_{state['step']:06d}.pt", state)
-        for old in checkpoints_in(self.outdir)[: -self.keep] if self.keep else []:
+def write_checkpoint(outdir: Path, state: dict, keep: int) -> None:
+    """Save `state` in `outdir`, then delete all but the newest `keep` checkpoints, if not 0."""
+    try:
+        save_checkpoint(outdir / f"step_{state['step']:06d}.pt", state)
+        for old in checkpoints_in(outdir)[:-keep] if keep else []:
             old.unlink()
-
-    def failed(self) -> bool:
-        return self.last is not None and self.last.done() and self.last.exception() is not None
-
-    def wait(self) -> None:
-        """Until the last checkpoint is on disk. Raises UserError if writing it failed."""
-        try:
-            if self.last:
-                self.last.result()
-        except Exception as error:
-            complete = ", ".join(path.name for path in checkpoints_in(self.outdir)) or "none"
-            free = shutil.disk_usage(self.outdir).free / 1e6
-            raise UserError(f"a checkpoint could not be written in {self.outdir} ({error}; "
-                            f"{free:,.1f} MB free); complete ones: {complete}") from None
+    except Exception as error:
+        complete = ", ".join(path.name for path in checkpoints_in(outdir)) or "none"
+        free = shutil.disk_usage(outdir).free / 1e6
+        raise UserError(f"a checkpoint could not be written in {outdir} ({error}; "
+                        f"{free:,.1f} MB free); complete ones: {complete}") from None
 
 
-# Resuming
-# --------
-
-
-def resumable(outdir: Path) -> dict | None:
-    """The newest checkpoint that training can resume from, or None."""
-    states = map(load_checkpoint, reversed(checkpoints_in(outdir)))
-    return next((state for state in states if "optimizer" in state), None)
-
-
-def restore_state(saved: dict | None, state: TrainState) -> None:
+def restore_state(
+    saved: dict | None, model: nn.Module, params: dict[Any, Any], optimizer: Any
+) -> None:
     """Collective: put a checkpoint back, tensor by tensor. Only process 0 has `saved`.
 
     A state without optimizer, as from --init_from, restores the weights only.
     """
-    content: dict = saved or {}
-    for name, p in state.model.named_parameters():
-        copy_full(content["model"][name] if saved else None, p, from_main=True)
-    adam = content.get("optimizer")
+    content: dict = saved or {"model": {}}
+    adam: dict = content.get("optimizer") or {key: {} for key in (*ADAM_STATE, "step")}
     # By name; a frozen parameter has none, and a matrix of Muon's has only the first moment.
-    steps = on_main(lambda: adam and adam["step"])
-    saved_names = on_main(lambda: adam and {key: list(adam[key]) for key in ADAM_STATE})
-    if steps is None:
-        return
-    device = state.model.rope_cache.device
-    for name, p in state.model.named_parameters():
-        local, moments = state.params.get(p), {}
-        by_muon = isinstance(state.optimizer, Muon) and local in state.optimizer.rows
+    steps = broadcast(adam["step"])
+    saved_names = broadcast({key: list(adam[key]) for key in ADAM_STATE})
+    for name, p in model.named_parameters():
+        copy_full(content["model"].get(name), p, from_main=True)
+        local, moments = params.get(p), {}
+        by_muon = isinstance(optimizer, Muon) and local in optimizer.rows
         keys = ADAM_STATE[:1] if by_muon else ADAM_STATE
         if local is None or any(name not in saved_names[key] for key in keys):
             continue  # the optimizer starts afresh for this one
         if not by_muon:  # the fused kernel counts steps on the device, as float32
-            moments["step"] = torch.full((), steps[name], device=device)
+            moments["step"] = torch.full((), steps[name], device=p.device)
         for key in keys:
-            moment = torch.zeros_like(p)  # sharded as the parameter is
-            copy_full(adam[key][name] if adam else None, moment, from_main=True)
-            moments[key] = local_shard(moment)
-        state.optimizer.state[local] = moments
-    state.scaler.load_state_dict(on_main(lambda: content["scaler"]))
+            moments[key] = torch.zeros_like(local_shard(p))
+            copy_full(adam[key].get(name), sharded_like(p, moments[key]), from_main=True)
+        optimizer.state[local] = moments
 
 
 # Exercises
@@ -3974,6 +3909,9 @@ class RunConfig(Config):
     weights_only: bool = flag(False, "last checkpoint without optimizer: a third of the size")
     sample_interval: int = flag(0, "steps between samples of text; 0: none", 0)
     tensorboard: bool = flag(False, "write the metrics for TensorBoard as well, to outdir")
+    init_from: Path | None = flag(
+        None, "start from the weights and shape of a model: a checkpoint, a run's directory, "
+        "or a Hugging Face Llama directory")
 
 
 # Evaluation
@@ -4015,13 +3953,14 @@ def evaluate(
     starts = evaluation_windows(len(tokens), T, limit)
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     for first in range(0, len(starts), batch_size * world_size):
-        # Every process must take part in every forward pass. Rows left over stay empty.
-        inputs = torch.zeros(batch_size, T, dtype=torch.int64)
-        targets = torch.full_like(inputs, -100)  # the loss skips these
+        # Every process must take part in every forward pass, with tensors of the same shape.
+        # What no window fills stays -100, which the loss skips.
+        windows = torch.full((batch_size, T + 1), -100)
         mine = starts[first + rank : first + batch_size * world_size : world_size]
-        for row, start in enumerate(mine):
+        for row, start in zip(windows, mine):
             ids = torch.from_numpy(tokens[start : start + T + 1])
-            inputs[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
+            row[: len(ids)] = ids
+        inputs, targets = windows[:, :-1].clamp(min=0), windows[:, 1:]  # (B, T) each
         with autocast or contextlib.nullcontext(), without_compiling():
             loss = model(inputs.to(device), targets.to(device))
         seen = targets[targets >= 0].numpy()
@@ -4042,7 +3981,7 @@ def evaluate(
 
 
 def format_evaluation(result: dict[str, float]) -> str:
-    """The result of `evaluate` as a line for people."""
+    """The result of `evaluate` as one human-readable line."""
     loss, perplexity = result["valid_loss"], result["perplexity"]
     text = f"loss {loss:.4f} nats per token, perplexity {perplexity:.2f}"
     if nats := result.get("nats_per_byte"):
@@ -4118,24 +4057,12 @@ def format_step(record: dict, max_steps: int, tokens_per_step: int) -> str:
     return f"{line}  {time_left} left"
 
 
-def differences(old: dict, new: dict) -> str:
-    """What differs between two sets of flags, of those that both have.
-
-    >>> differences({"lr": 0.1, "seed": 1}, {"lr": 0.2, "seed": 1, "more": 0})
-    'lr 0.1 -> 0.2'
-    """
-    return ", ".join(f"{k} {old[k]} -> {v}" for k, v in new.items() if old.get(k, v) != v)
-
-
-def import_optional(module: str, package: str, extra: str) -> Any:
-    """An optional module. Raises UserError that names package and extra if it's missing."""
-    try:
+def import_optional(module: str, package: str) -> Any:
+    """An optional module. Raises UserError that names its package if that's missing."""
+    with contextlib.suppress(ImportError):
         return importlib.import_module(module)
-    except ImportError:
-        raise UserError(
-            f"this needs the package {package}: pip install {package}, or "
-            f"uv run --extra {extra} scratchformer.py ..."
-        ) from None
+    raise UserError(f"this needs the package {package}: pip install {package}, or "
+                    f"uv run --with {package} scratchformer.py ...")
 
 
 class Metrics:
@@ -4151,7 +4078,7 @@ class Metrics:
         with atomic_write(self.path) as file:
             file.writelines(kept)
         if tensorboard:
-            module = import_optional("torch.utils.tensorboard", "tensorboard", "tensorboard")
+            module = import_optional("torch.utils.tensorboard", "tensorboard")
             self.board = module.SummaryWriter(str(outdir), purge_step=last_step + 1)
 
     def write(self, record: dict) -> None:
@@ -4204,34 +4131,29 @@ class Trainer:
     tokenizer: Tokenizer | None = None  # on process 0 only
 
     def __post_init__(self) -> None:
-        data, fsdp = self.data, self.processes.fsdp
-        model = build_model(
+        data = self.data
+        self.model = build_model(
             self.model_config, data.seed, self.device, self.dtype, self.processes)
-        params = local_params(model)
+        self.params = local_params(self.model)
         fused, compiled = self.device.type != "mps", self.processes.compile
-        optimizer: torch.optim.AdamW
+        self.optimizer: torch.optim.AdamW
         if self.optim.optimizer == "adamw":
-            optimizer = make_optimizer(params.values(), self.optim, fused)
+            self.optimizer = make_optimizer(self.params.values(), self.optim, fused)
         else:
             kind = DistributedMuon if get_world_size() > 1 else Muon
             precision = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
-            optimizer = kind(model, params, self.optim, precision, fused, compiled)
-        scaler = GradScaler(self.device, enabled=self.dtype == torch.float16)
-        self.state = TrainState(model, params, optimizer, scaler)
-        self.autocast = make_autocast(self.device, self.dtype, fsdp)
-        self.loader = BatchLoader(
-            self.tokens, self.model_config.context_length, data.batch_size,
-            data.grad_accum_steps, data.seed, get_rank(), get_world_size())
+            self.optimizer = kind(
+                self.model, self.params, self.optim, precision, fused, compiled)
+        self.scaler = GradScaler(self.device, enabled=self.dtype == torch.float16)
+        self.autocast = make_autocast(self.device, self.dtype, self.processes.fsdp)
         rows = data.batch_size * data.grad_accum_steps * get_world_size()
         self.tokens_per_step = rows * self.model_config.context_length
         self.run_flags = {"seed": data.seed, "rows_per_step": rows, **vars(self.optim)}
-        tokenizer = self.tokenizer
-        self.token_bytes = on_main(lambda: tokenizer and bytes_per_token(tokenizer))
+        self.token_bytes = broadcast(self.tokenizer and bytes_per_token(self.tokenizer))
 
     def step(self, number: int, batches: Iterator) -> tuple[Tensor, Tensor]:
         """One update of the weights, number 1, 2, ...; the loss and the gradient norm."""
-        model, params = self.state.model, self.state.params
-        optimizer, scaler = self.state.optimizer, self.state.scaler
+        model, optimizer, scaler = self.model, self.optimizer, self.scaler
         o, micro_steps = self.optim, self.data.grad_accum_steps
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
@@ -4246,8 +4168,8 @@ class Trainer:
             scaler.scale(loss).backward()
             total_loss += loss.detach()
         average_gradients(model)
-        take_local_gradients(params)
-        grad_norm = gradient_norm(params) / scaler.loss_scale
+        take_local_gradients(self.params)
+        grad_norm = gradient_norm(self.params) / scaler.loss_scale
         scaler.step(optimizer, grad_norm, o.clip_grad)  # unscale, clip, update
         optimizer.zero_grad()
         model.zero_grad()  # under FSDP these aren't the optimizer's
@@ -4260,11 +4182,11 @@ class Trainer:
 
         Raises UserError if too many updates in a row were skipped.
         """
-        scaler, lr = self.state.scaler, self.state.optimizer.param_groups[0]["lr"]
-        if (in_a_row := int(scaler.skipped_in_a_row)) >= scaler.MAX_CONSECUTIVE_SKIPS:
+        scaler, lr = self.scaler, self.optimizer.param_groups[0]["lr"]
+        if (skips := int(scaler.consecutive_skips)) >= scaler.MAX_CONSECUTIVE_SKIPS:
             raise SharedError(f"loss or gradients are not finite since step "
-                              f"{step - in_a_row + 1}: the weights are as they were then; try "
-                              f"a smaller --lr or another --dtype")
+                              f"{step - skips + 1}: the weights are as they were then; try a "
+                              f"smaller --lr or another --dtype")
         mean_loss = (sum_over_processes(loss) / get_world_size()).item()
         record = {"step": step, "train_loss": mean_loss, "lr": lr, "grad_norm": norm.item()}
         record |= measure_speed(tokens, seconds, self.model_config, self.device, self.dtype)
@@ -4272,34 +4194,26 @@ class Trainer:
         log(format_step(record, self.optim.max_steps, self.tokens_per_step))
         return record
 
-    def evaluate(self, step: int) -> dict:
-        """The loss on valid_tokens."""
-        assert self.valid
-        result = evaluate(self.state.model, self.valid, self.data.batch_size,
-                          self.flags.eval_windows, self.autocast, self.token_bytes)
-        log(f"step {step}: valid {format_evaluation(result)}")
-        return {"step": step, **result}
-
     def log_sample(self) -> None:
         """Collective: a short text by the model as it is now."""
-        tokenizer: Any = self.tokenizer
-        eot = on_main(lambda: tokenizer.special_tokens.get(END_OF_TEXT))
-        start = [eot] if eot is not None else on_main(lambda: tokenizer.encode("\n"))
+        tokenizer = self.tokenizer
+        eot = broadcast(tokenizer and tokenizer.special_tokens.get(END_OF_TEXT))
+        start = [eot] if eot is not None else broadcast(tokenizer and tokenizer.encode("\n"))
         generator = torch.Generator(self.device).manual_seed(1)
         with self.autocast, without_compiling():
             # No cache: under FSDP only a call of the model gathers its weights.
-            ids = list(generate_naive(self.state.model, start, 100, eot, temperature=0.8,
+            ids = list(generate_naive(self.model, start, 100, eot, temperature=0.8,
                                       generator=generator))
-        reshard(self.state.model)
+        reshard(self.model)
         log(tokenizer.decode(ids) if tokenizer else "")
 
-    def describe(self, first_step: int) -> None:
+    def log_setup(self, first_step: int) -> None:
         """Two lines about the run."""
         size, data, kind = get_world_size(), self.data, self.device.type
         names = {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple GPU"}
         name = names.get(kind) or torch.cuda.get_device_name(self.device)
         how = f"{'FSDP' if self.processes.fsdp else 'data parallel'} on {size}"
-        num_weights = sum(p.numel() for p in self.state.model.parameters())
+        num_weights = sum(p.numel() for p in self.model.parameters())
         log(f"{name}, {str(self.dtype)[6:]}{', compiled' * self.processes.compile}, "
             f"{how if size > 1 else 'one process'}: {num_weights:,} weights in "
             f"{self.flags.outdir}, steps {first_step} to {self.optim.max_steps}")
@@ -4309,45 +4223,64 @@ class Trainer:
 
     def run(self, first_step: int, stop: StopSignal) -> int:
         """Train from `first_step` to the last step or a signal; the exit status."""
-        flags, max_steps = self.flags, self.optim.max_steps
-        self.describe(first_step)
-        metrics = writer = None
-        if get_rank() == 0:
-            metrics = Metrics(flags.outdir, first_step, flags.tensorboard)
-            writer = CheckpointWriter(flags.outdir, flags.keep_checkpoints)
-        batches = self.loader.stream(range(first_step, max_steps), self.device)
-        # The clock doesn't count evaluation and saving. The first step compiles and allocates,
-        # so a new count begins after it.
-        began, counted_from, paused, step = time.monotonic(), first_step, 0.0, first_step
+        flags, data, max_steps = self.flags, self.data, self.optim.max_steps
+        if first_step >= max_steps:
+            log(f"nothing left to do: {flags.outdir} holds a checkpoint of step {first_step}, "
+                f"and --max_steps is {max_steps}")
+            return 0
+        self.log_setup(first_step)
+        main = is_main_process()
+        metrics = Metrics(flags.outdir, first_step, flags.tensorboard) if main else None
+        writer, written = ThreadPoolExecutor(1), None
+        batches = load_batches(
+            self.tokens, self.model_config.context_length, range(first_step, max_steps),
+            self.device, data.batch_size, data.grad_accum_steps, data.seed, get_rank(),
+            get_world_size())
+        # Speed is measured since step `timed_from`, without evaluation and saving. The first
+        # step compiles and allocates, so the clock starts again after it.
+        start, timed_from = time.monotonic(), first_step
         for step in range(first_step + 1, max_steps + 1):
             loss, grad_norm = self.step(step, batches)
-            last, record, now = step == max_steps, {}, time.monotonic()
-            if last or step == 1 or step % flags.log_interval == 0:
+            last, record = step == max_steps, {}
+            logged = last or step == 1 or step % flags.log_interval == 0
+            if logged or step == first_step + 1:
                 loss.item()  # wait for the GPU before looking at the clock
-                seconds = (now := time.monotonic()) - began - paused
-                tokens = (step - counted_from) * self.tokens_per_step
-                record = self.log_step(step, loss, grad_norm, tokens, seconds)
-            if record or step == first_step + 1:
-                began, counted_from, paused = now, step, 0.0
-            pause = time.monotonic()
+            now = time.monotonic()
+            if logged:
+                tokens = (step - timed_from) * self.tokens_per_step
+                record = self.log_step(step, loss, grad_norm, tokens, now - start)
+            if logged or step == first_step + 1:
+                start, timed_from = now, step
             if self.valid and (last or step % flags.eval_interval == 0):
-                record |= self.evaluate(step)
-            if self.token_bytes is not None and flags.sample_interval and (
-                    step % flags.sample_interval == 0):
+                result = evaluate(self.model, self.valid, data.batch_size, flags.eval_windows,
+                                  self.autocast, self.token_bytes)
+                log(f"step {step}: valid {format_evaluation(result)}")
+                record |= {"step": step, **result}
+            sampling = flags.sample_interval and step % flags.sample_interval == 0
+            if sampling and self.token_bytes is not None:
                 self.log_sample()
             if record and metrics:
                 metrics.write(record)
-            stopping = on_any_process(bool(stop.number or writer and writer.failed()))
+            # If one process is told to stop, all do.
+            stopping = sum_over_processes(torch.tensor(bool(stop.number)).int()).item() > 0
+            if written and written.done():
+                written.result()  # raises if that checkpoint could not be written
             if last or stopping or step % flags.save_interval == 0:
-                content = gather_state(self.state, flags.weights_only and last)
-                if writer:
-                    writer.save({**content, "step": step, "run": self.run_flags})
-            paused += time.monotonic() - pause
+                state = gather_state(
+                    self.model, self.params, self.optimizer, flags.weights_only and last)
+                state |= {"model_config": vars(self.model_config), "step": step,
+                          "scaler": self.scaler.state_dict(), "run": self.run_flags}
+                if main:
+                    if written:
+                        written.result()  # at most one copy of the state waits for the disk
+                    written = writer.submit(
+                        write_checkpoint, flags.outdir, state, flags.keep_checkpoints)
+            start += time.monotonic() - now
             if stopping:
                 break
         batches.close()
-        if writer:
-            writer.wait()
+        if written:
+            written.result()
         if step < max_steps:
             log(f"stopped by a signal after step {step}; continue with --resume")
             return 128 + (stop.number or signal.SIGTERM)
@@ -4488,7 +4421,7 @@ def config_from_hf(content: dict) -> ModelConfig:
 
 def load_hf_model(directory: Path) -> dict:
     """A model saved by `transformers`, as a checkpoint without optimizer state."""
-    safetensors = import_optional("safetensors.torch", "safetensors", "export")
+    safetensors = import_optional("safetensors.torch", "safetensors")
     content = read_json(directory / "config.json", "config.json of a model")
     files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -4502,7 +4435,7 @@ def load_hf_model(directory: Path) -> dict:
 
 def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -> None:
     """Write a checkpoint as a directory that from_pretrained loads, tokenizer included."""
-    save = import_optional("safetensors.torch", "safetensors", "export").save
+    save = import_optional("safetensors.torch", "safetensors").save
     config = ModelConfig(**state["model_config"])
     weights = {name: weight.to(getattr(torch, dtype)).contiguous().clone()
                for name, weight in to_hf(state["model"], config.num_heads).items()}
@@ -4540,8 +4473,8 @@ def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -
 # ----------------------------------------------------------------------------------------
 
 
-def load_weights(path: Path) -> dict:
-    """What `load_checkpoint` returns, for a checkpoint, a run's directory, or a Llama's."""
+def load_any_checkpoint(path: Path) -> dict:
+    """A checkpoint, a run's newest one, or the model in a Hugging Face Llama directory."""
     return load_hf_model(path) if (path / "config.json").is_file() else load_checkpoint(path)
 
 
@@ -4554,36 +4487,30 @@ def tokenizer_beside(checkpoint: Path) -> Path | None:
 # train
 # -----
 
-# The flags of ModelConfig. All are None unless given, so that only what the user wrote can
-# contradict the model that training starts from.
-ModelFlags = dataclasses.make_dataclass("ModelFlags", [
-    (f.name, typing.get_type_hints(ModelConfig)[f.name] | None,
-     flag(None, f"{f.metadata['help']} (default: {f.default})", *f.metadata["range"]))
-    for f in dataclasses.fields(ModelConfig)
-], bases=(Config,), namespace={"__doc__": "Model"}, kw_only=True)
+class ModelFlags(ModelConfig):
+    """Model"""
+
+    def __init__(self, **given: Any):
+        # Only what the user wrote can contradict the model that training starts from.
+        self.given = given
 
 
-@dataclasses.dataclass(kw_only=True)
-class StartConfig(Config):
-    """Start"""
-
-    init_from: Path | None = flag(
-        None, "start from a model's weights and shape: a checkpoint, a run, or a Llama's")
-
-
-def find_start(run: RunConfig, start: StartConfig) -> dict | None:
+def load_initial_state(run: RunConfig) -> dict | None:
     """What training starts from: a state to resume, a model's weights, or None. Process 0 only.
 
     Raises UserError rather than mix a fresh run with the checkpoints of another.
     """
-    state = resumable(run.outdir) if run.resume else None
-    if run.resume and not state:
-        log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
-    if not state and (found := checkpoints_in(run.outdir)):
+    found, state = checkpoints_in(run.outdir), None
+    if run.resume:
+        states = map(load_checkpoint, reversed(found))
+        state = next((state for state in states if "optimizer" in state), None)
+        if not state:
+            log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
+    if not state and found:
         raise UserError(f"{run.outdir} holds {found[-1].name}: continue it with --resume, or "
                         f"choose another --outdir")
-    if not state and start.init_from:
-        state = load_weights(start.init_from)
+    if not state and run.init_from:
+        state = load_any_checkpoint(run.init_from)
         state.pop("optimizer", None)
     if state:
         model_from_checkpoint(state)  # raises UserError if weights and shape don't match
@@ -4591,19 +4518,17 @@ def find_start(run: RunConfig, start: StartConfig) -> dict | None:
     return state
 
 
-def choose_shape(flags: Any, given: dict | None) -> ModelConfig:
-    """The shape that the flags ask for, or that of the model in `given`, if they agree.
+def resolve_model_config(written: dict, given: dict | None) -> ModelConfig:
+    """The shape in `written`, the user's flags, or the model's in `given`, if they agree.
 
     context_length may differ for --init_from, because no weight depends on it.
 
     >>> given = {"model_config": vars(ModelConfig(500, 64, 2, 32, 2, 64)), "resuming": False}
-    >>> shape = choose_shape(ModelFlags(context_length=128, num_layers=2), given)
-    >>> shape.context_length, shape.d_model
+    >>> config = resolve_model_config({"context_length": 128, "num_layers": 2}, given)
+    >>> config.context_length, config.d_model
     (128, 32)
     """
-    written = {name: value for name, value in vars(flags).items() if value is not None}
-    if written.get("vocab_size") == 0:
-        del written["vocab_size"]
+    written = {k: v for k, v in written.items() if (k, v) != ("vocab_size", 0)}
     if given is None:
         return ModelConfig(**written)
     shape = given["model_config"]
@@ -4614,7 +4539,7 @@ def choose_shape(flags: Any, given: dict | None) -> ModelConfig:
     return ModelConfig(**{**shape, **written})
 
 
-def open_outdir(outdir: Path, path: Path | None, tokens: TokenDataset) -> Tokenizer | None:
+def prepare_outdir(outdir: Path, path: Path | None, tokens: TokenDataset) -> Tokenizer | None:
     """Make outdir with a copy of the tokenizer at `path`, and return it. Process 0 only.
 
     Raises UserError unless this tokenizer encoded `tokens`.
@@ -4634,28 +4559,23 @@ def open_outdir(outdir: Path, path: Path | None, tokens: TokenDataset) -> Tokeni
 
 
 def train(
-    data: DataConfig,
-    model_flags: ModelFlags,  # type: ignore[valid-type]
-    optim: LearningConfig,
-    run: RunConfig,
-    start: StartConfig,
-    devices: DeviceConfig,
-    processes: ProcessConfig,
-    console: ConsoleConfig,
+    data: DataConfig, model_flags: ModelFlags, optim: LearningConfig, run: RunConfig,
+    devices: DeviceConfig, processes: ProcessConfig,
 ) -> int:
     """Train a Transformer on token files. Under torchrun, on many devices."""
     processes.check()
     device = pick_device(devices.device)
     dtype = pick_dtype(devices.dtype, device)
-    with Distributed(device), StopSignal() as stop:
+    with process_group(device), StopSignal() as stop:
         # Process 0 alone reads and writes outdir and init_from, and tells the others what it
         # found. Token files are read by all.
-        saved = only_on_main(lambda: find_start(run, start))
+        main = is_main_process()
+        saved = on_every_process(lambda: load_initial_state(run) if main else None)
         tensors = ("model", "optimizer")
-        given = on_main(lambda: saved and {k: saved[k] for k in saved if k not in tensors})
+        given = broadcast(saved and {k: saved[k] for k in saved if k not in tensors})
 
         def open_tokens() -> tuple[ModelConfig, TokenDataset, TokenDataset | None]:
-            config = choose_shape(model_flags, given)
+            config = resolve_model_config(model_flags.given, given)
             tokens = TokenDataset(data.train_tokens, config.vocab_size)
             tokens.check_length(config.context_length)
             config.vocab_size, valid = tokens.vocab_size, None
@@ -4666,17 +4586,21 @@ def train(
 
         config, tokens, valid = on_every_process(open_tokens)
         path = data.tokenizer_path or (given and tokenizer_beside(Path(given["path"])))
-        tokenizer = only_on_main(lambda: open_outdir(run.outdir, path, tokens))
+        tokenizer = on_every_process(
+            lambda: prepare_outdir(run.outdir, path, tokens) if main else None)
         trainer = Trainer(
             model_config=config, data=data, optim=optim, flags=run, processes=processes,
             device=device, dtype=dtype, tokens=tokens, valid=valid, tokenizer=tokenizer)
         if given:
-            restore_state(saved, trainer.state)
+            restore_state(saved, trainer.model, trainer.params, trainer.optimizer)
         saved = None  # frees its tensors
         if not given or not given["resuming"]:
             return trainer.run(0, stop)
-        if changed := differences({"optimizer": "adamw", **given["run"]}, trainer.run_flags):
-            log(f"changed since the checkpoint: {changed}")
+        trainer.scaler.load_state_dict(given["scaler"])
+        old, new = {"optimizer": "adamw", **given["run"]}, trainer.run_flags
+        changed = [f"{k} {old[k]} -> {new[k]}" for k in new if old.get(k, new[k]) != new[k]]
+        if changed:
+            log("changed since the checkpoint: " + ", ".join(changed))
         return trainer.run(given["step"], stop)
 
 
@@ -4688,15 +4612,16 @@ def train(
 class SavedModelConfig(Config):
     """Model"""
 
-    checkpoint: Path = flag(..., "a checkpoint, a run's directory, or a Llama's")
+    checkpoint: Path = flag(
+        ..., "a checkpoint, a run's directory, or a Hugging Face Llama directory")
     tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that was named, or else the one beside the checkpoint."""
+    def tokenizer(self, required: bool = True) -> Any:
+        """The tokenizer that was named, or else the one beside the checkpoint, if any."""
         path = self.tokenizer_path or tokenizer_beside(self.checkpoint)
-        if not path:
+        if required and not path:
             raise UserError(f"no tokenizer beside {self.checkpoint}: give --tokenizer_path")
-        return Tokenizer.load(path)
+        return Tokenizer.load(path) if path else None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -4710,16 +4635,15 @@ class EvalConfig(SavedModelConfig):
     eval_windows: int = flag(1024, "windows to evaluate on; 0: all", 0)
 
 
-def evaluate_command(config: EvalConfig, devices: DeviceConfig, console: ConsoleConfig) -> None:
+def evaluate_command(config: EvalConfig, devices: DeviceConfig) -> None:
     """Measure a model's loss on token files or on text."""
     if bool(config.valid_tokens) == bool(config.text_path):
         raise UserError("give either --valid_tokens or --text_path")
-    device, tokenizer = pick_device(devices.device), None
+    device = pick_device(devices.device)
     autocast = make_autocast(device, pick_dtype(devices.dtype, device))
-    state = load_weights(config.checkpoint)
+    state = load_any_checkpoint(config.checkpoint)
     model = model_from_checkpoint(state, device, context_length=config.context_length)
-    if config.text_path or config.tokenizer_path or tokenizer_beside(config.checkpoint):
-        tokenizer = config.tokenizer()
+    tokenizer = config.tokenizer(required=bool(config.text_path))
     with tempfile.TemporaryDirectory() as directory:
         paths = config.valid_tokens or [Path(directory) / "text.bin"]
         if config.text_path and tokenizer:
@@ -4759,13 +4683,11 @@ def read_prompts(config: GenerateConfig) -> Iterator[str]:
         yield sys.stdin.read()
 
 
-def generate_command(
-    config: GenerateConfig, devices: DeviceConfig, console: ConsoleConfig
-) -> None:
+def generate_command(config: GenerateConfig, devices: DeviceConfig) -> None:
     """Write text with a trained model."""
     device = pick_device(devices.device)
     dtype = pick_dtype(devices.dtype, device)
-    model = model_from_checkpoint(load_weights(config.checkpoint), device, dtype)
+    model = model_from_checkpoint(load_any_checkpoint(config.checkpoint), device, dtype)
     use_all_cores(model)
     cached_model = (CUDAGraphDecoder if device.type == "cuda" else CachedModel)(model)
     tokenizer = config.tokenizer()
@@ -4791,9 +4713,9 @@ class ExportConfig(SavedModelConfig):
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "type of the weights")
 
 
-def export(config: ExportConfig, console: ConsoleConfig) -> None:
+def export(config: ExportConfig) -> None:
     """Write a directory that transformers loads with from_pretrained."""
-    state = load_weights(config.checkpoint)
+    state = load_any_checkpoint(config.checkpoint)
     save_hf_model(state, config.tokenizer(), config.outdir, config.dtype)
     log(f"{config.outdir}: load it with AutoModelForCausalLM.from_pretrained")
 
@@ -4826,7 +4748,7 @@ generate --checkpoint {out}/run --prompt Once --seed 1
 """
 
 
-def demo(config: DemoConfig, console: ConsoleConfig) -> int:
+def demo(config: DemoConfig) -> int:
     """Run the whole pipeline on the bundled stories, showing each command."""
     values = {"data": Path(__file__).parent / "data", "out": config.outdir,
               "max_steps": config.max_steps, "warmup": config.max_steps // 40}
@@ -4836,10 +4758,11 @@ def demo(config: DemoConfig, console: ConsoleConfig) -> int:
     write_json(mark, {})
     for old in checkpoints_in(config.outdir / "run"):
         old.unlink()
+    quiet = ["--quiet"] * (not Progress.enabled)
     for command in DEMO.replace("\n    ", " ").split("\n")[1:-1]:
         argv = [word.format(**values) for word in command.split()]
         log("\n$ python scratchformer.py " + shlex.join(argv))
-        if status := main(argv + ["--quiet"] * console.quiet):
+        if status := main(argv + quiet):
             return status
     return 0
 

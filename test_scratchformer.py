@@ -55,7 +55,6 @@ from scratchformer import (
     GPT4_PATTERN,
     PRETOKEN_PATTERN,
     Attention,
-    BatchLoader,
     CachedModel,
     CUDAGraphDecoder,
     FileSpan,
@@ -68,7 +67,6 @@ from scratchformer import (
     SwiGLU,
     TokenDataset,
     Tokenizer,
-    TrainState,
     Transformer,
     TransformerWithLoss,
     UserError,
@@ -98,6 +96,7 @@ from scratchformer import (
     learn_merges_naive,
     learning_rate,
     linear_cross_entropy,
+    load_batches,
     load_checkpoint,
     load_hf_model,
     local_params,
@@ -1890,7 +1889,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
 
     def skips():
         state = scaler.state_dict()
-        return state["skipped"], state["skipped_in_a_row"]
+        return state["skipped"], state["consecutive_skips"]
 
     backward(model, 0)
     update(model, optimizer, scaler, clip_grad)
@@ -2160,13 +2159,18 @@ def test_a_product_on_all_cores_is_the_plain_product(rows, width):
 # However the same rows are spread over processes and micro-steps, the losses are the same.
 # ======================================================================================
 
+
 @pytest.mark.parametrize("world_size, micro_steps", [(1, 4), (2, 2), (4, 1)])
 def test_any_split_over_processes_and_micro_steps_sees_the_same_rows(world_size, micro_steps):
-    tokens = np.arange(900)
-    whole = BatchLoader(tokens, 5, batch_size=8).get(6, 0)[0]
-    parts = [BatchLoader(tokens, 5, 2, micro_steps, 1, rank, world_size).get(6, micro_step)[0]
-             for micro_step in range(micro_steps) for rank in range(world_size)]  # fmt: skip
-    assert torch.equal(torch.cat(parts), whole)
+    tokens, steps = np.arange(900), range(6, 8)
+    whole = load_batches(tokens, 5, steps, CPU, batch_size=8)
+    parts = [load_batches(tokens, 5, steps, CPU, 2, micro_steps, 1, rank, world_size)
+             for rank in range(world_size)]  # fmt: skip
+    for inputs, targets in whole:
+        batches = [next(part) for _ in range(micro_steps) for part in parts]
+        assert torch.equal(torch.cat([x for x, _ in batches]), inputs)
+        assert torch.equal(torch.cat([y for _, y in batches]), targets)
+    assert [list(part) for part in parts] == [[]] * world_size
 
 
 def test_a_stream_of_a_billion_steps_stores_none_of_them():
@@ -2179,9 +2183,11 @@ def test_a_stream_of_a_billion_steps_stores_none_of_them():
 
 
 def test_the_stream_is_the_batches_in_order():
-    loader = BatchLoader(np.arange(900), 5, batch_size=2, grad_accum_steps=3)
-    expected = [loader.get(step, micro_step) for step in (4, 5) for micro_step in range(3)]
-    for got, (inputs, targets) in zip(loader.stream(range(4, 6), CPU), expected, strict=True):
+    tokens = np.arange(900)
+    stream = load_batches(tokens, 5, range(4, 6), CPU, batch_size=2, grad_accum_steps=3)
+    expected = [get_batch(tokens, 5, 1, step, rows) for step in (4, 5)
+                for rows in (range(2), range(2, 4), range(4, 6))]  # fmt: skip
+    for got, (inputs, targets) in zip(stream, expected, strict=True):
         assert torch.equal(got[0], inputs) and torch.equal(got[1], targets)
 
 
@@ -2265,7 +2271,7 @@ def build(**flags):
     config = ModelConfig(64, 16, 2, 32, 4, 64)
     return build_model(config, 1, torch.device("cpu"), torch.float32, ProcessConfig(**flags))
 
-with Distributed(torch.device("cpu")):
+with process_group(torch.device("cpu")):
     model = build(fsdp=True)
     for p, plain in zip(model.parameters(), build().parameters()):
         assert torch.equal(p.full_tensor(), plain)  # the same weights, sharded or not
@@ -2323,7 +2329,7 @@ PEAK_MEMORY = """
 import resource, sys, torch
 from scratchformer import *
 
-with Distributed(torch.device("cpu")):
+with process_group(torch.device("cpu")):
     flags = ProcessConfig(fsdp="--fsdp" in sys.argv)
     peaks = []
     for layers in (1, 24):  # the first also loads what FSDP needs
@@ -2423,20 +2429,20 @@ def test_a_partly_frozen_model_can_be_saved_and_restored():
         model.blocks[0].requires_grad_(False)
         params = local_params(model)
         optimizer = make_optimizer(params.values(), OptimizerConfig(), True)
-        return TrainState(model, params, optimizer, GradScaler(CPU, False))
+        return model, params, optimizer
 
     one, other = state(), state()
     for seed in range(3):
-        backward(one.model, seed)
-        one.optimizer.step()
-        one.optimizer.zero_grad()
-    saved = gather_state(one, weights_only=False)
+        backward(one[0], seed)
+        one[2].step()
+        one[2].zero_grad()
+    saved = gather_state(*one)
     assert not any("blocks.0" in name for name in saved["optimizer"]["exp_avg"])
-    restore_state(saved, other)
-    for trained in (one, other):
-        backward(trained.model, 7)
-        trained.optimizer.step()
-    for p, q in zip(one.model.parameters(), other.model.parameters(), strict=True):
+    restore_state(saved, *other)
+    for model, _, optimizer in (one, other):
+        backward(model, 7)
+        optimizer.step()
+    for p, q in zip(one[0].parameters(), other[0].parameters(), strict=True):
         assert torch.equal(p, q)
 
 
@@ -2662,10 +2668,14 @@ def test_a_signal_under_torchrun_saves_and_ends_both_processes(toy, tmp_path):
     assert load_checkpoint(tmp_path)["step"] >= 5
 
 
-def test_a_finished_run_is_resumed_to_no_effect(toy, tmp_path):
+@pytest.mark.parametrize("max_steps", [150, 100])
+def test_a_finished_run_is_resumed_to_no_effect_and_says_so(toy, tmp_path, capsys, max_steps):
     shutil.copytree(toy / "run", tmp_path / "run")
     before = snapshot(tmp_path)
-    do("train", *training(toy, tmp_path / "run"), "--max_steps 150 --resume")
+    argv = [word for word in training(toy, tmp_path / "run") if word != "--quiet"]
+    do("train", *argv, f"--max_steps {max_steps} --resume")
+    error = capsys.readouterr().err
+    assert "nothing left to do" in error and "step 150" in error and "tok/s" not in error
     assert snapshot(tmp_path) == before
 
 
