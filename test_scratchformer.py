@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import gc
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -2192,11 +2193,11 @@ def test_the_stream_is_the_batches_in_order():
 
 
 SPREAD = {  # processes, flags: always 8 sequences per step
-    "one": (0, "--batch_size 8"),
-    "accumulated": (0, "--batch_size 2 --grad_accum_steps 4"),
+    "one": (1, "--batch_size 8"),
+    "accumulated": (1, "--batch_size 2 --grad_accum_steps 4"),
     "replicated": (2, "--batch_size 2 --grad_accum_steps 2"),
     "fsdp": (2, "--batch_size 2 --grad_accum_steps 2 --fsdp"),
-    "muon": (0, "--batch_size 8 --optimizer muon"),
+    "muon": (1, "--batch_size 8 --optimizer muon"),
     "muon_replicated": (2, "--batch_size 2 --grad_accum_steps 2 --optimizer muon"),
     "muon_block_by_block": (
         2, "--batch_size 2 --grad_accum_steps 2 --fsdp --fsdp_unit block --optimizer muon"),
@@ -2205,27 +2206,156 @@ SPREAD = {  # processes, flags: always 8 sequences per step
 }  # fmt: skip
 ON_ONE = {how: "muon" if how.startswith("muon") else "one" for how in SPREAD}
 
+# What several processes do in the tests of chapters 10 to 12, one task after the other, because
+# starting them takes longer than the tasks.
+TASKS = """
+import gc, json, os, resource, sys, torch
+from scratchformer import *
+
+CPU = torch.device("cpu")
+
+def build(*shape, **flags):
+    flags = ProcessConfig(**flags)
+    return build_model(ModelConfig(*shape), 1, CPU, torch.float32, flags)
+
+def run(status, argv):
+    argv = [word.replace("RANK", os.environ["RANK"]) for word in argv]
+    assert (found := main(argv)) == status, (found, argv)
+
+def peak_memory(fsdp):
+    with process_group(CPU):
+        peaks = []
+        for layers in (1, 24):  # the first also loads what FSDP needs
+            model = build(1000, 16, layers, 512, 4, 1376, fsdp=fsdp)
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            del model
+    print("kB", peaks[1] - peaks[0])
+
+def steps_of_fsdp():
+    with process_group(CPU):
+        shape = 64, 16, 2, 32, 4, 64
+        model = build(*shape, fsdp=True)
+        for p, plain in zip(model.parameters(), build(*shape).parameters()):
+            assert torch.equal(p.full_tensor(), plain)  # the same weights, sharded or not
+        model.embedding.weight.requires_grad_(False)
+        params, scaler = local_params(model), GradScaler(CPU, False)
+        optimizer = make_optimizer(params.values(), OptimizerConfig(), True)
+        tokens = torch.ones(2, 16, dtype=torch.int64)
+        for step in range(60):
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            set_gradient_sync(model, True)
+            model(tokens, tokens).backward()
+            take_local_gradients(params)
+            scaler.step(optimizer, gradient_norm(params), 1.0)
+            optimizer.zero_grad(), model.zero_grad()
+            if step == 0:
+                norm = model.norm.weight
+                assert (norm.full_tensor() != 1).all()  # it learned
+            if step in (29, 59):
+                gc.collect()
+                print("objects", len(gc.get_objects()))
+        del model, params, optimizer, p, norm
+
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # each task meets at a port of its own
+with open(sys.argv[1]) as tasks:
+    for port, task, *arguments in json.load(tasks):
+        os.environ["MASTER_PORT"] = str(port)
+        globals()[task](*arguments)
+print("all done")
+"""
+
+
+def free_ports(count):
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in servers]
+    for server in servers:
+        server.close()
+    return ports
+
+
+def start_tasks(folder, world_size, *tasks):
+    """Let `world_size` processes under torchrun do all `tasks`."""
+    tasks = [[port, *task] for port, task in zip(free_ports(len(tasks)), tasks, strict=True)]
+    script = write(folder / "tasks.py", TASKS)
+    todo = write(folder / f"tasks{world_size}.json", json.dumps(tasks))
+    env = {"PYTHONPATH": str(FILE.parent)}
+    return subprocess.Popen(
+        **process(todo, processes=world_size, file=script, env=env),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def end_tasks(world_size, started, stopped=False):
+    """What they printed."""
+    out, error = started.communicate(timeout=300)
+    assert bool(started.returncode) == stopped and out.count(b"all done") == world_size, error
+    assert b"terminate called" not in error
+    return out.decode(), error.decode()
+
 
 def spread_training(toy, outdir, how, *flags):
-    """Train 50 steps, spread as `how` says."""
-    processes, spread = SPREAD[how]
-    valid = f"--valid_tokens {toy / 'valid.bin'}"
-    argv = ["train", *training(toy, outdir), spread, "--max_steps 50 --save_interval 25",
-            valid, *flags]  # fmt: skip
-    if processes:
-        done = run(*argv, processes=processes)
-        assert done.returncode == 0 and b"terminate called" not in done.stderr, done.stderr
-    else:
-        do(*argv)
+    """The command for 50 steps, spread as `how` says."""
+    argv = ["train", *training(toy, outdir), SPREAD[how][1], "--max_steps 50",
+            f"--save_interval 25 --valid_tokens {toy / 'valid.bin'}", *flags]  # fmt: skip
+    return shell_words(argv)
+
+
+def copy_interrupted(before, after):
+    """A run as it was after 25 steps."""
+    shutil.copytree(before, after)
+    (after / "step_000050.pt").unlink()
+    return after
 
 
 @pytest.fixture(scope="module")
 def spread(toy, tmp_path_factory):
     """The same run, spread in each way: a folder of run folders."""
     folder = tmp_path_factory.mktemp("spread")
-    for how in SPREAD:
-        spread_training(toy, folder / how, how)
+    for how, (world_size, _) in SPREAD.items():
+        if world_size == 1:
+            do(*spread_training(toy, folder / how, how))
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    tasks = [["peak_memory", False], ["steps_of_fsdp"]]
+    return end_tasks(1, start_tasks(tmp_path_factory.mktemp("one"), 1, *tasks))
+
+
+@pytest.fixture(scope="module")
+def two_processes(toy, spread):
+    """What two processes print that train, fail, resume, and are stopped by a signal."""
+
+    def machine(*flags):  # each process has another outdir, as on two machines
+        return shell_words(["train", *training(toy, spread / "machineRANK" / "run"),
+                            "--batch_size 2 --fsdp --save_interval 5", *flags])  # fmt: skip
+
+    resumed, stopped = copy_interrupted(spread / "one", spread / "one_fsdp"), spread / "stopped"
+    started = start_tasks(
+        spread, 2,
+        *(["run", 0, spread_training(toy, spread / how, how)]
+          for how, (world_size, _) in SPREAD.items() if world_size == 2),
+        ["run", 2, ["train", "--train_tokens", str(spread / "missing.bin"), "--device", "cpu"]],
+        ["run", 0, spread_training(toy, resumed, "fsdp", "--resume")],
+        ["run", 0, machine("--max_steps 10")],
+        ["run", 0, machine("--max_steps 20 --resume")],
+        ["run", 128 + signal.SIGTERM, shell_words(
+            ["train", *training(toy, stopped),
+             "--max_steps 5000 --fsdp --save_interval 1000"])],
+    )  # fmt: skip
+    wait_for(started, stopped, 5)
+    started.send_signal(signal.SIGTERM)
+    return end_tasks(2, started, stopped=True)
+
+
+@pytest.fixture(scope="module")
+def four_processes(toy, spread):
+    resumed = copy_interrupted(spread / "muon", spread / "muon_muon_hybrid")
+    tasks = [["peak_memory", True],
+             ["run", 0, spread_training(toy, spread / "muon_hybrid", "muon_hybrid")],
+             ["run", 0, spread_training(toy, resumed, "muon_hybrid", "--resume")],
+    ]  # fmt: skip
+    return end_tasks(4, start_tasks(spread, 4, *tasks))
 
 
 def close_rows(rows, expected, tolerance=1e-5):
@@ -2237,7 +2367,10 @@ def close_rows(rows, expected, tolerance=1e-5):
 
 @slow
 @pytest.mark.parametrize("how", [how for how in SPREAD if how != ON_ONE[how]])
-def test_two_ranks_learn_what_one_rank_learns(spread, how):
+def test_two_ranks_learn_what_one_rank_learns(spread, how, request):
+    world_size = SPREAD[how][0]
+    if world_size > 1:
+        request.getfixturevalue({2: "two_processes", 4: "four_processes"}[world_size])
     columns = ["step", "train_loss", "valid_loss", "grad_norm"]
     rows, one = (metrics(spread / which, *columns) for which in (how, ON_ONE[how]))
     assert len(rows) == 50 and rows[-1][2] < 3
@@ -2246,10 +2379,10 @@ def test_two_ranks_learn_what_one_rank_learns(spread, how):
     close_rows([row[3:] for row in rows], [row[3:] for row in one], 100 * tolerance)
 
 
-@slow
-def test_a_run_says_its_global_batch_and_how_it_came_about(toy, tmp_path):
+def test_a_run_says_its_global_batch_and_how_it_came_about(toy, tmp_path, capsys):
     argv = [*training(toy, tmp_path), "--max_steps 4 --grad_accum_steps 3"]
-    error = run("train", *[word for word in argv if word != "--quiet"]).stderr.decode()
+    do("train", *[word for word in argv if word != "--quiet"])
+    error = capsys.readouterr().err
     assert (
         "12 sequences = 768 tokens per step: batch_size 4 x grad_accum_steps 3 x processes 1"
         in error
@@ -2263,46 +2396,10 @@ def test_a_device_that_is_not_there_is_refused(toy, tmp_path, capsys):
     assert "no CUDA device" in refused(capsys, tmp_path, *argv)
 
 
-STEPS_OF_FSDP = """
-import gc, torch
-from scratchformer import *
-
-def build(**flags):
-    config = ModelConfig(64, 16, 2, 32, 4, 64)
-    return build_model(config, 1, torch.device("cpu"), torch.float32, ProcessConfig(**flags))
-
-with process_group(torch.device("cpu")):
-    model = build(fsdp=True)
-    for p, plain in zip(model.parameters(), build().parameters()):
-        assert torch.equal(p.full_tensor(), plain)  # the same weights, sharded or not
-    model.embedding.weight.requires_grad_(False)
-    params, scaler = local_params(model), GradScaler(torch.device("cpu"), False)
-    optimizer = make_optimizer(params.values(), OptimizerConfig(), True)
-    tokens = torch.ones(2, 16, dtype=torch.int64)
-    for step in range(60):
-        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
-        set_gradient_sync(model, True)
-        model(tokens, tokens).backward()
-        take_local_gradients(params)
-        scaler.step(optimizer, gradient_norm(params), 1.0)
-        optimizer.zero_grad(), model.zero_grad()
-        if step == 0:
-            norm = model.norm.weight
-            assert (norm.full_tensor() != 1).all()  # it learned
-        if step in (29, 59):
-            gc.collect()
-            print("objects", len(gc.get_objects()))
-    del model, params, optimizer, p, norm
-"""
-
-
 @slow
-def test_steps_of_fsdp_leave_nothing_behind(tmp_path):
+def test_steps_of_fsdp_leave_nothing_behind(one_process):
     """Nor does a frozen parameter disturb them."""
-    script = write(tmp_path / "steps.py", STEPS_OF_FSDP.encode())
-    done = run(processes=1, file=script, env={"PYTHONPATH": str(FILE.parent)})
-    assert done.returncode == 0, done.stderr
-    early, late = map(int, re.findall(rb"objects (\d+)", done.stdout))
+    early, late = map(int, re.findall(r"objects (\d+)", one_process[0]))
     assert late - early < 30  # objects of Python, in 30 steps; one for each would be a leak
 
 
@@ -2318,40 +2415,18 @@ def test_a_flag_of_fsdp_without_fsdp_is_refused(toy, tmp_path, capsys, flag):
 
 
 @slow
-def test_a_mistake_under_torchrun_is_told_once(tmp_path):
-    done = run(f"train --train_tokens {tmp_path / 'missing.bin'} --device cpu", processes=2)
-    assert done.returncode and done.stderr.count(b"scratchformer: error: ") == 1
-    assert b"missing.bin" in done.stderr and b"Traceback (most" not in done.stderr.split(
-        b"torch/distributed")[0]
-
-
-PEAK_MEMORY = """
-import resource, sys, torch
-from scratchformer import *
-
-with process_group(torch.device("cpu")):
-    flags = ProcessConfig(fsdp="--fsdp" in sys.argv)
-    peaks = []
-    for layers in (1, 24):  # the first also loads what FSDP needs
-        config = ModelConfig(1000, 16, layers, d_model=512, num_heads=4, d_ff=1376)
-        model = build_model(config, 1, torch.device("cpu"), torch.float32, flags)
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        del model
-    print("kB", peaks[1] - peaks[0])
-"""
+def test_a_mistake_under_torchrun_is_told_once(two_processes):
+    _, error = two_processes
+    assert error.count("scratchformer: error: ") == 1 and 'scratchformer.py", line' not in error
+    assert re.search("scratchformer: error: .*missing.bin", error)
 
 
 @slow
-def test_fsdp_starts_with_its_shards_and_one_whole_tensor(tmp_path):
-    script = write(tmp_path / "peak.py", PEAK_MEMORY)
-    grown = {}
-    for flags, processes in (("", 1), ("--fsdp", 4)):
-        env = {"PYTHONPATH": str(FILE.parent)}
-        done = run(flags, processes=processes, file=script, env=env)
-        assert done.returncode == 0, done.stderr
-        grown[processes] = max(int(kb) for kb in re.findall(rb"kB (\d+)", done.stdout))
+def test_fsdp_starts_with_its_shards_and_one_whole_tensor(one_process, four_processes):
+    one, four = (max(map(int, re.findall(r"kB (\d+)", out)))
+                 for out, _ in (one_process, four_processes))  # fmt: skip
     # 73 million weights more are 292 MB; a quarter of them, and whole tensors of up to 6 MB.
-    assert grown[1] > 280_000 and grown[4] < 0.33 * grown[1], grown
+    assert one > 280_000 and four < 0.33 * one, (one, four)
 
 
 # ======================================================================================
@@ -2470,7 +2545,9 @@ def test_only_the_newest_checkpoints_are_kept(toy):
 
 @slow
 @pytest.mark.parametrize("how", ["fsdp", "muon_hybrid"])
-def test_fsdp_writes_the_checkpoint_that_one_process_writes(spread, how):
+def test_fsdp_writes_the_checkpoint_that_one_process_writes(
+    spread, two_processes, four_processes, how
+):
     one, other = (load_checkpoint(spread / which) for which in (ON_ONE[how], how))
     assert same_state(one, other, tolerance=1e-3)
     assert one.keys() == other.keys() and one["optimizer"]["step"] == other["optimizer"]["step"]
@@ -2478,14 +2555,16 @@ def test_fsdp_writes_the_checkpoint_that_one_process_writes(spread, how):
 
 
 @slow
-@pytest.mark.parametrize(
-    "before, after", [("fsdp", "one"), ("muon_replicated", "muon"), ("muon", "muon_hybrid")])
-def test_a_run_resumes_on_another_number_of_processes(toy, spread, tmp_path, before, after):
-    shutil.copytree(spread / before, tmp_path / "run")
-    (tmp_path / "run" / "step_000050.pt").unlink()
-    spread_training(toy, tmp_path / "run", after, "--resume")
-    rows = metrics(tmp_path / "run", "step", "train_loss", "valid_loss")
-    one = metrics(spread / ON_ONE[after], "step", "train_loss", "valid_loss")
+@pytest.mark.parametrize("before, after", [
+    ("fsdp", "one"), ("one", "fsdp"), ("muon_replicated", "muon"), ("muon", "muon_hybrid")])
+def test_a_run_resumes_on_another_number_of_processes(
+    toy, spread, two_processes, four_processes, before, after
+):
+    outdir = spread / f"{before}_{after}"
+    if SPREAD[after][0] == 1:  # the others have resumed already
+        do(*spread_training(toy, copy_interrupted(spread / before, outdir), after, "--resume"))
+    columns = ["step", "train_loss", "valid_loss"]
+    rows, one = (metrics(folder, *columns) for folder in (outdir, spread / ON_ONE[after]))
     close_rows(rows, one, 1e-4 if ON_ONE[after] == "muon" else 1e-5)
 
 
@@ -2635,7 +2714,7 @@ def test_resumed_run_equals_unbroken_run(toy, tmp_path):
         "--max_steps 100 --d_model 48 --batch_size 16 --log_interval 3 --optimizer muon "
         f"--valid_tokens {toy / 'valid.bin'} --eval_interval 40 --save_interval 10"
     ]
-    assert run("train", *training(toy, tmp_path / "unbroken"), *flags).returncode == 0
+    do("train", *training(toy, tmp_path / "unbroken"), *flags)
     rng, broken = random.Random(6), tmp_path / "broken"
     for step, number, status in [
         (15, signal.SIGKILL, -9),
@@ -2652,20 +2731,14 @@ def test_resumed_run_equals_unbroken_run(toy, tmp_path):
         assert trainer.wait() == status
         newest = load_checkpoint(broken)["step"]
         assert newest >= step - 10 and (status < 0 or newest >= step)
-    assert run("train", *training(toy, broken), *flags, "--resume").returncode == 0
+    do("train", *training(toy, broken), *flags, "--resume")
     assert metrics(broken, *EXACT) == metrics(tmp_path / "unbroken", *EXACT)
     assert same_state(load_checkpoint(broken), load_checkpoint(tmp_path / "unbroken"))
 
 
 @slow
-def test_a_signal_under_torchrun_saves_and_ends_both_processes(toy, tmp_path):
-    flags = [*training(toy, tmp_path), "--max_steps 5000 --fsdp --save_interval 1000"]
-    trainer = subprocess.Popen(**process("train", *flags, processes=2), stderr=subprocess.PIPE)
-    wait_for(trainer, tmp_path, 5)
-    trainer.send_signal(signal.SIGTERM)
-    _, error = trainer.communicate(timeout=60)
-    assert trainer.returncode and b"terminate called" not in error
-    assert load_checkpoint(tmp_path)["step"] >= 5
+def test_a_signal_under_torchrun_saves_and_ends_both_processes(spread, two_processes):
+    assert load_checkpoint(spread / "stopped")["step"] >= 5
 
 
 @pytest.mark.parametrize("max_steps", [150, 100])
@@ -2721,30 +2794,10 @@ def test_a_run_resumes_without_repeating_the_shape(toy, tmp_path, capsys):
     assert (tmp_path / "tokenizer.json").read_bytes() == (toy / "tokenizer.json").read_bytes()
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 @slow
-def test_only_process_0_needs_to_see_outdir(toy, tmp_path):
-    """Two processes whose --outdir is another directory each, as on two machines."""
-
-    def train(*flags):
-        port, processes = str(free_port()), []
-        for rank in (0, 1):
-            env = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-            argv = ["train", *training(toy, tmp_path / f"machine{rank}" / "run"),
-                    "--batch_size 2 --fsdp --save_interval 5", *flags]  # fmt: skip
-            processes.append(subprocess.Popen(**process(*argv, env=env)))
-        assert [p.wait(timeout=100) for p in processes] == [0, 0]
-
-    train("--max_steps 10")
-    train("--max_steps 20 --resume")
-    assert metrics(tmp_path / "machine0" / "run", "step") == [(s,) for s in range(1, 21)]
-    assert not (tmp_path / "machine1").exists()
+def test_only_process_0_needs_to_see_outdir(spread, two_processes):
+    assert metrics(spread / "machine0" / "run", "step") == [(s,) for s in range(1, 21)]
+    assert not (spread / "machine1").exists()
 
 
 def losses_of_windows(model, tokens, T):
@@ -3034,17 +3087,13 @@ def test_greedy_text_goes_on_as_the_corpus_does(toy, capsys):
     assert re.fullmatch(r"The red \w+ (sees|likes|helps) the \w+\.\n+", capsys.readouterr().out)
 
 
-@slow
 @pytest.mark.parametrize("prompt", ["", "Ünï The"])
-def test_the_prompt_comes_from_standard_input(toy, prompt):
-    done = run(
-        f"generate --checkpoint {toy / 'run'} --max_new_tokens 5 --seed 1 --num_samples 3 "
-        "--device cpu",
-        stdin=prompt.encode(),
-    )
-    assert done.returncode == 0 and done.stderr == b""
-    out = done.stdout.decode()
-    assert out.startswith(prompt) and len(out) > 3 * len(prompt + "\n")
+def test_the_prompt_comes_from_standard_input(toy, prompt, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
+    do(f"generate --checkpoint {toy / 'run'} --max_new_tokens 5 --seed 1 --num_samples 3 "
+       "--device cpu")  # fmt: skip
+    out, error = capsys.readouterr()
+    assert error == "" and out.startswith(prompt) and len(out) > 3 * len(prompt + "\n")
 
 
 @slow
@@ -3224,7 +3273,7 @@ def test_the_bundled_stories_are_what_the_script_writes(make_stories, tmp_path):
 
 @slow
 @STORIES
-def test_the_demo_runs_every_command_it_shows(tmp_path):
+def test_the_demo_runs_every_command_it_shows(tmp_path, capsys):
     done = run(f"demo --outdir {tmp_path} --max_steps 20")
     assert done.returncode == 0, done.stderr
     shown = re.findall(rb"^\$ .*scratchformer.py (\S+)", done.stderr, re.M)
@@ -3232,8 +3281,8 @@ def test_the_demo_runs_every_command_it_shows(tmp_path):
     result, story = done.stdout.split(b"\n", 1)
     assert json.loads(result)["floor_nats_per_byte"] < json.loads(result)["nats_per_byte"]
     assert story.startswith(b"Once")
-    again = run(f"demo --outdir {tmp_path} --max_steps 2 --quiet")  # its own may be replaced
-    assert again.returncode == 0 and again.stderr == b""
+    do(f"demo --outdir {tmp_path} --max_steps 2 --quiet")  # its own may be replaced
+    assert capsys.readouterr().err == ""
     assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["step_000002.pt"]
 
 
