@@ -1130,13 +1130,14 @@ def test_the_tokenizer_commands_and_help_do_not_import_torch(tmp_path):
 def test_a_value_may_look_like_a_flag_and_files_add_up():
     def parse(*argv):
         return scratchformer.parse_flags("generate", scratchformer.COMMANDS["generate"],
-                                         ["--checkpoint", "x", *argv])[0]  # fmt: skip
+                                         ["--checkpoint", "x", *argv])[0][0]  # fmt: skip
 
     for prompt in ("-- Hello", "--well-known fact"):
         assert parse("--prompt", prompt).prompt == prompt
     assert parse("--prompt=--no-space\nbelow").prompt == "--no-space\nbelow"
     argv = "--file_path a b --file_path c --tokenizer_out_path t --vocab_size=400"
-    config = scratchformer.parse_flags("bpe-train", scratchformer.bpe_train, argv.split())[0]
+    command = scratchformer.bpe_train
+    (config,), _ = scratchformer.parse_flags("bpe-train", command, argv.split())
     assert config.file_path == [Path("a"), Path("b"), Path("c")] and config.vocab_size == 400
 
 
@@ -2176,7 +2177,7 @@ def test_any_split_over_processes_and_micro_steps_sees_the_same_rows(world_size,
 
 def test_a_stream_of_a_billion_steps_stores_none_of_them():
     tracemalloc.start()
-    stream = BatchLoader(np.arange(99), 5, 2).stream(range(10**9), CPU)
+    stream = load_batches(np.arange(99), 5, range(10**9), CPU, batch_size=2)
     next(stream)
     stream.close()
     assert tracemalloc.get_traced_memory()[1] < 1e6
