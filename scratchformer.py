@@ -3509,8 +3509,10 @@ def shard_model(
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for unit in [*model.blocks, model] if per_block else [model]:
         # The last unit holds the head, which the backward pass needs at once: keep it gathered.
+        # On one device, gathering is only a copy in `dtype`: keep it, too.
+        drop = unit is not model and mesh.shape[-1] > 1
         sharded: Any = fully_shard(
-            unit, mesh=mesh, mp_policy=policy, reshard_after_forward=unit is not model)
+            unit, mesh=mesh, mp_policy=policy, reshard_after_forward=drop)
         if device.type == "cpu":
             # TRAP: asked for an average, gloo in torch 2.8 returns the sum.
             sharded.set_force_sum_reduction_for_comms(True)
