@@ -2202,6 +2202,7 @@ SPREAD = {  # processes, flags: always 8 sequences per step
     "accumulated": (1, "--batch_size 2 --grad_accum_steps 4"),
     "replicated": (2, "--batch_size 2 --grad_accum_steps 2"),
     "fsdp": (2, "--batch_size 2 --grad_accum_steps 2 --fsdp"),
+    "fsdp_on_four": (4, "--batch_size 1 --grad_accum_steps 2 --fsdp"),
     "muon": (1, "--batch_size 8 --optimizer muon"),
     "muon_replicated": (2, "--batch_size 2 --grad_accum_steps 2 --optimizer muon"),
     "muon_block_by_block": (
@@ -2357,7 +2358,8 @@ def two_processes(toy, spread):
 def four_processes(toy, spread):
     resumed = copy_interrupted(spread / "muon", spread / "muon_muon_hybrid")
     tasks = [["peak_memory", True],
-             ["run", 0, spread_training(toy, spread / "muon_hybrid", "muon_hybrid")],
+             *(["run", 0, spread_training(toy, spread / how, how)]
+               for how, (world_size, _) in SPREAD.items() if world_size == 4),
              ["run", 0, spread_training(toy, resumed, "muon_hybrid", "--resume")],
     ]  # fmt: skip
     return end_tasks(4, start_tasks(spread, 4, *tasks))
