@@ -50,7 +50,7 @@ explains its flags: python scratchformer.py COMMAND --help
 # Tensor shapes use one letter per dimension:
 #   B batch (sequences)    T time (position in the sequence)    D model width (d_model)
 #   H attention heads      K width of one head, D / H           F MLP width (d_ff)
-#   V vocabulary size
+#   V vocabulary size      G heads of keys and values, often H
 #
 # A comment that starts with WHY gives the reason for a choice; TRAP marks something that
 # breaks when changed, and how. Lines that start with >>> are examples; the tests run them.
@@ -86,7 +86,7 @@ import types
 import typing
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import (
     BrokenExecutor,
     Executor,
@@ -325,6 +325,7 @@ def build_vocab(merges: Sequence[Merge], special_tokens: Sequence[str]) -> dict[
 # ----------------------------------------------------------------------------------------
 
 END_OF_TEXT = "<|endoftext|>"  # the special token between documents, named as in GPT-2
+END_OF_TEXTS = (END_OF_TEXT, "<|end_of_text|>")  # and in Llama 3
 
 
 class Tokenizer:
@@ -333,7 +334,8 @@ class Tokenizer:
     `vocab` maps ids to bytes. `merges` are pairs of tokens in the order learned. Special
     tokens that are not in `vocab` get the next free ids. `pattern` splits text into
     pre-tokens. With `ignore_merges`, a pre-token that is in the vocabulary takes its id
-    without any merges, as in Llama 3. Raises UserError if these are inconsistent.
+    without any merges, as in Llama 3. Bytes that a vocabulary lacks are dropped: SmolLM's has
+    none for a few control characters. Raises UserError if these are inconsistent.
 
     A worked example with three merges. "then" starts as the bytes t, h, e, n. Merge 0
     makes th, e, n; merge 1 makes the, n; merge 2 looks for h + e and finds none.
@@ -374,6 +376,7 @@ class Tokenizer:
         self.id_merges = [((id_of[left], id_of[right]), id_of[left + right])
                           for left, right in self.merges]
         self.merge_rank = {pair: rank for rank, (pair, _) in enumerate(self.id_merges)}
+        self.missing_bytes = bytes(b for b in range(256) if bytes([b]) not in id_of)
         # Words repeat, so remember the most recent ones.
         self.encode_pretoken = functools.lru_cache(maxsize=1 << 11)(self.apply_merges)
 
@@ -389,6 +392,7 @@ class Tokenizer:
         """
         if self.ignore_merges and word in self.token_to_id:
             return (self.token_to_id[word],)
+        word = word.translate(None, self.missing_bytes)
         if len(word) > MAX_NAIVE:
             return self.fast.encode_long_word(word)  # chapter 4
         ids = [self.token_to_id[bytes([byte])] for byte in word]
@@ -463,6 +467,12 @@ class Tokenizer:
         """
         return tokenizer_from_json(read_json(path, "tokenizer.json"), path)
 
+    @property
+    def eot_id(self) -> int | None:
+        """The id of the special token that ends a text, if there is one."""
+        return next((self.special_tokens[t] for t in END_OF_TEXTS if t in self.special_tokens),
+                    None)
+
     def fingerprint(self) -> str:
         """A hash of everything that determines the ids."""
         return hashlib.sha256(json.dumps(tokenizer_to_json(self)).encode()).hexdigest()
@@ -480,13 +490,13 @@ def check_pattern(pattern: str) -> None:
 
 def check_merges(merges: Sequence[Merge], token_to_id: dict[bytes, int]) -> None:
     """Raise UserError unless every merge joins two earlier tokens and all have ids."""
-    known = {bytes([byte]) for byte in range(256)}
+    known = {bytes([byte]) for byte in range(256)} & token_to_id.keys()
     for left, right in merges:
         if left not in known or right not in known:
             raise UserError(f"merge {left!r} + {right!r} comes before its parts are made")
         known.add(left + right)
     if missing := known - token_to_id.keys():
-        raise UserError(f"the vocabulary lacks {min(missing)!r}, which is a byte or a merge")
+        raise UserError(f"the vocabulary lacks {min(missing)!r}, which is a merge")
     if len(set(merges)) < len(merges):
         raise UserError("a merge is listed twice")
 
@@ -962,7 +972,8 @@ class FastEncoder:
         keys = np.append(pairs[:, 0] << 32 | pairs[:, 1], np.iinfo(np.int64).max)
         self.rank_of_pair, self.pairs = keys.argsort(), np.sort(keys)
         self.merged_ids = np.array([merged for _, merged in tokenizer.id_merges], np.int64)
-        self.byte_ids = np.array([tokenizer.token_to_id[bytes([b])] for b in range(256)])
+        id_of = tokenizer.token_to_id
+        self.byte_ids = np.array([id_of.get(bytes([b]), -1) for b in range(256)])
         self.clear()
 
     def clear(self) -> None:
@@ -1025,6 +1036,7 @@ class FastEncoder:
         word = np.repeat(np.arange(len(which)), lengths)
         data = np.frombuffer(words.data, np.uint8)
         ids = self.byte_ids[data[ragged_indices(words.starts[which], lengths)]]
+        ids, word = ids[ids >= 0], word[ids >= 0]  # without bytes that have no token
         ranks = self.pair_ranks(ids, word, np.arange(len(ids)))
         while len(ids):
             starts = np.flatnonzero(run_starts(word))
@@ -1433,7 +1445,7 @@ def encode_file(
     `append_eot`, each input file that does not end with the end-of-text token gets one.
     """
     files, specials = input_files(dataset_path), list(tokenizer.special_tokens)
-    eot_id = tokenizer.special_tokens.get(END_OF_TEXT)
+    eot_id = tokenizer.eot_id
     if append_eot and eot_id is None:
         raise UserError(f"append_eot needs the special token {END_OF_TEXT} in the tokenizer")
     dtype = np.dtype(tokenizer.dtype)
@@ -1753,14 +1765,16 @@ class Parser(argparse.ArgumentParser):
             text += f" (default: {field.default})"
         if isinstance(kind, types.UnionType):  # X | None
             kind = typing.get_args(kind)[0]
-        options = {"type": kind, "metavar": {int: "N", Path: "PATH"}.get(kind, "X")}
+        metavar = {int: "N", Path: "PATH"}
+        options: dict[str, Any] = {"type": kind, "metavar": metavar.get(kind, "X")}
         if kind is bool:
             options = {"action": "store_true"}
         elif typing.get_origin(kind) is Literal:
             options = {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is list:
-            options = {"action": "extend", "type": typing.get_args(kind)[0], "nargs": "+",
-                       "metavar": "PATH"}  # given twice, it adds; of others, the last counts
+            element = typing.get_args(kind)[0]
+            options = {"action": "extend", "type": element, "nargs": "+",
+                       "metavar": metavar.get(element, "X")}  # given twice, it adds
         group.add_argument("--" + field.name, required=required, help=text, **options)
 
     def parse(self, argv: list[str]) -> dict[str, Any]:
@@ -2059,7 +2073,8 @@ class TokenDataset:
 # (Vaswani et al. 2017, arXiv 1706.03762, with the changes of Llama: Touvron et al. 2023,
 # arXiv 2302.13971, section 2.2)
 #
-# Shapes: B batch, T time, D model width, H heads, K head width, F MLP width, V vocabulary.
+# Shapes: B batch, T time, D model width, H heads (G of keys and values), K head width, F MLP
+# width, V vocabulary.
 # ----------------------------------------------------------------------------------------
 
 # What we use of PyTorch here. A Tensor is an array of numbers. An nn.Parameter is a tensor to
@@ -2085,9 +2100,20 @@ class ModelConfig(Config):
     d_ff: int = flag(2048, "width inside SwiGLU, about 8/3 of d_model", 1)
     rope_theta: float = flag(10000.0, "RoPE: the larger, the slower the slowest rotation", 1.0)
     norm_eps: float = flag(1e-5, "added to the mean square in RMSNorm", 0.0)
+    num_kv_heads: int = flag(0, "heads of keys and values; 0: as many as num_heads", 0)
+    tie_embeddings: bool = flag(False, "one matrix for the embedding and the output")
+    rope_scaling: list[float] | None = flag(
+        None, "RoPE of Llama 3.1: factor, low and high frequency factor, original context")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.num_kv_heads = self.num_kv_heads or self.num_heads
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"num_heads must be divisible by num_kv_heads: {self.num_heads} / "
+                            f"{self.num_kv_heads}")
+        if (r := self.rope_scaling) and not (len(r) == 4 and min(r) > 0 and r[1] < r[2]):
+            raise UserError(f"rope_scaling must be four numbers above 0, the second below the "
+                            f"third, not {r}")
         shape = f"{self.d_model} / {self.num_heads}"
         if self.d_model % self.num_heads:
             raise UserError(f"d_model must be divisible by num_heads: {shape}")
@@ -2186,8 +2212,12 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same with a causal mask, by PyTorch's routine, which avoids storing T x T scores."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    """The same with a causal mask, by PyTorch's routine, which avoids storing T x T scores.
+
+    k and v may have fewer heads than q: then each serves a group of neighboring query heads.
+    """
+    grouped = k.shape[1] < q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 # Rotary position embedding (RoPE)
@@ -2199,7 +2229,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # now depends on how far apart two tokens are, and not on where in the text they are.
 
 
-def make_rope_cache(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+def make_rope_cache(
+    positions: Tensor, head_dim: int, theta: float, scaling: Sequence[float] | None = None
+) -> Tensor:
     """Cosine and signed sine of each angle, float32 [2, ..., K] for positions [...].
 
     Pair i rotates by position * theta^(-2i / K): the first pairs fast, the last ones slowly,
@@ -2207,9 +2239,27 @@ def make_rope_cache(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     first member's sine is negative. TRAP: bfloat16 rounds position 257 to 256. So float32.
     """
     pairs = torch.arange(0, head_dim, 2, device=positions.device).float()  # (K/2,)
-    angles = positions.float()[..., None] * theta ** (-pairs / head_dim)  # (..., K/2)
+    frequencies = theta ** (-pairs / head_dim)  # (K/2,)
+    if scaling:
+        frequencies = stretch_slow_rotations(frequencies, *scaling)
+    angles = positions.float()[..., None] * frequencies  # (..., K/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]).flatten(-2)
+
+
+def stretch_slow_rotations(
+    frequencies: Tensor, factor: float, low: float, high: float, original_context: float
+) -> Tensor:
+    """Llama 3.1's way to a longer context: slow rotations become `factor` times slower.
+
+    Pairs that turn fewer than `low` times within the original context never came around in
+    training, so a longer text would show them new angles. Those that turn more than `high`
+    times stay as they are; in between it's a mix. (github.com/meta-llama/llama-models,
+    models/llama3/model.py, apply_scaling; transformers calls it rope_type "llama3".)
+    """
+    turns = original_context * frequencies / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / factor)
 
 
 def apply_rotary(x: Tensor, rope_cache: Tensor) -> Tensor:
@@ -2248,24 +2298,30 @@ class Attention(nn.Module):
     WHY heads: one softmax gives one weighted average. H attentions of width K = D / H cost as
     much as one of width D, and each can look for something else: the previous word, the
     subject of the sentence, the last name that was mentioned.
+    Keys and values may have G < H heads, each shared by H / G query heads. WHY: generation
+    keeps all keys and values of a text in memory (chapter 8). This makes them, and the
+    matrices that compute them, H / G times smaller, and the model hardly worse. (Ainslie et
+    al. 2023, arXiv 2305.13245: grouped-query attention)
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.num_heads = config.num_heads
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         # WHY one matrix for q, k and v: one large matmul is faster than three small ones.
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.qkv = nn.Linear(config.d_model, qkv_width, bias=False)
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(
         self, x: Tensor, rope_cache: Tensor | None = None, attend: Attend = causal_attention
     ) -> Tensor:
         """`rope_cache` [2, T, K] or [2, B, T, K]; None: no RoPE. Chapter 8 swaps `attend`."""
-        (B, T, D), H = x.shape, self.num_heads
-        qk, v = self.qkv(x).view(B, T, 3 * H, D // H).split([2 * H, H], dim=2)  # (B, T, 2H, K)
+        (B, T, D), H, G = x.shape, self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x).view(B, T, H + 2 * G, D // H)
+        qk, v = qkv.split([H + G, G], dim=2)  # (B, T, H + G, K), (B, T, G, K)
         if rope_cache is not None:
             qk = apply_rotary(qk, rope_cache.unsqueeze(-2))  # all heads rotate alike
-        q, k = qk.transpose(1, 2).split(H, dim=1)  # (B, H, T, K) each
+        q, k = qk.transpose(1, 2).split([H, G], dim=1)  # (B, H, T, K), (B, G, T, K)
         attn_out = attend(q, k, v.transpose(1, 2))  # (B, H, T, K)
         return self.output(attn_out.transpose(1, 2).reshape(B, T, D))
 
@@ -2362,11 +2418,21 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.tie_weights()
         # A buffer belongs to the model, but isn't learned.
         self.rope_cache: Tensor
         self.register_buffer("rope_cache", torch.empty(0), persistent=False)
         if not self.norm.weight.is_meta:  # a "meta" tensor has a shape, but no numbers yet
             self.init_weights(seed)
+
+    def tie_weights(self) -> None:
+        """With tie_embeddings, tokens are read and scored by one matrix: V * D fewer weights.
+
+        In small models that's a large part of all weights. (Press & Wolf 2017, arXiv
+        1608.05859)
+        """
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
@@ -2379,7 +2445,8 @@ class Transformer(nn.Module):
         """Compute the rotations of all positions."""
         c, device = self.config, self.norm.weight.device
         positions = torch.arange(c.context_length, device=device)
-        self.rope_cache = make_rope_cache(positions, c.head_dim, c.rope_theta)  # (2, T, K)
+        self.rope_cache = make_rope_cache(  # (2, T, K)
+            positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """The residual stream after the last block, normalized: [B, T] -> [B, T, D]."""
@@ -2398,8 +2465,8 @@ class Transformer(nn.Module):
 # Exercises
 # 1. Let `apply_rotary` return x unchanged and train as at the end of chapter 7. The model still
 #    learns, but clearly less: nothing tells it directly in what order the earlier tokens came.
-# 2. Tie the weights: after `self.lm_head = ...` write `self.lm_head.weight =
-#    self.embedding.weight`. The model then has V * D fewer weights.
+# 2. How many weights has the demo's model (2 blocks, D = 128, H = 4, F = 256, V = 1536), with
+#    and without tie_embeddings, and with num_kv_heads = 1? Work it out, then count.
 
 
 # ----------------------------------------------------------------------------------------
@@ -2660,20 +2727,24 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    banned: Tensor | None = None,
 ) -> Tensor:
     """Ids drawn from softmax(logits / temperature), int64 [B], for logits [B, V].
 
     A temperature below 1 makes likely tokens even more likely; 0 always takes the most likely.
     top_k keeps the k most likely tokens (and any equal to the last of them). top_p keeps the
-    most likely tokens that together reach probability p, at least one. By hand: these logits
-    correspond to 9%, 67% and 24%, so the second token alone reaches 0.5.
+    most likely tokens that together reach probability p, at least one. `generator` is one for
+    all rows, or a sequence with one per row. `banned` holds ids that are never drawn. By hand:
+    these logits correspond to 9%, 67% and 24%, so the second token alone reaches 0.5.
 
     >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0)
     tensor([1])
     >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), top_p=0.5)
     tensor([1])
     """
+    if banned is not None:
+        logits = logits.index_fill(-1, banned, -math.inf)
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
@@ -2691,7 +2762,10 @@ def sample(
     # Sampling as a race: let token i arrive at time e[i] / p[i], with e exponentially
     # distributed. Then token i comes first with probability p[i]. (torch.multinomial does the
     # same, but makes the CPU wait for a GPU.)
-    e = torch.empty_like(logits).exponential_(generator=generator)
+    e = torch.empty_like(logits)
+    generators = generator if isinstance(generator, Sequence) else [generator]
+    for rows, one in zip(e.chunk(len(generators)), generators):
+        rows.exponential_(generator=one)
     return (logits.softmax(-1) / e).argmax(-1)
 
 
@@ -2706,10 +2780,10 @@ def generate_naive(
     model: Transformer,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
-    eos_id: int | None = None,
+    eos_ids: Collection[int] = (),
     **sampling: Any,
 ) -> Iterator[int]:
-    """Yield up to `max_new_tokens` ids that continue the prompt, stopping after `eos_id`.
+    """Yield up to `max_new_tokens` ids that continue the prompt, stopping after any `eos_ids`.
 
     `sampling` goes to `sample`. Beyond context_length, the model sees the last tokens only.
     """
@@ -2720,7 +2794,7 @@ def generate_naive(
         logits = model(tokens)[:, -1]  # (1, V): the prediction after the last token
         ids.append(int(sample(logits, **sampling)))
         yield ids[-1]
-        if ids[-1] == eos_id:
+        if ids[-1] in eos_ids:
             return
 
 
@@ -2744,76 +2818,114 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 
 class CachedModel:
-    """A model's forward pass for the new tokens of a text, with a cache for the earlier ones.
+    """A model's forward pass for the new tokens of B texts, with a cache for the earlier ones.
 
     Compare `__call__` with `Transformer.hidden_states`: the same loop over the blocks, but
-    `attend` stores the new keys and values, and looks at the old ones too.
+    `attend` stores the new keys and values, and looks at the old ones too. The cache has room
+    for `size` tokens per text (default: context_length).
     """
 
-    def __init__(self, model: Transformer, batch_size: int = 1):
+    def __init__(self, model: Transformer, batch_size: int = 1, size: int | None = None):
         self.model, c = model, model.config
-        shape = (2, c.num_layers, batch_size, c.num_heads, c.context_length, c.head_dim)
+        size = size or c.context_length
+        shape = (2, c.num_layers, batch_size, c.num_kv_heads, size, c.head_dim)
         weight = model.embedding.weight
         # TRAP: zeros, not empty. Masked positions have weight 0, but 0 times the NaN of
         # uninitialized memory is NaN.
         self.kv_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, start: int | Tensor) -> Tensor:
-        """Logits [B, T, V] of tokens [B, T] that stand at positions start to start + T - 1."""
-        model, T = self.model, tokens.shape[1]
-        positions = start + torch.arange(T, device=tokens.device)  # (T,)
-        # S positions to look at. If `start` is a tensor (chapter 9), reading it would make
-        # the CPU wait for the GPU, so then it's all positions, most of them masked.
-        S = start + T if isinstance(start, int) else model.config.context_length
-        # By hand, one token after three: positions [3], S = 4, and the mask is all True.
-        attn_mask = positions[:, None] >= torch.arange(S, device=tokens.device)  # (T, S)
-        rope_cache = model.rope_cache[:, positions]  # (2, T, K)
+    def __call__(
+        self, tokens: Tensor, start: int | list[int] | Tensor, last: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, T, V] of tokens [B, T] at positions start to start + T - 1 of their texts.
+
+        `start` is the same for all texts, or one number for each. With `last` [B], only the
+        logits after token last[b] of text b: [B, 1, V].
+        """
+        model, (B, T), device = self.model, tokens.shape, tokens.device
+        S = self.kv_cache.shape[4]  # positions to look at, most of them masked
+        if not isinstance(start, Tensor):
+            # Only as many as needed. A tensor (chapter 9) may be on a GPU, and reading it
+            # would make the CPU wait.
+            start = torch.tensor(start)
+            S = int(start.max()) + T
+        positions = start.to(device).view(-1, 1) + torch.arange(T, device=device)
+        positions, rows = positions.expand(B, T), torch.arange(B, device=device)[:, None]
+        # By hand, one token after three: positions [[3]], S = 4, and the mask is all True.
+        attn_mask = positions[:, None, :, None] >= torch.arange(S, device=device)
+        # The H / G query heads of one key head count as so many more positions.
+        group = model.config.num_heads // model.config.num_kv_heads
+        attn_mask = attn_mask.repeat(1, 1, group, 1)  # (B, 1, H / G * T, S)
+        rope_cache = model.rope_cache[:, positions]  # (2, B, T, K)
         x = model.embedding(tokens)  # (B, T, D)
         for block, (k_cache, v_cache) in zip(model.blocks, self.kv_cache.unbind(1)):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, k_cache=k_cache, v_cache=v_cache):
-                k_cache.index_copy_(2, positions, k)  # (B, H, context_length, K)
-                v_cache.index_copy_(2, positions, v)
-                k, v = k_cache[:, :, :S], v_cache[:, :, :S]  # (B, H, S, K)
+                k_cache[rows, :, positions] = k.transpose(1, 2)  # (B, G, size, K)
+                v_cache[rows, :, positions] = v.transpose(1, 2)
+                k, v = k_cache[:, :, :S], v_cache[:, :, :S]  # (B, G, S, K)
+                grouped = q.reshape(B, k.shape[1], group * T, -1)  # (B, G, H / G * T, K)
                 # TRAP: not is_causal=True, which would let a single query see key 0 only.
-                return F.scaled_dot_product_attention(q, k, v, attn_mask)
+                attn_out = F.scaled_dot_product_attention(grouped, k, v, attn_mask)
+                return attn_out.reshape(q.shape)  # (B, H, T, K)
 
             x = block(x, rope_cache, attend)
+        if last is not None:
+            x = x[rows, last[:, None]]  # (B, 1, D)
         return model.lm_head(model.norm(x))
 
 
 @torch.no_grad()
-def generate(
+def generate_batch(
     model: Transformer,
-    prompt_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_id: int | None = None,
-    generator: torch.Generator | None = None,
+    eos_ids: Collection[int] = (),
     cached_model: CachedModel | None = None,
-) -> Iterator[int]:
-    """Yield what `generate_naive` yields, with a cache, up to context_length.
+    **sampling: Any,
+) -> Iterator[list[int | None]]:
+    """Yield the next id of every text, over and over; None for a text that has ended.
 
-    When the context is full, the model reads the second half of it again and continues from
+    A batch costs little more time than one text, since both read all weights once per token.
+    All rows begin at position 0. Short ones are padded at the end; no token sees the padding,
+    because it comes later, and new tokens overwrite it in the cache. So up to rounding, every
+    text is what it would be alone, given a `generator` per row.
+    When a context is full, the model reads the second half of it again and continues from
     there. `cached_model` is a cache to use again, or a faster one (chapter 9).
     """
-    check_prompt(prompt_ids, model.config.vocab_size)
-    cached_model = cached_model or CachedModel(model)
-    ids, device, limit = list(prompt_ids), model.rope_cache.device, model.config.context_length
-    new, num_cached = ids[-limit:], 0  # tokens to read; how many are in the cache
+    for prompt in prompts:
+        check_prompt(prompt, model.config.vocab_size)
+    limit, device = model.config.context_length, model.rope_cache.device
+    cached_model = cached_model or CachedModel(model, len(prompts))
+    windows = [list(prompt[-limit:]) for prompt in prompts]  # what the model sees of each text
+    ended, refill = [False] * len(prompts), True  # refill: read whole windows
     for _ in range(max_new_tokens):
-        if num_cached + len(new) > limit:
-            new, num_cached = ids[-(limit // 2 + 1) :], 0
-        logits = cached_model(torch.tensor([new], device=device), num_cached)[:, -1]  # (1, V)
-        num_cached += len(new)
-        new = sample(logits, temperature, top_k, top_p, generator).tolist()
-        ids += new
-        yield new[0]
-        if new[0] == eos_id:
+        new = windows if refill else [window[-1:] for window in windows]
+        start = 0 if refill else [len(window) - 1 for window in windows]
+        T = max(map(len, new))
+        tokens = torch.tensor([row + [0] * (T - len(row)) for row in new], device=device)
+        last = torch.tensor([len(row) - 1 for row in new], device=device)  # (B,)
+        logits = cached_model(tokens, start, last)[:, -1]  # (B, V)
+        ids, refill = sample(logits, **sampling).tolist(), False
+        yield [None if end else i for end, i in zip(ended, ids)]
+        for row, (window, i) in enumerate(zip(windows, ids)):
+            ended[row] |= i in eos_ids
+            if not ended[row]:  # one that has ended repeats its last token, unseen
+                window.append(i)
+            if len(window) > limit:
+                del window[: -(limit // 2 + 1)]
+                refill = True
+        if all(ended):
             return
+
+
+def generate(
+    model: Transformer, prompt_ids: Sequence[int], max_new_tokens: int, **how: Any
+) -> Iterator[int]:
+    """Yield what `generate_naive` yields, with a cache, up to context_length."""
+    for ids in generate_batch(model, [prompt_ids], max_new_tokens, **how):
+        yield from (i for i in ids if i is not None)
 
 
 # Exercises
@@ -3223,19 +3335,21 @@ class CUDAGraphDecoder(CachedModel):
     is passed in tensors, and the logits are overwritten by the next call.
     """
 
-    def __init__(self, model: Transformer, batch_size: int = 1):
-        super().__init__(model, batch_size)
+    def __init__(self, model: Transformer, batch_size: int = 1, size: int | None = None):
+        super().__init__(model, batch_size, size)
         if (device := self.kv_cache.device).type != "cuda":
             raise UserError(f"CUDA graphs need a model on a CUDA device, not on {device.type}")
         self.graph: torch.cuda.CUDAGraph | None = None
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        self.start = torch.zeros((), dtype=torch.int64, device=device)
+        self.start = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
-    def __call__(self, tokens: Tensor, start: int | Tensor) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, start: int | list[int] | Tensor, last: Tensor | None = None
+    ) -> Tensor:
         if tokens.shape[1] > 1:
-            return super().__call__(tokens, start)
+            return super().__call__(tokens, start, last)
         self.token.copy_(tokens)
-        self.start.fill_(start)
+        self.start.copy_(torch.as_tensor(start))
         with torch.cuda.device(self.kv_cache.device):
             if self.graph is None:
                 # Once without recording: the first call includes lazy initialization.
@@ -3687,6 +3801,7 @@ def build_model(
         # autocast would leave the embedding in float32, and with it the residual stream.
         model.embedding.register_forward_hook(lambda module, args, x: x.to(dtype))
     model.to_empty(device=device)  # memory for what this process holds
+    model.tie_weights()  # TRAP: to_empty gives each of two names a tensor of its own
     for name, p in model.named_parameters():
         copy_full(initial_weight(name, p, config.num_layers, seed), p)
     model.init_rope()
@@ -3787,9 +3902,12 @@ def model_from_checkpoint(
         config.context_length = context_length or config.context_length
         model = TransformerWithLoss(config)
         weights = {k: w.to(device, dtype) for k, w in state["model"].items()}
+        if config.tie_embeddings:
+            weights["lm_head.weight"] = weights["embedding.weight"]
         model.load_state_dict(weights, assign=True)
         if bad := [k for k, w in state["model"].items() if not w.isfinite().all()]:
             raise UserError(f"{bad[0]} is not finite")
+        model.tie_weights()
     model.init_rope()  # TRAP: in float32, which model.to(dtype) would round
     return model.eval()
 
@@ -3998,6 +4116,18 @@ def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
     return np.array([len(tokenizer.vocab.get(i, b"")) for i in range(tokenizer.vocab_size)])
 
 
+def missing_ids(token_bytes: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Ids of the model that the tokenizer lacks: nothing to write if they are drawn.
+
+    A vocabulary is often rounded up, for matmuls of a better size.
+    By hand: token 1 has no bytes, and the tokenizer ends at 3.
+
+    >>> missing_ids(np.array([1, 0, 2]), 5).tolist()
+    [1, 3, 4]
+    """
+    return np.flatnonzero(np.pad(token_bytes, (0, vocab_size))[:vocab_size] == 0)
+
+
 # Logging
 # -------
 
@@ -4007,14 +4137,15 @@ def flops_per_token(config: ModelConfig) -> float:
 
     6 for each weight in a matmul (2 forward, 4 backward), and 6 * T * D per block for
     attention, half of the full square (Chowdhery et al. 2022, PaLM, appendix B). By hand: one
-    block of width 2 with d_ff 3 has 4 * 4 + 3 * 6 = 34 weights, the head 5 * 2, and attention
-    counts as 7 * 2: 6 * (34 + 10 + 14) = 348.
+    block of width 2 with d_ff 3 has 4 * 4 + 3 * 6 = 34 weights, the head 5 * 2, tied or not,
+    and attention counts as 7 * 2: 6 * (34 + 10 + 14) = 348.
 
     >>> flops_per_token(ModelConfig(5, 7, num_layers=1, d_model=2, num_heads=1, d_ff=3))
     348
     """
     c = config
-    block = 4 * c.d_model**2 + 3 * c.d_model * c.d_ff
+    kv_width = c.num_kv_heads * c.head_dim
+    block = 2 * c.d_model**2 + 2 * c.d_model * kv_width + 3 * c.d_model * c.d_ff
     attention = c.num_layers * c.context_length * c.d_model
     return 6 * (c.num_layers * block + c.vocab_size * c.d_model + attention)
 
@@ -4199,13 +4330,16 @@ class Trainer:
     def log_sample(self) -> None:
         """Collective: a short text by the model as it is now."""
         tokenizer = self.tokenizer
-        eot = broadcast(tokenizer and tokenizer.special_tokens.get(END_OF_TEXT))
-        start = [eot] if eot is not None else broadcast(tokenizer and tokenizer.encode("\n"))
+        eot = broadcast(tokenizer and tokenizer.eot_id)
+        eot_ids = [] if eot is None else [eot]
+        start = eot_ids or broadcast(tokenizer and tokenizer.encode("\n"))
         generator = torch.Generator(self.device).manual_seed(1)
+        banned = missing_ids(self.token_bytes, self.model_config.vocab_size)
         with self.autocast, without_compiling():
             # No cache: under FSDP only a call of the model gathers its weights.
-            ids = list(generate_naive(self.model, start, 100, eot, temperature=0.8,
-                                      generator=generator))
+            ids = list(generate_naive(
+                self.model, start, 100, eot_ids, temperature=0.8, generator=generator,
+                banned=torch.from_numpy(banned).to(self.device)))
         reshard(self.model)
         log(tokenizer.decode(ids) if tokenizer else "")
 
@@ -4331,13 +4465,17 @@ ROTARY_WEIGHTS = ("q_proj.weight", "k_proj.weight")
 HF_FIELDS = {
     "vocab_size": "vocab_size", "context_length": "max_position_embeddings",
     "num_layers": "num_hidden_layers", "d_model": "hidden_size",
-    "num_heads": "num_attention_heads", "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps",
+    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
+    "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
 }
 # What our architecture is, and a Llama may not be.
 HF_REQUIRED = {
-    "model_type": "llama", "tie_word_embeddings": False, "attention_bias": False,
-    "mlp_bias": False, "hidden_act": "silu",
+    "model_type": "llama", "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
 }
+HF_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+HF_ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor",
+                   "original_max_position_embeddings")
 
 
 def hf_names(name: str) -> list[str]:
@@ -4364,75 +4502,125 @@ def interleaved_to_half_split(weight: Tensor, num_heads: int, back: bool = False
     return weight.unflatten(0, shape).transpose(1, 2).flatten(0, 2)
 
 
-def to_hf(weights: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+def hf_parts(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Our matrix `name` cut into Hugging Face's: q, k and v, gate and up, or itself."""
+    rows = matrix_rows(name, weight) if weight.dim() == 2 else [len(weight)]
+    return dict(zip(hf_names(name), weight.split(rows)))
+
+
+def to_hf(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our weights under Hugging Face's names, with its order of rows."""
     result = {}
     for name, weight in weights.items():
-        names = hf_names(name)
-        for theirs, part in zip(names, weight.chunk(len(names))):
-            rotary = theirs.endswith(ROTARY_WEIGHTS)
-            result[theirs] = interleaved_to_half_split(part, num_heads) if rotary else part
+        for theirs, part in hf_parts(name, weight).items():
+            heads, rotary = len(part) // config.head_dim, theirs.endswith(ROTARY_WEIGHTS)
+            result[theirs] = interleaved_to_half_split(part, heads) if rotary else part
     return result
 
 
-def from_hf(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Hugging Face's weights under our names, in our order, as float32."""
+def from_hf(files: dict[str, Any], config: ModelConfig) -> dict[str, Tensor]:
+    """Hugging Face's weights under our names, in our order, as float32.
 
-    def part(theirs: str) -> Tensor:
-        weight, rotary = weights[theirs].float(), theirs.endswith(ROTARY_WEIGHTS)
-        if rotary:
-            return interleaved_to_half_split(weight, config.num_heads, back=True)
+    `files` maps each of its names to an open file. Raises UserError, before any weight is
+    read, if these aren't exactly the weights of such a model.
+    """
+    with torch.device("meta"):  # only names and shapes matter
+        model = dict(Transformer(config).named_parameters())
+    parts = {name: hf_parts(name, weight) for name, weight in model.items()}
+    expected = {theirs: list(w.shape) for part in parts.values() for theirs, w in part.items()}
+    for theirs, shape in expected.items():
+        if theirs not in files:
+            raise UserError(f"it has no {theirs}")
+        stored = files[theirs].get_slice(theirs)
+        if stored.get_shape() != shape:
+            raise UserError(f"its {theirs} is {stored.get_shape()}, where config.json needs "
+                            f"{shape}")
+        if stored.get_dtype() not in ("F32", "BF16", "F16"):
+            raise UserError(f"its {theirs} is quantized ({stored.get_dtype()})")
+    # Some files hold a tied matrix twice, and old ones RoPE's frequencies. Both are known.
+    if extra := sorted(name for name in files.keys() - expected.keys() - {"lm_head.weight"}
+                       if not name.endswith("rotary_emb.inv_freq")):
+        raise UserError(f"its {extra[0]} has no place in our architecture")
+
+    def read(theirs: str) -> Tensor:
+        weight = files[theirs].get_tensor(theirs).float()
+        if theirs.endswith(ROTARY_WEIGHTS):
+            heads = len(weight) // config.head_dim
+            return interleaved_to_half_split(weight, heads, back=True)
         return weight
 
-    with torch.device("meta"):  # only the names matter
-        names = [name for name, _ in Transformer(config).named_parameters()]
-    return {name: torch.cat(list(map(part, hf_names(name)))) for name in names}
+    return {name: torch.cat([read(theirs) for theirs in parts[name]]) for name in model}
 
 
-def config_to_hf(config: ModelConfig, eot: int | None, dtype: str) -> dict:
+def config_to_hf(config: ModelConfig, special_ids: dict, dtype: str) -> dict:
     """The config.json that makes `transformers` build our architecture."""
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if scaling := config.rope_scaling:
+        rope = {"rope_type": "llama3", **dict(zip(HF_ROPE_SCALING, scaling))}
+        rope[HF_ROPE_SCALING[-1]] = int(scaling[-1])
     return {
         "architectures": ["LlamaForCausalLM"],
         **HF_REQUIRED,
         **{theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()},
-        "num_key_value_heads": config.num_heads,
         "head_dim": config.head_dim,
+        # For transformers from version 5, and for older ones and other programs.
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "bos_token_id": eot,
-        "eos_token_id": eot,
+        "rope_scaling": rope if scaling else None,
+        **special_ids,
+        "dtype": dtype,  # today's name
         "torch_dtype": dtype,
     }
 
 
 def config_from_hf(content: dict) -> ModelConfig:
-    """Our configuration for a config.json. Raises ValueError for another architecture."""
+    """Our configuration for a config.json. Raises UserError for another architecture."""
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    heads, width = content.get("num_attention_heads"), content.get("hidden_size") or 0
-    required = {**HF_REQUIRED, "rope_type": "default", "num_key_value_heads": heads,
-                "head_dim": width // (heads or 1)}
-    found = {"model_type": "unknown", **content,
-             "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    found = {
+        "model_type": "unknown", "num_key_value_heads": content.get("num_attention_heads"),
+        "tie_word_embeddings": False, "rope_theta": 10000.0,
+        "rope_type": rope.get("type", "default"),
+        **{name: value for name, value in {**content, **rope}.items() if value is not None},
+    }
+    fields: dict[str, Any] = {}
+    if found["rope_type"] == "llama3":
+        fields["rope_scaling"] = [float(rope[name]) for name in HF_ROPE_SCALING]
+    required = {**HF_REQUIRED, "rope_type": "llama3" if fields else "default",
+                "partial_rotary_factor": 1.0, "quantization_config": None}
     for name, value in required.items():
-        if found.get(name) not in (None, value):
+        if found.get(name, value) != value:
             raise UserError(f"its {name} is {found[name]!r}, where we have {value!r}")
-    theta = float(rope.get("rope_theta") or content.get("rope_theta", 10000.0))
-    fields = {ours: content[theirs] for ours, theirs in HF_FIELDS.items()}
-    return ModelConfig(**fields, rope_theta=theta)
+    for ours, theirs in {**HF_FIELDS, "rope_theta": "rope_theta"}.items():
+        value, kind = found.get(theirs), typing.get_type_hints(ModelConfig)[ours]
+        if type(value) is not kind and (type(value), kind) != (int, float):
+            raise UserError(f"its {theirs} is {value!r}, not of type {kind.__name__}")
+        fields[ours] = value
+    config = ModelConfig(**fields)
+    if found.get("head_dim", config.head_dim) != config.head_dim:
+        raise UserError(f"its head_dim is {found['head_dim']}, where hidden_size / "
+                        f"num_attention_heads is {config.head_dim}")
+    return config
 
 
 def load_hf_model(directory: Path) -> dict:
     """A model saved by `transformers`, as a checkpoint without optimizer state."""
-    safetensors = import_optional("safetensors.torch", "safetensors")
+    safetensors = import_optional("safetensors", "safetensors")
     content = read_json(directory / "config.json", "config.json of a model")
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{directory} holds no *.safetensors")
     with reading(directory, "Llama model"):
         config = config_from_hf(content)
-        tensors = {k: t for file in files for k, t in safetensors.load_file(file).items()}
-        return {"model": from_hf(tensors, config), "model_config": dataclasses.asdict(config),
-                "step": 0, "path": str(directory)}
+        # Like transformers: one file of this name, or those that the index names.
+        names, index = ["model.safetensors"], directory / "model.safetensors.index.json"
+        if not (directory / names[0]).is_file() and index.is_file():
+            names = sorted(set(read_json(index, "index of weights")["weight_map"].values()))
+        opened = [safetensors.safe_open(directory / name, "pt") for name in names]
+        weights = from_hf({key: file for file in opened for key in file.keys()},  # noqa: SIM118
+                          config)
+        if (generation := directory / "generation_config.json").is_file():
+            content |= read_json(generation, "generation_config.json")
+        special_ids = {key: content[key] for key in HF_SPECIAL_IDS
+                       if content.get(key) is not None}
+    return {"model": weights, "model_config": dataclasses.asdict(config), "step": 0,
+            "path": str(directory), "special_ids": special_ids}
 
 
 def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -> None:
@@ -4440,19 +4628,22 @@ def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -
     save = import_optional("safetensors.torch", "safetensors").save
     config = ModelConfig(**state["model_config"])
     weights = {name: weight.to(getattr(torch, dtype)).contiguous().clone()
-               for name, weight in to_hf(state["model"], config.num_heads).items()}
+               for name, weight in to_hf(state["model"], config).items()}
     with atomic_write(outdir / "model.safetensors") as file:
         file.write(save(weights, {"format": "pt"}))
-    eot = tokenizer.special_tokens.get(END_OF_TEXT)
-    roles = [] if eot is None else ["bos_token", "eos_token", "pad_token"]
-    write_json(outdir / "config.json", config_to_hf(config, eot, dtype))
-    write_json(outdir / "generation_config.json", {f"{role}_id": eot for role in roles})
+    eot, ids = tokenizer.eot_id, state.get("special_ids")
+    if ids is None:
+        ids = {} if eot is None else dict.fromkeys(HF_SPECIAL_IDS, eot)
+    write_json(outdir / "config.json", config_to_hf(config, ids, dtype))
+    write_json(outdir / "generation_config.json", {"_from_model_config": True, **ids})
     tokenizer.save(outdir / "tokenizer.json")
+    names = {i: token for token, i in tokenizer.special_tokens.items()}
+    first_ids = {key: i[0] if isinstance(i, list) else i for key, i in ids.items()}
     write_json(outdir / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.context_length,
         "clean_up_tokenization_spaces": False,
-        **dict.fromkeys(roles, END_OF_TEXT),
+        **{key.removesuffix("_id"): names[i] for key, i in first_ids.items() if i in names},
     })
 
 
@@ -4530,10 +4721,11 @@ def resolve_model_config(written: dict, given: dict | None) -> ModelConfig:
     >>> config.context_length, config.d_model
     (128, 32)
     """
-    written = {k: v for k, v in written.items() if (k, v) != ("vocab_size", 0)}
+    automatic = (("vocab_size", 0), ("num_kv_heads", 0))
+    written = {k: v for k, v in written.items() if (k, v) not in automatic}
     if given is None:
         return ModelConfig(**written)
-    shape = given["model_config"]
+    shape = vars(ModelConfig(**given["model_config"]))  # old checkpoints lack newer fields
     for name, value in written.items():
         if value != shape[name] and (name != "context_length" or given["resuming"]):
             raise UserError(f"--{name} is {value}, but the model in {given['path']} has "
@@ -4632,7 +4824,7 @@ class EvalConfig(SavedModelConfig):
 
     valid_tokens: list[Path] | None = flag(None, "token files to evaluate on")
     text_path: list[Path] | None = flag(None, "text files to evaluate on, instead")
-    context_length: int | None = flag(None, "tokens per window (default: as in training)", 1)
+    context_length: int | None = flag(None, "tokens per window (default: the model's)", 1)
     batch_size: int = flag(16, "sequences at a time", 1)
     eval_windows: int = flag(1024, "windows to evaluate on; 0: all", 0)
 
@@ -4663,48 +4855,72 @@ class GenerateConfig(SavedModelConfig):
     """Text"""
 
     prompt: str | None = flag(None, "text to continue (default: from standard input)")
+    prompt_path: Path | None = flag(None, "file with a text to continue in each line, instead")
     max_new_tokens: int = flag(256, "tokens to write at most", 1)
-    num_samples: int = flag(1, "texts to write", 1)
+    num_samples: int = flag(1, "texts to write per prompt", 1)
+    batch_size: int = flag(64, "texts to write at the same time", 1)
+    context_length: int | None = flag(None, "tokens to look at (default: the model's)", 1)
     temperature: float = flag(0.8, "0: always the likeliest token; 1: as learned", 0.0)
     top_k: int | None = flag(None, "sample from the k likeliest tokens", 1)
     top_p: float | None = flag(None, "sample from the likeliest that reach p", 0.0, 1.0)
-    seed: int | None = flag(None, "the same seed gives the same text", 0, 2**32)
+    seed: int | None = flag(None, "the same seed gives the same text; text n takes seed + n",
+                            0, 2**32)
 
 
-def read_prompts(config: GenerateConfig) -> Iterator[str]:
-    """The flag --prompt; or line after line from a terminal, or all of standard input."""
+def read_prompts(config: GenerateConfig) -> Iterator[list[str]]:
+    """From the flags; or line after line from a terminal, or all of standard input."""
+    if config.prompt is not None and config.prompt_path:
+        raise UserError("give either --prompt or --prompt_path")
     if config.prompt is not None:
-        yield config.prompt
+        yield [config.prompt]
+    elif config.prompt_path:
+        with open(config.prompt_path, encoding="utf-8", errors="replace") as file:
+            yield [line.removesuffix("\n") for line in file]
     elif sys.stdin.isatty():
         log("write the beginning of a text, or Ctrl-D to leave")
         print("> ", end="", file=sys.stderr, flush=True)
         while line := sys.stdin.readline():
-            yield line.rstrip("\n")
+            yield [line.rstrip("\n")]
             print("> ", end="", file=sys.stderr, flush=True)
     else:
-        yield sys.stdin.read()
+        yield [sys.stdin.read()]
 
 
 def generate_command(config: GenerateConfig, devices: DeviceConfig) -> None:
     """Write text with a trained model."""
     device = pick_device(devices.device)
     dtype = pick_dtype(devices.dtype, device)
-    model = model_from_checkpoint(load_any_checkpoint(config.checkpoint), device, dtype)
+    state = load_any_checkpoint(config.checkpoint)
+    model = model_from_checkpoint(state, device, dtype, config.context_length)
     use_all_cores(model)
-    cached_model = (CUDAGraphDecoder if device.type == "cuda" else CachedModel)(model)
+    decoder = CUDAGraphDecoder if device.type == "cuda" else CachedModel
     tokenizer = config.tokenizer()
-    eot = tokenizer.special_tokens.get(END_OF_TEXT)
-    generator = torch.Generator(device)
-    generator.seed() if config.seed is None else generator.manual_seed(config.seed)
-    for prompt in read_prompts(config):
-        ids = tokenizer.encode(prompt) or ([eot] if eot is not None else [])
-        for _ in range(config.num_samples):
-            print(prompt, end="", flush=True)
-            new = generate(model, ids, config.max_new_tokens, config.temperature, config.top_k,
-                           config.top_p, eot, generator, cached_model)
-            for text in stream_text(tokenizer, (token for token in new if token != eot)):
-                print(text, end="", flush=True)
-            print()
+    eot = tokenizer.eot_id
+    eos = state.get("special_ids", {}).get("eos_token_id", eot)  # a number, a list or None
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    banned = missing_ids(bytes_per_token(tokenizer), model.config.vocab_size)
+    how: dict[str, Any] = {
+        "eos_ids": eos_ids, "temperature": config.temperature, "top_k": config.top_k,
+        "top_p": config.top_p, "banned": torch.from_numpy(banned).to(device)}
+    seeds = itertools.count(torch.seed() % 2**32 if config.seed is None else config.seed)
+    for prompts in read_prompts(config):
+        texts = [prompt for prompt in prompts for _ in range(config.num_samples)]
+        for first in range(0, len(texts), config.batch_size):
+            batch = texts[first : first + config.batch_size]
+            rows = [tokenizer.encode(p) or ([] if eot is None else [eot]) for p in batch]
+            size = min(model.config.context_length,
+                       max(map(len, rows)) + config.max_new_tokens)  # of the cache
+            generators = [torch.Generator(device).manual_seed(next(seeds)) for _ in rows]
+            new = generate_batch(model, rows, config.max_new_tokens, generator=generators,
+                                 cached_model=decoder(model, len(rows), size), **how)
+            # A single text is shown as it comes, several one after the other at the end.
+            columns: Any = zip(*new) if len(rows) > 1 else [(ids[0] for ids in new)]
+            for prompt, ids in zip(batch, columns):
+                print(prompt, end="", flush=True)
+                shown = (i for i in ids if i is not None and i not in eos_ids)
+                for text in stream_text(tokenizer, shown):
+                    print(text, end="", flush=True)
+                print()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -4717,6 +4933,9 @@ class ExportConfig(SavedModelConfig):
 
 def export(config: ExportConfig) -> None:
     """Write a directory that transformers loads with from_pretrained."""
+    if checkpoints_in(config.outdir) or config.outdir.resolve() == config.checkpoint.resolve():
+        raise UserError(f"{config.outdir} holds a model that the export would hide: choose "
+                        f"another --outdir")
     state = load_any_checkpoint(config.checkpoint)
     save_hf_model(state, config.tokenizer(), config.outdir, config.dtype)
     log(f"{config.outdir}: load it with AutoModelForCausalLM.from_pretrained")

@@ -88,6 +88,7 @@ from scratchformer import (
     find_pretokens,
     gather_state,
     generate,
+    generate_batch,
     generate_naive,
     get_batch,
     gradient_norm,
@@ -487,13 +488,18 @@ def test_the_fingerprint_is_that_of_the_first_edition():
     )
 
 
-def foreign_tokenizer(folder, name, pre_tokenizer, specials=("<s>", "<a>"), **changes):
+ALPHABET = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+
+
+def foreign_tokenizer(
+    folder, name, pre_tokenizer, specials=("<s>", "<a>"), alphabet=ALPHABET, **changes
+):
     """A tokenizer trained by `tokenizers`, its special tokens first, as theirs and as ours."""
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE(**changes))
     theirs.pre_tokenizer, theirs.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
     theirs.train_from_iterator([SAMPLE], tokenizers.trainers.BpeTrainer(
         vocab_size=420, show_progress=False, special_tokens=list(specials),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
+        initial_alphabet=alphabet))  # fmt: skip
     bos = specials[0]
     theirs.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, theirs.token_to_id(bos))])
@@ -522,6 +528,8 @@ def foreign(tmp_path_factory):
         foreign_tokenizer(folder, "llama3", split(GPT4_PATTERN), ignore_merges=True),
         foreign_tokenizer(folder, "qwen", split(QWEN_PATTERN)),
         foreign_tokenizer(folder, "smollm", digits(True)),
+        # Like the real one, it knows only the bytes that occur where it was trained.
+        foreign_tokenizer(folder, "smollm_few", digits(True), alphabet=[]),
         foreign_tokenizer(folder, "digits", digits(False)),
     ]
 
@@ -529,6 +537,7 @@ def foreign(tmp_path_factory):
 @given(text=texts)
 @example(text="   12  3\n 4")
 def test_tokenizers_made_by_others_give_the_same_ids_here(foreign, text):
+    assert foreign[4][1].missing_bytes and not foreign[3][1].missing_bytes
     for theirs, ours in foreign:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
         assert ours.fast.encode(text).tolist() == ours.encode(text)
@@ -570,7 +579,7 @@ def split_on(pattern, behavior="Isolated"):
     return {"type": "Sequence", "pretokenizers": [split, byte_level]}
 
 
-FEW = {"model__vocab": {"a": 0}, "model__merges": []}
+FEW = {"model__vocab": {"a": 0}, "model__merges": ["a b"]}
 
 
 @pytest.mark.parametrize("content, words", [
@@ -596,7 +605,7 @@ FEW = {"model__vocab": {"a": 0}, "model__merges": []}
     (changed(model__merges=[["q", "zzz"]]), "comes before its parts"),
     (changed(model__merges=["q z"]), "lacks b'qz'"),
     (changed(model__merges=[["q"]]), "damaged"),
-    (changed(**FEW), "lacks"),
+    (changed(**FEW), "merge b'a' + b'b' comes before"),
     (changed(model__vocab={"▁the": 0}), "characters outside GPT-2's byte alphabet"),
     (changed(model__vocab=None), "damaged"),
     (changed(model__vocab={"a": -1}), "an integer from 0"),
@@ -1430,9 +1439,12 @@ def test_the_attention_formula_equals_the_fused_kernel_in_value_and_gradient(
 
 
 @pytest.mark.parametrize("positions", [None, range(9), [range(9), range(5, 14)]])
-def test_attention_is_the_reference_in_every_head_with_rope_or_without(positions):
-    layer, x = Attention(TINY_MODEL), noise(2, 9, 32)
-    q, k, v = layer.qkv(x).view(2, 9, 3, 4, 8).permute(2, 0, 3, 1, 4)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_attention_is_the_reference_in_every_head_with_rope_or_without(positions, kv_heads):
+    config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads)
+    layer, x = Attention(config), noise(2, 9, 32)
+    qkv = layer.qkv(x).view(2, 9, -1, 8).transpose(1, 2).split([4, kv_heads, kv_heads], dim=1)
+    q, k, v = qkv[0], *(x.repeat_interleave(4 // kv_heads, dim=1) for x in qkv[1:])
     rope = None
     if positions is not None:
         positions = torch.tensor(positions)
@@ -1488,7 +1500,7 @@ def llama_of(model, **changes):
             **changes,
         )
     )
-    llama.load_state_dict(to_hf(model.state_dict(), c.num_heads), strict=True)
+    llama.load_state_dict(to_hf(model.state_dict(), c), strict=True)
     return llama.eval()
 
 
@@ -1545,12 +1557,28 @@ def test_chapters_5_to_8_know_nothing_of_processes_and_precision():
 @pytest.mark.parametrize("changes, words", [
     ({"d_model": 33}, "divisible by num_heads: 33 / 4"),
     ({"d_model": 36}, "must be even"),
+    ({"num_kv_heads": 3}, "divisible by num_kv_heads: 4 / 3"),
+    ({"rope_scaling": [8.0, 1.0, 4.0]}, "rope_scaling must be four"),
+    ({"rope_scaling": [8.0, 4.0, 4.0, 16.0]}, "rope_scaling must be four"),
     ({"num_layers": 0}, "num_layers must be at least 1"),
     ({"rope_theta": math.nan}, "rope_theta must be"),
 ])  # fmt: skip
 def test_an_impossible_shape_is_refused(changes, words):
     with pytest.raises(UserError, match=words):
         dataclasses.replace(TINY_MODEL, **changes)
+
+
+def test_a_tied_model_has_one_matrix_that_learns_from_both_its_uses():
+    model = Transformer(dataclasses.replace(TINY_MODEL, tie_embeddings=True))
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (tiny_model(), model)]
+    assert sizes[0] - sizes[1] == 61 * 32
+    cross_entropy(model(torch.tensor([[1, 2]])), torch.tensor([[2, 3]])).backward()
+    assert model.lm_head.weight.grad is model.embedding.weight.grad
+    logits = model(torch.tensor([[1, 2]]))
+    with torch.no_grad():
+        model.embedding.weight[60] *= 2  # a token that is not read, only scored
+    ratio = model(torch.tensor([[1, 2]])) / logits
+    assert torch.allclose(ratio[..., 60], torch.tensor(2.0)) and (ratio[..., :60] == 1).all()
 
 
 def test_more_tokens_than_the_context_are_refused():
@@ -1776,9 +1804,30 @@ def test_a_cached_model_goes_on_with_several_tokens():
 
 def test_a_cache_can_be_used_again_for_another_text():
     cached = CachedModel(model := tiny_model())
-    texts = [list(generate(model, prompt, 15, 0, cached_model=cached))
+    texts = [list(generate(model, prompt, 15, temperature=0, cached_model=cached))
              for prompt in ([1, 2, 3, 4, 5, 6], [7], [7])]  # fmt: skip
-    assert texts[1] == texts[2] == list(generate(tiny_model(), [7], 15, 0)) != texts[0]
+    alone = list(generate(tiny_model(), [7], 15, temperature=0))
+    assert texts[1] == texts[2] == alone != texts[0]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 9),
+       st.sampled_from([{"temperature": 0}, {}, {"top_k": 20, "top_p": 0.9}]),
+       st.sampled_from([1, 2, 4]))  # fmt: skip
+@hypothesis.settings(max_examples=15)
+def test_texts_in_a_batch_are_the_texts_one_by_one(lengths, seed, how, kv_heads):
+    """Prompts shorter and longer than the context; each text stops at its own end."""
+    config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads, tie_embeddings=True)
+    model = tiny_model(seed, config)
+    prompts = [[(row + 7 * i) % 61 for i in range(n)] for row, n in enumerate(lengths)]
+    seeded = [torch.Generator().manual_seed(row) for row in range(len(prompts))]
+    how = {**how, "eos_ids": [3, 9], "banned": torch.tensor([5, 8])}
+    steps = list(generate_batch(model, prompts, 45, generator=seeded, **how))
+    for row, prompt in enumerate(prompts):
+        how["generator"] = torch.Generator().manual_seed(row)
+        alone = list(generate(model, prompt, 45, **how))
+        assert not {5, 8} & set(alone)
+        expected = alone + [None] * (len(steps) - len(alone))
+        assert [ids[row] for ids in steps] == expected
 
 
 def test_a_seed_repeats_and_another_does_not():
@@ -1806,7 +1855,7 @@ def test_text_stops_after_the_end_token():
     whole = list(generate(tiny_model(), PROMPT, 20, temperature=0))
     end = whole[4]
     for function in (generate, generate_naive):
-        text = list(function(tiny_model(), PROMPT, 20, temperature=0, eos_id=end))
+        text = list(function(tiny_model(), PROMPT, 20, temperature=0, eos_ids=[end]))
         assert text == whole[: whole.index(end) + 1]
 
 
@@ -2138,8 +2187,10 @@ def test_cuda_graphs_without_a_cuda_device_are_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 20, "top_p": 0.95}])
 @pytest.mark.parametrize("prompt", [[1], list(PROMPT)])
-def test_text_by_cuda_graphs_is_the_same(prompt, how):
-    model = tiny_model().to("cuda")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_text_by_cuda_graphs_is_the_same(prompt, how, kv_heads):
+    config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads)
+    model = tiny_model(config=config).to("cuda")
     decoder = CUDAGraphDecoder(model)
     plain, graph, again = (
         list(generate(model, prompt, 60, **how, cached_model=cached,
@@ -2148,6 +2199,12 @@ def test_text_by_cuda_graphs_is_the_same(prompt, how):
     )
     assert plain == graph == again  # 60 tokens: beyond the context
     assert "top_k" not in how or len(set(plain)) > 3  # sampled text varies
+    one, other = (
+        list(generate_batch(model, [[1], prompt, prompt], 60, **how, cached_model=cached,
+                            generator=[torch.Generator("cuda").manual_seed(7)] * 3))
+        for cached in (None, CUDAGraphDecoder(model, 3))
+    )
+    assert one == other
 
 
 @pytest.mark.parametrize("rows, width", [(64, 6), (50, 3), (7, 5), (192, 2)])
@@ -2301,7 +2358,8 @@ def end_tasks(world_size, started, stopped=False):
 def spread_training(toy, outdir, how, *flags):
     """The command for 50 steps, spread as `how` says."""
     argv = ["train", *training(toy, outdir), SPREAD[how][1], "--max_steps 50",
-            f"--save_interval 25 --valid_tokens {toy / 'valid.bin'}", *flags]  # fmt: skip
+            "--num_kv_heads 1 --tie_embeddings --save_interval 25",
+            f"--valid_tokens {toy / 'valid.bin'}", *flags]  # fmt: skip
     return shell_words(argv)
 
 
@@ -2984,31 +3042,93 @@ def test_what_is_exported_can_be_read_back_to_the_bit(exported, toy):
         assert torch.equal(weight, back["model"][name]), name
 
 
-@pytest.fixture(scope="module")
-def llama_folder(tmp_path_factory):
-    """A Llama with random weights, saved by transformers in two files."""
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0,
+               "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 64}  # fmt: skip
+LLAMAS = {
+    "grouped": {"num_key_value_heads": 2},
+    "tied": {"tie_word_embeddings": True},
+    "like SmolLM2": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "like Llama 3.2": {"num_key_value_heads": 2, "tie_word_embeddings": True,
+                       "rope_parameters": LLAMA3_ROPE},
+    "plain": {},
+}  # fmt: skip
+
+
+def save_llama(folder, dtype=torch.float32, **changes):
+    """A Llama with random weights, saved by transformers in several files."""
     import transformers
 
     torch.manual_seed(5)
-    folder = tmp_path_factory.mktemp("llama_folder")
     llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=300, hidden_size=32, intermediate_size=72, num_hidden_layers=3,
-            num_attention_heads=4, max_position_embeddings=48, rms_norm_eps=1e-6,
-            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-        )
+        transformers.LlamaConfig(**{
+            "vocab_size": 300, "hidden_size": 32, "intermediate_size": 72,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 256,
+            "bos_token_id": 270, "eos_token_id": [271, 272], **changes,
+            "rope_parameters": changes.get("rope_parameters", {"rope_type": "default",
+                                                               "rope_theta": 500.0}),
+        })
     )  # fmt: skip
-    llama.save_pretrained(folder, max_shard_size="60KB")
-    assert len(list(folder.glob("*.safetensors"))) > 1
-    return folder, llama.eval()
-
-
-def test_a_llama_made_by_transformers_gives_the_same_logits_here(llama_folder):
-    folder, llama = llama_folder
-    ours = model_from_checkpoint(load_hf_model(folder))
-    tokens = torch.randint(300, (2, 48), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        assert torch.allclose(ours(tokens), llama(tokens).logits, atol=1e-5)
+        for p in llama.parameters():
+            p *= 8 if p.dim() == 2 else 1
+    llama.to(dtype).save_pretrained(folder, max_shard_size="60KB")
+    return llama.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama_folder")
+    llama = save_llama(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder, llama
+
+
+def hf_weights(folder):
+    from safetensors.torch import load_file
+
+    files = folder.glob("*.safetensors")
+    return {name: weight for file in files for name, weight in load_file(file).items()}
+
+
+@pytest.mark.parametrize("kind, dtype", [
+    *((kind, torch.float32) for kind in LLAMAS), ("like Llama 3.2", torch.bfloat16),
+])  # fmt: skip
+def test_a_llama_made_by_transformers_is_the_same_model_here_and_goes_back_to_the_bit(
+    toy, tmp_path, kind, dtype
+):
+    import transformers
+
+    llama = save_llama(tmp_path, dtype, **LLAMAS[kind])
+    (tmp_path / "stray.safetensors").write_bytes(b"not one that the index names")
+    ours = model_from_checkpoint(load_hf_model(tmp_path))
+    assert sum(p.numel() for p in ours.parameters()) == llama.num_parameters()
+    tokens = torch.randint(300, (2, 200), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.allclose(ours(tokens), llama(tokens).logits, atol=1e-4)
+        count = 200 if kind == "like Llama 3.2" else 20
+        theirs = llama.generate(tokens[:1, :9], max_new_tokens=count, do_sample=False,
+                                eos_token_id=None, pad_token_id=0)  # fmt: skip
+    text = list(generate(ours, tokens[0, :9].tolist(), count, temperature=0))
+    assert text == theirs[0, 9:].tolist()
+    (tmp_path / "stray.safetensors").unlink()
+    out, name = tmp_path / "out", str(dtype).removeprefix("torch.")
+    do(f"export --checkpoint {tmp_path} --outdir {out} --dtype {name} --quiet",
+       f"--tokenizer_path {toy / 'tokenizer.json'}")
+    before, after = hf_weights(tmp_path), hf_weights(out)
+    assert before.keys() == after.keys()
+    for key, weight in before.items():
+        assert weight.dtype == after[key].dtype and torch.equal(weight, after[key]), key
+    # What transformers understands of it is what it wrote itself.
+    one, other = (transformers.AutoConfig.from_pretrained(f).to_dict() for f in (tmp_path, out))
+    assert {**one, "_name_or_path": ""} == {**other, "_name_or_path": ""}
+    one, other = (json.loads((f / "generation_config.json").read_text())
+                  for f in (tmp_path, out))  # fmt: skip
+    assert other.items() <= one.items() and other["eos_token_id"] == [271, 272]
+    again = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, llama(tokens).logits)
 
 
 def test_training_goes_on_from_a_llama_folder(toy, exported, tmp_path):
@@ -3030,14 +3150,21 @@ def test_eval_and_generate_read_a_llama_folder(toy, exported, capsys):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"num_key_value_heads": 2}, "num_key_value_heads is 2"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    ({"num_key_value_heads": 2}, "k_proj.weight is [32, 32], where config.json needs [16, 32]"),
+    ({"num_key_value_heads": 3}, "divisible by num_kv_heads: 4 / 3"),
+    ({"rms_norm_eps": None}, "rms_norm_eps is None"),
+    ({"max_position_embeddings": 32.0}, "max_position_embeddings is 32.0"),
+    ({"num_hidden_layers": 10**9}, "num_layers must be from 1 to 1000"),
+    ({"num_hidden_layers": 2}, "model.layers.2"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
     ({"attention_bias": True}, "attention_bias"),
     ({"model_type": "qwen2"}, "'qwen2'"),
     ({"model_type": "gpt2", "num_attention_heads": None, "hidden_size": None}, "'gpt2'"),
     ({"hidden_act": "gelu"}, "'gelu'"),
     ({"head_dim": 16}, "head_dim"),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "'llama3'"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "factor"),
     ({"num_hidden_layers": 4}, "model.layers.3"),
     ({"vocab_size": None}, "not a valid Llama model"),
 ])  # fmt: skip
@@ -3052,6 +3179,51 @@ def test_a_llama_of_another_kind_is_refused_with_the_reason(
         capsys, tmp_path, f"eval --checkpoint {folder} --text_path {tmp_path / 'text'}"
     )
     assert words in error and str(folder) in error
+
+
+@pytest.mark.parametrize("name, change, words", [
+    ("model.layers.1.input_layernorm.weight", lambda w: w[:1], "is [1], where"),
+    ("model.layers.1.mlp.up_proj.weight", lambda w: w.to(torch.int8), "quantized (I8)"),
+    ("model.layers.1.mlp.up_proj.weight_scale", lambda w: torch.ones(1), "no place in our"),
+    ("model.layers.0.self_attn.q_proj.bias", lambda w: torch.ones(32), "no place in our"),
+    ("model.norm.weight", lambda w: None, "it has no model.norm.weight"),
+])  # fmt: skip
+def test_weights_of_another_kind_are_refused_with_the_reason(
+    llama_folder, tmp_path, name, change, words
+):
+    from safetensors.torch import save_file
+
+    weights = hf_weights(llama_folder[0])
+    weights[name] = change(weights.get(name))
+    save_file({k: w.contiguous() for k, w in weights.items() if w is not None},
+              tmp_path / "model.safetensors")  # fmt: skip
+    shutil.copy(llama_folder[0] / "config.json", tmp_path)
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_hf_model(tmp_path)
+
+
+def test_an_export_never_hides_a_model(toy, exported, tmp_path, capsys):
+    for folder in (toy / "run", toy / "exported"):
+        argv = f"export --checkpoint {folder} --outdir {folder}"
+        assert "choose another --outdir" in refused(capsys, toy, argv)
+
+
+def test_ids_that_the_tokenizer_lacks_are_not_written(toy, tmp_path, capsysbinary):
+    """A model with a larger vocabulary than the tokenizer's 280, sure of an id beyond it."""
+    import transformers
+
+    llama = save_llama(tmp_path, vocab_size=400, tie_word_embeddings=True)
+    with torch.no_grad():
+        llama.model.embed_tokens.weight[300:] *= 5
+    transformers.LlamaForCausalLM.save_pretrained(llama, tmp_path)
+    shutil.copy(toy / "tokenizer.json", tmp_path)
+    given = f"--checkpoint {tmp_path} --device cpu --quiet"
+    do(f"generate {given} --prompt The --max_new_tokens 30 --num_samples 2 --seed 1")
+    assert b"The" in capsysbinary.readouterr().out
+    data = f"--train_tokens {toy / 'train.bin'} --outdir {tmp_path / 'run'} --batch_size 1"
+    do(f"train --init_from {tmp_path} {data} --max_steps 2 --warmup_steps 1 --device cpu",
+       "--context_length 16 --sample_interval 1")
+    assert load_checkpoint(tmp_path / "run")["model_config"]["context_length"] == 16
 
 
 def test_a_llama_folder_can_be_exported_again(exported, toy, tmp_path):
@@ -3092,6 +3264,20 @@ def test_greedy_text_goes_on_as_the_corpus_does(toy, capsys):
         "--temperature 0 --device cpu",
     )
     assert re.fullmatch(r"The red \w+ (sees|likes|helps) the \w+\.\n+", capsys.readouterr().out)
+
+
+def test_prompts_of_a_file_are_continued_together_as_one_by_one(toy, tmp_path, capsys):
+    prompts = ["The red", "A", "The blue cow sees the"]
+    write(tmp_path / "prompts", "\n".join(prompts) + "\n")
+    how = f"generate --checkpoint {toy / 'run'} --max_new_tokens 20 --device cpu"
+    alone = []
+    for n, prompt in enumerate(p for p in prompts for _ in range(2)):
+        do(how, f"--prompt '{prompt}' --seed {5 + n}")
+        alone.append(capsys.readouterr().out)
+    for size in (1, 4, 64):
+        do(how, f"--prompt_path {tmp_path / 'prompts'} --num_samples 2 --seed 5 "
+                f"--batch_size {size} --context_length 64")  # fmt: skip
+        assert capsys.readouterr().out == "".join(alone)
 
 
 @pytest.mark.parametrize("prompt", ["", "Ünï The"])
@@ -3191,7 +3377,10 @@ EVAL = "eval --device cpu --checkpoint "
     (EVAL + "{toy}/run --valid_tokens {tmp}/high.bin", "id 300, outside the vocabulary"),
     (EVAL + "{toy}/run --valid_tokens {tmp}/one.bin", "too few"),
     ("generate --device cpu --prompt x --checkpoint {tmp}/lonely", "--tokenizer_path"),
+    ("generate --device cpu --prompt x --prompt_path y --checkpoint {toy}/run", "either"),
+    ("generate --device cpu --prompt_path {tmp}/missing --checkpoint {toy}/run", "missing"),
     ("export --outdir {tmp}/x --checkpoint {tmp}", "no checkpoint"),
+    (TRAIN + "--num_kv_heads 4", "divisible by num_kv_heads: 2 / 4"),
     ("export --outdir {tmp}/empty/x --checkpoint {toy}/run", "empty"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line_and_writes_nothing(toy, tmp_path, capsys, argv, words):
@@ -3497,10 +3686,10 @@ def chosen_shapes(cuda, cpu):
 def their_llama(config, like=None):
     """The Llama of transformers that has our shape, and the weights of `like`."""
     transformers = pytest.importorskip("transformers")
-    content = scratchformer.config_to_hf(config, None, "float32")
+    content = scratchformer.config_to_hf(config, {}, "float32")
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**content))
     if like:
-        theirs.load_state_dict(to_hf(like.state_dict(), config.num_heads))
+        theirs.load_state_dict(to_hf(like.state_dict(), config))
     return theirs
 
 
