@@ -1560,7 +1560,7 @@ def test_chapters_5_to_8_know_nothing_of_processes_and_precision():
     ({"num_kv_heads": 3}, "divisible by num_kv_heads: 4 / 3"),
     ({"rope_scaling": [8.0, 1.0, 4.0]}, "rope_scaling must be four"),
     ({"rope_scaling": [8.0, 4.0, 4.0, 16.0]}, "rope_scaling must be four"),
-    ({"num_layers": 0}, "num_layers must be at least 1"),
+    ({"num_layers": 0}, "num_layers must be from 1"),
     ({"rope_theta": math.nan}, "rope_theta must be"),
 ])  # fmt: skip
 def test_an_impossible_shape_is_refused(changes, words):
