@@ -59,6 +59,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -1858,6 +1859,8 @@ def main(argv: list[str] | None = None) -> int:
         if name not in COMMANDS:
             hint = did_you_mean(name, COMMANDS) or ": choose one of " + ", ".join(COMMANDS)
             raise UserError(f"unknown command {name!r}{hint}")
+        if name != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(f"{name} is one process: start it without torchrun")
         configs, quiet = parse_flags(name, COMMANDS[name], argv[1:])
         Progress.enabled = not quiet
         return COMMANDS[name](*configs) or 0
@@ -1989,6 +1992,17 @@ def load_metadata(token_file: Path) -> dict:
     return metadata
 
 
+def check_same_tokenizer(hashes: dict[Any, str | None]) -> None:
+    """Raise UserError if two of these, by name, belong to different tokenizers. None: unknown.
+
+    Ids of another tokenizer look like any others; the model would just be bad at them.
+    """
+    known = [name for name, value in hashes.items() if value]
+    for name in known:
+        if hashes[name] != hashes[known[0]]:
+            raise UserError(f"{name} belongs to another tokenizer than {known[0]}")
+
+
 class TokenDataset:
     """Token files as one long array of ids: `dataset[start:stop]` reads them from disk.
 
@@ -2032,6 +2046,11 @@ class TokenDataset:
             raise UserError(f"{self.paths[0]} holds {len(self)} tokens, too few for a "
                             f"context_length of {context_length}: that takes "
                             f"{context_length + 1}")
+
+    def check_ids(self, first: int, stride: int) -> None:
+        """Read every `stride`-th megabyte of ids. Raises UserError if one can't be."""
+        for start in range(first * CHUNK, len(self), stride * CHUNK):
+            self[start : start + CHUNK]
 
     def __getitem__(self, window: slice) -> np.ndarray:
         """The ids of a slice, int64. Raises UserError if one is outside the vocabulary."""
@@ -3434,6 +3453,9 @@ class ProcessConfig(Config):
         if self.shard_size and (not self.fsdp or get_world_size() % self.shard_size):
             raise UserError(f"--shard_size {self.shard_size} needs --fsdp and a number of "
                             f"processes that it divides, not {get_world_size()}")
+        compilers = os.environ.get("CXX", "g++"), "clang++", "gcc", "clang"
+        if self.compile and not any(map(shutil.which, compilers)):
+            raise UserError(f"--compile needs a C++ compiler, such as {compilers[0]}")
 
 
 def get_rank() -> int:
@@ -3492,7 +3514,7 @@ def process_group(device: torch.device) -> Iterator[None]:
             if not isinstance(error, UserError):
                 traceback.print_exc()
             text = f"scratchformer: error: process {get_rank()}: {error}"
-            print(text, file=sys.stderr, flush=True)
+            print_error(text + "\n")
             os._exit(2 if isinstance(error, UserError) else 1)
         raise
     finally:
@@ -3534,6 +3556,20 @@ def sum_over_processes(value: Tensor) -> Tensor:
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(value)
     return value
+
+
+def any_process(condition: Any) -> bool:
+    """Whether `condition` is true on any process, so that all of them act alike."""
+    return sum_over_processes(torch.tensor(int(bool(condition)))).item() > 0
+
+
+def wait_for_main(future: Future | None) -> None:
+    """Collective: wait until process 0's `future` is done, whatever comes of it.
+
+    WHY in rounds: waiting in one collective for ten minutes is taken for a failure.
+    """
+    while any_process(future and concurrent.futures.wait([future], 5).not_done):
+        pass
 
 
 # Data parallel
@@ -3845,8 +3881,9 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """The checkpoints in a directory, the newest last."""
-    return sorted(directory.glob("step_*.pt"), key=lambda p: int(re.sub(r"\D", "", p.stem)))
+    """The checkpoints in a directory, the newest last. Other names (copies) don't count."""
+    found = [p for p in directory.glob("*") if re.fullmatch(r"step_\d{6,}\.pt", p.name)]
+    return sorted(found, key=lambda p: int(p.stem[5:]))
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -3868,6 +3905,8 @@ def load_checkpoint(path: str | Path) -> dict:
         missing = {"model", "model_config", "step"} - set(state)
         if missing:
             raise UserError(f"it has no {' or '.join(sorted(missing))}")
+        if type(state["step"]) is not int:
+            raise UserError(f"its step is {state['step']!r}")
         return {**migrate_checkpoint(state), "path": str(path)}
 
 
@@ -3953,6 +3992,32 @@ def write_checkpoint(outdir: Path, state: dict, keep: int) -> None:
         free = shutil.disk_usage(outdir).free / 1e6
         raise UserError(f"a checkpoint could not be written in {outdir} ({error}; "
                         f"{free:,.1f} MB free); complete ones: {complete}") from None
+
+
+def load_newest(outdir: Path) -> dict | None:
+    """The newest checkpoint that isn't damaged, or None. UserError if all of them are."""
+    problem = None
+    for path in reversed(checkpoints_in(outdir)):
+        try:
+            state = load_checkpoint(path)
+            model_from_checkpoint(state)  # raises UserError if weights and shape don't match
+            with reading(path, "checkpoint"):
+                {**state.get("run", {})}  # a dict
+                if adam := state.get("optimizer"):
+                    m, v, steps = (adam[key] for key in (*ADAM_STATE, "step"))
+                    if not m.keys() >= v.keys() == steps.keys() or any(
+                        state["model"][name].shape != moment.shape
+                        for name, moment in [*m.items(), *v.items()]
+                    ):
+                        raise UserError("its optimizer state doesn't match its weights")
+                    all(math.isfinite(state["scaler"][key]) for key in GradScaler.STATE)
+            return state
+        except UserError as error:
+            log(f"{error}: trying the checkpoint before it")
+            problem = problem or error
+    if problem:
+        raise problem
+    return None
 
 
 def restore_state(
@@ -4060,18 +4125,19 @@ def evaluate(
     limit: int = 0,
     autocast: Any = None,
     token_bytes: np.ndarray | None = None,
+    stop: StopSignal | None = None,
 ) -> dict[str, float]:
     """Collective: the loss per token, and per byte if `token_bytes` has each token's length.
 
     WHY per byte: a small vocabulary has short tokens that are easy to guess, so losses per
     token can't be compared between tokenizers. Bytes are the same for all. The result doesn't
-    depend on batch_size or the number of processes.
+    depend on batch_size or the number of processes. It's empty if `stop` has a signal.
     """
     tokens.check_length(1)
     T, device = min(model.config.context_length, len(tokens) - 1), model.rope_cache.device
     rank, world_size = get_rank(), get_world_size()
     starts = evaluation_windows(len(tokens), T, limit)
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    sums, stopped = torch.zeros(3, dtype=torch.float64), False  # nats, tokens, bytes
     for first in range(0, len(starts), batch_size * world_size):
         # Every process must take part in every forward pass, with tensors of the same shape.
         # What no window fills stays -100, which the loss skips.
@@ -4089,7 +4155,11 @@ def evaluate(
                             f"doesn't have")
         num_bytes = 0 if token_bytes is None else token_bytes[seen].sum()
         sums += torch.tensor([loss.item() * len(seen), len(seen), num_bytes])
+        if stop and (stopped := any_process(stop.number)):
+            break
     reshard(model)
+    if stopped:
+        return {}
     nats, count, num_bytes = sum_over_processes(sums).tolist()
     result = {"valid_loss": nats / count, "perplexity": math.exp(min(nats / count, 700.0))}
     if num_bytes:
@@ -4186,7 +4256,7 @@ def format_step(record: dict, max_steps: int, tokens_per_step: int) -> str:
     line += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
     line += f"  {record['memory_gib']:.1f} GiB" if "memory_gib" in record else ""
     line += f"  {record['skipped_steps']} skipped" if record["skipped_steps"] else ""
-    time_left = format_duration((max_steps - record["step"]) * tokens_per_step / rate)
+    time_left = format_duration((max_steps - record["step"]) * tokens_per_step / max(rate, 0.1))
     return f"{line}  {time_left} left"
 
 
@@ -4198,6 +4268,12 @@ def import_optional(module: str, package: str) -> Any:
                     f"uv run --with {package} scratchformer.py ...")
 
 
+def json_line(record: dict) -> str:
+    """`record` as one line. JSON has no NaN and no infinity: they become null."""
+    return json.dumps({name: None if isinstance(x, float) and not math.isfinite(x) else x
+                       for name, x in record.items()})
+
+
 class Metrics:
     """metrics.jsonl: one JSON object per logged step, as if no run had been interrupted."""
 
@@ -4205,7 +4281,7 @@ class Metrics:
         """Keep what an interrupted run wrote up to `last_step`, and drop what came after."""
         self.path, self.board, kept = outdir / "metrics.jsonl", None, []
         for line in self.path.read_bytes().splitlines() if self.path.is_file() else []:
-            with contextlib.suppress(ValueError):  # the last line of a killed run is cut short
+            with contextlib.suppress(Exception):  # the last line of a killed run is cut short
                 if json.loads(line)["step"] <= last_step:
                     kept.append(line + b"\n")
         with atomic_write(self.path) as file:
@@ -4215,8 +4291,11 @@ class Metrics:
             self.board = module.SummaryWriter(str(outdir), purge_step=last_step + 1)
 
     def write(self, record: dict) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json_line(record) + "\n")
+        except OSError as error:  # a full disk, which may have room again later
+            log(f"{self.path}: {error.strerror}")
         if self.board:
             for name in record.keys() - {"step"}:
                 self.board.add_scalar(name, record[name], record["step"])
@@ -4224,24 +4303,40 @@ class Metrics:
 
 
 class StopSignal:
-    """Remembers SIGTERM or Ctrl-C until the loop asks. A second Ctrl-C exits at once."""
+    """Remembers Ctrl-C, SIGTERM or SIGHUP until the loop asks. A second Ctrl-C exits."""
 
     def __enter__(self) -> StopSignal:
         self.number, self.when = 0, 0.0
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self.handle) for number in numbers}
+        known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        # What is ignored stays ignored: that's how nohup works.
+        numbers = [n for n in known if n and signal.getsignal(n) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        # WHY a thread: Python runs a handler between two of its own instructions, and one
+        # backward pass can take a minute. The number of the signal arrives here at once.
+        reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        signal.set_wakeup_fd(self.writer)
+        threading.Thread(target=self.listen, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        signal.set_wakeup_fd(-1)
+        os.close(self.writer)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def handle(self, number: int, frame: Any) -> None:
+    def listen(self, reader: int) -> None:
+        with open(reader, "rb", buffering=0) as pipe:
+            while number := pipe.read(1):
+                self.handle(number[0])
+
+    def handle(self, number: int) -> None:
         # torchrun and the terminal may both pass on one Ctrl-C: hence the second of grace.
         if self.number and number == signal.SIGINT and time.monotonic() - self.when > 1:
             os._exit(128 + number)
         if not self.number:
             self.number, self.when = number, time.monotonic()
+            log("stopping after this step; Ctrl-C again to leave without saving")
 
 
 # The run
@@ -4281,7 +4376,12 @@ class Trainer:
         self.autocast = make_autocast(self.device, self.dtype, self.processes.fsdp)
         rows = data.batch_size * data.grad_accum_steps * get_world_size()
         self.tokens_per_step = rows * self.model_config.context_length
-        self.run_flags = {"seed": data.seed, "rows_per_step": rows, **vars(self.optim)}
+        self.run_flags = {
+            "seed": data.seed, "rows_per_step": rows, "dtype": str(self.dtype)[6:],
+            "activation_checkpointing": self.processes.activation_checkpointing,
+            "train_tokens": ", ".join(map(str, data.train_tokens)), **vars(self.optim)}
+        self.tokenizer_sha256 = self.tokens.tokenizer_sha256 or (
+            self.tokenizer and self.tokenizer.fingerprint())
         self.token_bytes = broadcast(self.tokenizer and bytes_per_token(self.tokenizer))
 
     def step(self, number: int, batches: Iterator) -> tuple[Tensor, Tensor]:
@@ -4357,6 +4457,24 @@ class Trainer:
         log(f"{rows} sequences = {self.tokens_per_step:,} tokens per step: batch_size "
             f"{data.batch_size} x grad_accum_steps {data.grad_accum_steps} x processes {size}")
 
+    def check_ids(self) -> Future:
+        """Look for ids outside the vocabulary: for ten seconds, then in the background."""
+        found: Future = Future()
+
+        def check() -> None:
+            try:
+                for tokens in (self.valid, self.tokens):
+                    if tokens:
+                        tokens.check_ids(get_rank(), get_world_size())
+                found.set_result(None)
+            except Exception as error:
+                found.set_exception(error)
+
+        threading.Thread(target=check, daemon=True).start()
+        done = concurrent.futures.wait([found], 10).done
+        on_every_process(lambda: [future.result() for future in done])
+        return found
+
     def run(self, first_step: int, stop: StopSignal) -> int:
         """Train from `first_step` to the last step or a signal; the exit status."""
         flags, data, max_steps = self.flags, self.data, self.optim.max_steps
@@ -4365,9 +4483,10 @@ class Trainer:
                 f"and --max_steps is {max_steps}")
             return 0
         self.log_setup(first_step)
-        main = is_main_process()
+        main, checked = is_main_process(), self.check_ids()
         metrics = Metrics(flags.outdir, first_step, flags.tensorboard) if main else None
         writer, written = ThreadPoolExecutor(1), None
+        problem: BaseException | None = None
         batches = load_batches(
             self.tokens, self.model_config.context_length, range(first_step, max_steps),
             self.device, data.batch_size, data.grad_accum_steps, data.seed, get_rank(),
@@ -4384,39 +4503,51 @@ class Trainer:
             now = time.monotonic()
             if logged:
                 tokens = (step - timed_from) * self.tokens_per_step
-                record = self.log_step(step, loss, grad_norm, tokens, now - start)
+                try:
+                    record = self.log_step(step, loss, grad_norm, tokens, now - start)
+                except UserError as error:
+                    problem = error
             if logged or step == first_step + 1:
                 start, timed_from = now, step
             if self.valid and (last or step % flags.eval_interval == 0):
                 result = evaluate(self.model, self.valid, data.batch_size, flags.eval_windows,
-                                  self.autocast, self.token_bytes)
-                log(f"step {step}: valid {format_evaluation(result)}")
-                record |= {"step": step, **result}
+                                  self.autocast, self.token_bytes, stop)
+                if result:
+                    log(f"step {step}: valid {format_evaluation(result)}")
+                    record |= {"step": step, **result}
             sampling = flags.sample_interval and step % flags.sample_interval == 0
             if sampling and self.token_bytes is not None:
                 self.log_sample()
             if record and metrics:
                 metrics.write(record)
-            # If one process is told to stop, all do.
-            stopping = sum_over_processes(torch.tensor(bool(stop.number)).int()).item() > 0
-            if written and written.done():
-                written.result()  # raises if that checkpoint could not be written
+            for future in (checked, written):
+                if future and future.done():
+                    problem = problem or future.exception()
+            # Whatever ends the run on one process ends it on all, and the weights are saved.
+            stopping = any_process(stop.number or problem)
             if last or stopping or step % flags.save_interval == 0:
                 state = gather_state(
                     self.model, self.params, self.optimizer, flags.weights_only and last)
                 state |= {"model_config": vars(self.model_config), "step": step,
-                          "scaler": self.scaler.state_dict(), "run": self.run_flags}
+                          "scaler": self.scaler.state_dict(), "run": self.run_flags,
+                          "tokenizer_sha256": self.tokenizer_sha256}
+                wait_for_main(written)  # at most one copy of the state waits for the disk
                 if main:
-                    if written:
-                        written.result()  # at most one copy of the state waits for the disk
                     written = writer.submit(
                         write_checkpoint, flags.outdir, state, flags.keep_checkpoints)
             start += time.monotonic() - now
             if stopping:
                 break
         batches.close()
-        if written:
-            written.result()
+        wait_for_main(written)
+
+        def report() -> None:
+            if written:
+                written.result()  # raises if that checkpoint could not be written
+            if problem:
+                raise problem
+
+        on_every_process(report)
         if step < max_steps:
             log(f"stopped by a signal after step {step}; continue with --resume")
             return 128 + (stop.number or signal.SIGTERM)
@@ -4688,27 +4819,27 @@ class ModelFlags(ModelConfig):
         self.given = given
 
 
-def load_initial_state(run: RunConfig) -> dict | None:
+def load_initial_state(run: RunConfig, max_steps: int) -> dict | None:
     """What training starts from: a state to resume, a model's weights, or None. Process 0 only.
 
-    Raises UserError rather than mix a fresh run with the checkpoints of another.
+    Raises UserError rather than mix a fresh run with the files of another.
     """
-    found, state = checkpoints_in(run.outdir), None
-    if run.resume:
-        states = map(load_checkpoint, reversed(found))
-        state = next((state for state in states if "optimizer" in state), None)
-        if not state:
-            log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
-    if not state and found:
+    logs = [path for path in run.outdir.glob("metrics.jsonl") if path.stat().st_size]
+    if not run.resume and (found := logs + checkpoints_in(run.outdir)):
         raise UserError(f"{run.outdir} holds {found[-1].name}: continue it with --resume, or "
                         f"choose another --outdir")
-    if not state and run.init_from:
-        state = load_any_checkpoint(run.init_from)
-        state.pop("optimizer", None)
-    if state:
-        model_from_checkpoint(state)  # raises UserError if weights and shape don't match
-        state["resuming"] = "optimizer" in state
-    return state
+    if run.resume:
+        if state := load_newest(run.outdir):
+            if "optimizer" not in state and state["step"] < max_steps:
+                raise UserError(f"{state['path']} has no optimizer state (--weights_only): "
+                                "start from it with --init_from, or remove it")
+            return {**state, "resuming": True}
+        log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
+    if not run.init_from:
+        return None
+    state = load_any_checkpoint(run.init_from)
+    model_from_checkpoint(state)  # raises UserError if weights and shape don't match
+    return {**state, "optimizer": None, "resuming": False}
 
 
 def resolve_model_config(written: dict, given: dict | None) -> ModelConfig:
@@ -4733,18 +4864,32 @@ def resolve_model_config(written: dict, given: dict | None) -> ModelConfig:
     return ModelConfig(**{**shape, **written})
 
 
-def prepare_outdir(outdir: Path, path: Path | None, tokens: TokenDataset) -> Tokenizer | None:
+def prepare_outdir(
+    outdir: Path, path: Path | None, tokens: TokenDataset, stack: contextlib.ExitStack
+) -> Tokenizer | None:
     """Make outdir with a copy of the tokenizer at `path`, and return it. Process 0 only.
 
-    Raises UserError unless this tokenizer encoded `tokens`.
+    Raises UserError unless this tokenizer encoded `tokens`, or if another run uses outdir; no
+    other can until `stack` is closed.
     """
     tokenizer = None
     if path:
-        tokenizer, stated = Tokenizer.load(path), tokens.tokenizer_sha256
-        same = stated in (None, tokenizer.fingerprint())
-        if not same or tokenizer.vocab_size > tokens.vocab_size:
-            raise UserError(f"{tokens.paths[0]} was encoded by another tokenizer than {path}")
+        tokenizer = Tokenizer.load(path)
+        check_same_tokenizer({path: tokenizer.fingerprint(),
+                              tokens.paths[0]: tokens.tokenizer_sha256})
+        if tokenizer.vocab_size > tokens.vocab_size:
+            raise UserError(f"{tokens.paths[0]} belongs to another tokenizer than {path}")
     outdir.mkdir(parents=True, exist_ok=True)
+    if os.name == "posix":
+        import fcntl
+
+        stack.callback(os.close, directory := os.open(outdir, os.O_RDONLY))
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {outdir}") from None
+        except OSError:  # a file system without locks
+            pass
     for left_over in outdir.glob(".step_*.tmp"):  # by a process that was killed
         left_over.unlink()
     if tokenizer:
@@ -4757,14 +4902,20 @@ def train(
     devices: DeviceConfig, processes: ProcessConfig,
 ) -> int:
     """Train a Transformer on token files. Under torchrun, on many devices."""
-    processes.check()
-    device = pick_device(devices.device)
-    dtype = pick_dtype(devices.dtype, device)
-    with process_group(device), StopSignal() as stop:
+    use_cuda = devices.device != "cpu" and torch.cuda.is_available()
+    with (
+        process_group(torch.device("cuda" if use_cuda else "cpu")),
+        StopSignal() as stop,
+        contextlib.ExitStack() as stack,
+    ):
+        on_every_process(processes.check)
+        device = on_every_process(lambda: pick_device(devices.device))
+        dtype = on_every_process(lambda: pick_dtype(devices.dtype, device))
         # Process 0 alone reads and writes outdir and init_from, and tells the others what it
         # found. Token files are read by all.
         main = is_main_process()
-        saved = on_every_process(lambda: load_initial_state(run) if main else None)
+        saved = on_every_process(
+            lambda: load_initial_state(run, optim.max_steps) if main else None)
         tensors = ("model", "optimizer")
         given = broadcast(saved and {k: saved[k] for k in saved if k not in tensors})
 
@@ -4776,12 +4927,18 @@ def train(
             if data.valid_tokens:
                 valid = TokenDataset(data.valid_tokens, tokens.vocab_size)
                 valid.check_length(1)
+            check_same_tokenizer({
+                tokens.paths[0]: tokens.tokenizer_sha256,
+                valid.paths[0] if valid else "": valid.tokenizer_sha256 if valid else None,
+                **({given["path"]: given.get("tokenizer_sha256")} if given else {})})
             return config, tokens, valid
 
         config, tokens, valid = on_every_process(open_tokens)
         path = data.tokenizer_path or (given and tokenizer_beside(Path(given["path"])))
+        if run.sample_interval and not path:
+            raise SharedError("--sample_interval needs --tokenizer_path")
         tokenizer = on_every_process(
-            lambda: prepare_outdir(run.outdir, path, tokens) if main else None)
+            lambda: prepare_outdir(run.outdir, path, tokens, stack) if main else None)
         trainer = Trainer(
             model_config=config, data=data, optim=optim, flags=run, processes=processes,
             device=device, dtype=dtype, tokens=tokens, valid=valid, tokenizer=tokenizer)
@@ -4790,9 +4947,11 @@ def train(
         saved = None  # frees its tensors
         if not given or not given["resuming"]:
             return trainer.run(0, stop)
-        trainer.scaler.load_state_dict(given["scaler"])
-        old, new = {"optimizer": "adamw", **given["run"]}, trainer.run_flags
-        changed = [f"{k} {old[k]} -> {new[k]}" for k in new if old.get(k, new[k]) != new[k]]
+        if "scaler" in given:
+            trainer.scaler.load_state_dict(given["scaler"])
+        old, new = {"optimizer": "adamw", **given.get("run", {})}, trainer.run_flags
+        changed = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and
+                   str(old[k]) != str(new[k])]
         if changed:
             log("changed since the checkpoint: " + ", ".join(changed))
         return trainer.run(given["step"], stop)
@@ -4810,12 +4969,22 @@ class SavedModelConfig(Config):
         ..., "a checkpoint, a run's directory, or a Hugging Face Llama directory")
     tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
 
-    def tokenizer(self, required: bool = True) -> Any:
-        """The tokenizer that was named, or else the one beside the checkpoint, if any."""
+    def tokenizer(self, state: dict, required: bool = True) -> Any:
+        """The tokenizer that was named, or else the one beside the checkpoint, if any.
+
+        Raises UserError if the model in `state` was trained with another.
+        """
         path = self.tokenizer_path or tokenizer_beside(self.checkpoint)
         if required and not path:
             raise UserError(f"no tokenizer beside {self.checkpoint}: give --tokenizer_path")
-        return Tokenizer.load(path) if path else None
+        if not path:
+            return None
+        tokenizer = Tokenizer.load(path)
+        check_same_tokenizer({path: tokenizer.fingerprint(),
+                              self.checkpoint: state.get("tokenizer_sha256")})
+        if tokenizer.vocab_size > state["model_config"]["vocab_size"]:
+            raise UserError(f"{path} has more ids than the model in {self.checkpoint}")
+        return tokenizer
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -4837,17 +5006,20 @@ def evaluate_command(config: EvalConfig, devices: DeviceConfig) -> None:
     autocast = make_autocast(device, pick_dtype(devices.dtype, device))
     state = load_any_checkpoint(config.checkpoint)
     model = model_from_checkpoint(state, device, context_length=config.context_length)
-    tokenizer = config.tokenizer(required=bool(config.text_path))
+    tokenizer = config.tokenizer(state, required=bool(config.text_path))
     with tempfile.TemporaryDirectory() as directory:
         paths = config.valid_tokens or [Path(directory) / "text.bin"]
         if config.text_path and tokenizer:
             encode_file(tokenizer, config.text_path, paths[0])
         tokens = TokenDataset(paths, model.config.vocab_size)
+        check_same_tokenizer({tokens.paths[0]: tokens.tokenizer_sha256,
+                              config.checkpoint: state.get("tokenizer_sha256")
+                              or (tokenizer.fingerprint() if tokenizer else None)})
         token_bytes = bytes_per_token(tokenizer) if tokenizer else None
         result = evaluate(model, tokens, config.batch_size, config.eval_windows, autocast,
                           token_bytes)
     log(format_evaluation(result))
-    print(json.dumps(result))
+    print(json_line(result))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -4894,7 +5066,7 @@ def generate_command(config: GenerateConfig, devices: DeviceConfig) -> None:
     model = model_from_checkpoint(state, device, dtype, config.context_length)
     use_all_cores(model)
     decoder = CUDAGraphDecoder if device.type == "cuda" else CachedModel
-    tokenizer = config.tokenizer()
+    tokenizer = config.tokenizer(state)
     eot = tokenizer.eot_id
     eos = state.get("special_ids", {}).get("eos_token_id", eot)  # a number, a list or None
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -4937,7 +5109,8 @@ def export(config: ExportConfig) -> None:
         raise UserError(f"{config.outdir} holds a model that the export would hide: choose "
                         f"another --outdir")
     state = load_any_checkpoint(config.checkpoint)
-    save_hf_model(state, config.tokenizer(), config.outdir, config.dtype)
+    model_from_checkpoint(state)  # raises UserError if weights and shape don't match
+    save_hf_model(state, config.tokenizer(state), config.outdir, config.dtype)
     log(f"{config.outdir}: load it with AutoModelForCausalLM.from_pretrained")
 
 
@@ -4971,14 +5144,17 @@ generate --checkpoint {out}/run --prompt Once --seed 1
 
 def demo(config: DemoConfig) -> int:
     """Run the whole pipeline on the bundled stories, showing each command."""
-    values = {"data": Path(__file__).parent / "data", "out": config.outdir,
-              "max_steps": config.max_steps, "warmup": config.max_steps // 40}
+    data = Path(__file__).parent / "data"
+    values = {"data": data, "out": config.outdir, "max_steps": config.max_steps,
+              "warmup": config.max_steps // 40}
+    if not data.is_dir():
+        raise UserError("the demo's stories aren't installed: run it in a clone of the source")
     mark = config.outdir / ".made_by_demo"  # what an earlier demo made may be replaced
     if not mark.is_file() and config.outdir.is_dir() and any(config.outdir.iterdir()):
         raise UserError(f"{config.outdir} holds files that no demo made: give another --outdir")
     write_json(mark, {})
-    for old in checkpoints_in(config.outdir / "run"):
-        old.unlink()
+    for old in [*checkpoints_in(config.outdir / "run"), config.outdir / "run/metrics.jsonl"]:
+        old.unlink(missing_ok=True)
     quiet = ["--quiet"] * (not Progress.enabled)
     for command in DEMO.replace("\n    ", " ").split("\n")[1:-1]:
         argv = [word.format(**values) for word in command.split()]

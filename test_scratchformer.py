@@ -2600,6 +2600,48 @@ def test_what_a_killed_process_left_behind_is_cleared_away(toy, tmp_path):
     assert not left_over.exists()
 
 
+def test_copies_of_checkpoints_are_neither_counted_nor_deleted(toy, tmp_path):
+    do("train", *training(toy, tmp_path), "--max_steps 4")
+    names = ["step_000004_best.pt", "step_000004-v2.pt", "step_best.pt", "step_7.pt", "best.pt"]
+    for name in names:
+        shutil.copy(tmp_path / "step_000004.pt", tmp_path / name)
+    flags = "--max_steps 6 --save_interval 1 --keep_checkpoints 1 --resume"
+    do("train", *training(toy, tmp_path), flags)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step_000006.pt"]
+    assert {path.name for path in tmp_path.glob("*.pt")} == {*names, "step_000006.pt"}
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no model", "no run", "no scaler", "moments",
+                                    "no moment", "step"])  # fmt: skip
+def test_a_damaged_newest_checkpoint_is_passed_over_in_resuming(toy, tmp_path, capsys, damage):
+    do("train", *training(toy, tmp_path), "--max_steps 6 --save_interval 3")
+    rows, newest = metrics(tmp_path, "step", "train_loss"), tmp_path / "step_000006.pt"
+    if damage == "cut short":
+        os.truncate(newest, 9999)
+    else:
+        state, name = copy.deepcopy(load_checkpoint(newest)), "blocks.0.mlp.down.weight"
+        state.pop(damage[3:], None)
+        if damage == "step":
+            state["step"] = "6"
+        if damage == "moments":
+            state["optimizer"]["exp_avg"][name] = torch.ones(1)
+        if damage == "no moment":
+            del state["optimizer"]["exp_avg"][name]
+        save_checkpoint(newest, state)
+    argv = [word for word in training(toy, tmp_path) if word != "--quiet"]
+    do("train", *argv, "--max_steps 6 --resume")
+    error = capsys.readouterr().err
+    assert ("trying the checkpoint before it" in error) == (damage != "no run")
+    assert load_checkpoint(tmp_path)["step"] == 6 and metrics(
+        tmp_path, "step", "train_loss") == rows
+
+
+def test_if_all_checkpoints_are_damaged_that_is_said(toy, tmp_path, capsys):
+    write(tmp_path / "step_000001.pt", b"damaged")
+    argv = ["train", *training(toy, tmp_path), "--max_steps 6 --resume"]
+    assert "step_000001.pt is not a valid checkpoint" in refused(capsys, tmp_path, *argv)
+
+
 def test_only_the_newest_checkpoints_are_kept(toy):
     assert [path.name for path in checkpoints_in(toy / "run")] == [
         "step_000100.pt",
@@ -2633,16 +2675,18 @@ def test_a_run_resumes_on_another_number_of_processes(
     close_rows(rows, one, 1e-4 if ON_ONE[after] == "muon" else 1e-5)
 
 
-def test_the_last_checkpoint_can_be_weights_only(toy, tmp_path):
+def test_the_last_checkpoint_can_be_weights_only(toy, tmp_path, capsys):
     do("train", *training(toy, tmp_path), "--max_steps 6 --save_interval 2 --weights_only")
     states = [load_checkpoint(path) for path in checkpoints_in(tmp_path)]
     assert ["optimizer" in state for state in states] == [True, True, False]
-    # Training cannot go on from the last one, so it does from the one before.
-    rows = metrics(tmp_path, "step", "train_loss")
+    before = snapshot(tmp_path)  # a finished run has nothing to resume
     do("train", *training(toy, tmp_path), "--max_steps 6 --save_interval 2 --resume")
-    assert metrics(tmp_path, "step", "train_loss") == rows and "optimizer" in load_checkpoint(
-        tmp_path
-    )
+    assert snapshot(tmp_path) == before
+    longer = ["train", *training(toy, tmp_path), "--max_steps 8 --resume"]
+    assert "step_000006.pt has no optimizer state" in refused(capsys, tmp_path, *longer)
+    (tmp_path / "step_000006.pt").unlink()
+    do(*longer)
+    assert metrics(tmp_path, "step") == [(step,) for step in range(1, 9)]
 
 
 SMALL_STATE = {"model": {"w": torch.arange(50.0)}, "model_config": {"vocab_size": 5}, "step": 3}
@@ -2827,6 +2871,87 @@ def test_resume_starts_fresh_where_there_is_nothing_and_says_so(toy, tmp_path, c
     argv = [word for word in training(toy, tmp_path) if word != "--quiet"]
     do("train", *argv, "--max_steps 4 --resume")
     assert "starting fresh" in capsys.readouterr().err and len(metrics(tmp_path, "step")) == 4
+
+
+@slow
+def test_a_run_has_its_outdir_to_itself_and_holds_no_old_checkpoint_open(
+    toy, tmp_path, capsys
+):
+    """A deleted file that is still mapped would keep its space on the disk."""
+    outdir = tmp_path / "run"
+    flags = [*training(toy, outdir), "--save_interval 1 --keep_checkpoints 1 --resume"]
+    do("train", *flags, "--max_steps 4")
+    first = subprocess.Popen(**process("train", *flags, "--max_steps 100000"))
+    wait_for(first, outdir, 10)
+    maps = Path(f"/proc/{first.pid}/maps").read_text()
+    assert "python" in maps and "step_000004.pt" not in maps
+    left_over = write(outdir / ".step_000007.pt.4711.tmp", b"being written")
+    for argv in (["train", *flags], ["train", *training(toy, outdir)]):
+        assert main(shell_words(argv)) == 2
+        assert str(outdir) in capsys.readouterr().err and left_over.exists()
+    first.kill()
+    first.wait()
+    do("train", *flags, "--max_steps 4")  # the lock went with it
+
+
+def test_metrics_of_another_run_are_not_overwritten(toy, tmp_path, capsys):
+    do("train", *training(toy, tmp_path), "--max_steps 4")
+    (tmp_path / "step_000004.pt").unlink()
+    argv = ["train", *training(toy, tmp_path), "--max_steps 4"]
+    assert "holds metrics.jsonl" in refused(capsys, tmp_path, *argv)
+
+
+def test_lines_of_metrics_that_cannot_be_read_are_dropped(toy, tmp_path):
+    do("train", *training(toy, tmp_path), "--max_steps 4")
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'5\n{}\n{"step": "x"}\n{"step": ' + b"9" * 5000 + b"}\n" + b"[" * 99999)
+    do("train", *training(toy, tmp_path), "--max_steps 6 --resume")
+    assert metrics(tmp_path, "step") == [(step,) for step in range(1, 7)]
+
+
+def test_resuming_needs_no_init_from(toy, tmp_path):
+    shutil.copytree(toy / "run", tmp_path / "start")
+    flags = [*training(toy, tmp_path / "run"), f"--init_from {tmp_path / 'start'} --resume"]
+    do("train", *flags, "--max_steps 4")
+    shutil.rmtree(tmp_path / "start")
+    do("train", *flags, "--max_steps 6")
+
+
+def test_a_tokenizer_other_than_the_models_is_refused(toy, tmp_path, capsys):
+    """In training, evaluation, generation, export and resuming."""
+    other = tokenizer_from(toy_text(3, 99), 20, [END_OF_TEXT])
+    other.save(tmp_path / "other.json")
+    encode_file(other, toy / "valid.txt", tmp_path / "other.bin")
+    do("train", *training(toy, tmp_path / "run"), "--max_steps 4")
+    assert load_checkpoint(tmp_path / "run")["tokenizer_sha256"] == Tokenizer.load(
+        toy / "tokenizer.json").fingerprint()
+    new = training(toy, tmp_path / "new")
+    resume = f"--max_steps 5 --resume --vocab_size 280 --outdir {tmp_path / 'run'}"
+    no_tokenizer = shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    (no_tokenizer / "tokenizer.json").unlink()
+    for argv in (
+        ["train --max_steps 5", *new, f"--valid_tokens {tmp_path / 'other.bin'}"],
+        ["train --max_steps 5", *new, f"--tokenizer_path {tmp_path / 'other.json'}"],
+        [f"train --train_tokens {tmp_path / 'other.bin'}", *TINY, resume],
+        [f"train --train_tokens {tmp_path / 'other.bin'}", *TINY,
+         f"--max_steps 5 --outdir {tmp_path / 'new'} --init_from {tmp_path / 'run'}"],
+        [f"eval --checkpoint {no_tokenizer} --valid_tokens {tmp_path / 'other.bin'}"],
+        [f"eval --checkpoint {toy / 'run'} --valid_tokens {tmp_path / 'other.bin'}"],
+        *([f"{command} --checkpoint {tmp_path / 'run'}",
+           f"--tokenizer_path {tmp_path / 'other.json'}"]
+          for command in (f"eval --valid_tokens {toy / 'valid.bin'}", "generate --prompt x",
+                          f"export --outdir {tmp_path / 'new'}")),
+    ):  # fmt: skip
+        assert "another tokenizer" in refused(capsys, tmp_path, *argv), argv
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(toy, tmp_path, capsys):
+    state = {key: value for key, value in load_checkpoint(toy / "run").items()
+             if key != "tokenizer_sha256"}  # as the first edition wrote it
+    save_checkpoint(tmp_path / "step_000001.pt", state)
+    tokenizer_from(toy_text(1, 99), 60).save(tmp_path / "tokenizer.json")
+    for argv in ("generate --prompt x", f"export --outdir {tmp_path / 'new'}"):
+        assert "more ids" in refused(capsys, tmp_path, argv, f"--checkpoint {tmp_path}")
 
 
 def test_a_changed_learning_rate_is_said(toy, tmp_path, capsys):
@@ -3360,6 +3485,7 @@ EVAL = "eval --device cpu --checkpoint "
     (ENCODE + "{toy}/valid.txt --out_path {tmp}/empty/out.bin", "empty"),
     (TRAIN + "--train_tokens {tmp}/missing", "missing"),
     ("train --device cpu --train_tokens {tmp}/empty --vocab_size 9", "empty holds 0 tokens"),
+    (TRAIN + "--sample_interval 3", "--sample_interval needs --tokenizer_path"),
     (TRAIN + "--d_model 65", "divisible"),
     (TRAIN + "--d_model 48 --num_heads 16", "must be even"),
     (TRAIN + "--context_length 999999", "too few"),
@@ -3402,6 +3528,150 @@ def test_bad_input_gets_one_line_and_writes_nothing(toy, tmp_path, capsys, argv,
     shutil.copy(toy / "run" / "step_000150.pt", tmp_path / "lonely")
     words = words.format(tmp=tmp_path)
     assert words in refused(capsys, tmp_path, *argv.format(toy=toy, tmp=tmp_path).split())
+
+
+# Damaged files. Each reader gives a result or one line of error. For a long search,
+# FUZZ_EXAMPLES=100000 pytest -k fuzz, with a limit on memory (ulimit -v).
+
+ODD = [None, True, -1, 0, 1, 7, 2**31, 2**63, 10**30, 0.5, -1.0, 1e-320, math.nan, math.inf,
+       "", "x", "\ud800", "\0", b"x", [], {}, [[]], {"a": 1}, "uint32", "float16"]
+ODD_TENSORS = [torch.ones(1), torch.ones(0), torch.tensor(math.nan), torch.ones(3, 4).int(),
+               torch.ones(280, 8, dtype=torch.complex64), torch.full((8,), math.inf),
+               torch.ones(8).to_sparse(), torch.ones(1).expand(280, 8)]  # fmt: skip
+
+
+def damaged_bytes(data, rng):
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        at, length = rng.randrange(len(data) + 1), rng.choice([1, 1, 4, 16, 200])
+        new = rng.choice([rng.randbytes(length), b"9" * length, b"[" * length, data[:length]])
+        end = rng.choice([at, at + 1, at + length, len(data)])
+        data[at:end] = rng.choice([new, b""])
+    return bytes(data)
+
+
+def damaged_value(value, rng, odd=ODD):
+    """A copy of nested dicts and lists in which something is missing, added or replaced."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
+        return rng.choice(odd)
+    value = copy.copy(value)
+    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    if rng.random() < 0.2:
+        del value[key]
+    elif rng.random() < 0.1 and isinstance(value, dict):
+        value[rng.choice(["x", "added", "dtype"])] = rng.choice(odd)
+    else:
+        value[key] = damaged_value(value[key], rng, odd)
+    return value
+
+
+def dump_json(content):
+    return json.dumps(content, default=repr).encode()
+
+
+def damaged_file(data, rng, load=json.loads, dump=dump_json, odd=ODD):
+    """Its bytes changed, or what it holds."""
+    if rng.random() < 0.5:
+        return damaged_bytes(data, rng)
+    try:
+        return dump(damaged_value(load(data), rng, odd))
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):
+        return damaged_bytes(data, rng)  # this kind of file can't hold that value
+
+
+def damaged_checkpoint(data, rng):
+    def dump(state):
+        torch.save(state, buffer := io.BytesIO())
+        return buffer.getvalue()
+
+    load = lambda data: torch.load(io.BytesIO(data), weights_only=True)  # noqa: E731
+    return damaged_file(data, rng, load, dump, ODD + ODD_TENSORS)
+
+
+def damaged_safetensors(data, rng):
+    size = int.from_bytes(data[:8], "little")
+
+    def dump(header):
+        text = dump_json(header)
+        return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+    return damaged_file(data, rng, lambda data: json.loads(data[8 : 8 + size]), dump)
+
+
+def damaged_lines(data, rng):
+    lines = data.splitlines()
+    return b"\n".join([*lines[:-1], damaged_file(lines[-1], rng), lines[0]])
+
+
+EVAL_RUN = "eval --device cpu --eval_windows 2 --checkpoint {checkpoint} "
+EVAL_TOKENS = EVAL_RUN + "--valid_tokens {run}/valid.bin"
+READERS = {
+    "tokenizer.json": (damaged_file, EVAL_RUN + "--text_path {run}/text"),
+    "valid.bin": (damaged_bytes, EVAL_TOKENS),
+    "valid.bin.json": (damaged_file, EVAL_TOKENS),
+    "step_000004.pt": (damaged_checkpoint, EVAL_TOKENS),
+    "step_000005.pt": (damaged_checkpoint, "train {train} --max_steps 6 --resume"),
+    "metrics.jsonl": (damaged_lines, "train {train} --max_steps 5 --resume"),
+    "llama/config.json": (damaged_file, EVAL_TOKENS),
+    "llama/model.safetensors": (damaged_safetensors, EVAL_TOKENS),
+}
+
+
+class SmallFiles:
+    """A run of four steps of a very small model, with all that belongs to it."""
+
+    def __init__(self, run, train):
+        self.run, self.train = run, " ".join(shell_words(train))
+        files = [path for path in run.rglob("*") if path.is_file()]
+        self.content = {path.relative_to(run): path.read_bytes() for path in files}
+
+    def restore(self, newest):
+        shutil.rmtree(self.run)
+        for path, data in self.content.items():
+            if not path.name.startswith("step_") or path.name <= newest:
+                (self.run / path).parent.mkdir(parents=True, exist_ok=True)
+                write(self.run / path, data)
+
+
+@pytest.fixture(scope="module")
+def small_files(toy, tmp_path_factory):
+    run = tmp_path_factory.mktemp("small_files") / "run"
+    shape = "--num_layers 1 --d_model 8 --num_heads 2 --d_ff 8 --context_length 16"
+    train = [*training(toy, run), shape, "--batch_size 1 --warmup_steps 1"]
+    do("train", *train, "--max_steps 4")
+    do(f"export --checkpoint {run} --outdir {run / 'llama'} --quiet")
+    write(run / "text", toy_text(4, 5))
+    for name in ("valid.bin", "valid.bin.json"):
+        shutil.copy(toy / name, run / name)
+    token_file(run / "valid.bin", np.fromfile(toy / "valid.bin", "<u2")[:99])
+    content = json.loads((toy / "valid.bin.json").read_text())
+    write(run / "valid.bin.json", json.dumps(content | {"num_tokens": 99}))
+    shutil.copy(run / "step_000004.pt", run / "step_000005.pt")
+    state = torch.load(run / "step_000005.pt", weights_only=True)
+    save_checkpoint(run / "step_000005.pt", {**state, "step": 5})
+    return SmallFiles(run, train)
+
+
+@pytest.mark.parametrize("name", READERS)
+@hypothesis.settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 10)),
+                     derandomize="FUZZ_EXAMPLES" not in os.environ)  # fmt: skip
+@given(seed=st.integers(0, 2**64))
+def test_fuzz_a_damaged_file_gives_a_result_or_one_line(small_files, capsys, name, seed):
+    damage, argv = READERS[name]
+    small_files.restore(name if name == "step_000005.pt" else "step_000004.pt")
+    run, data = small_files.run, small_files.content[Path(name)]
+    write(run / name, damage(data, random.Random(seed)))
+    checkpoint = run / "llama" if name.startswith("llama") else run
+    argv = argv.format(run=run, train=small_files.train, checkpoint=checkpoint)
+    capsys.readouterr()
+    status = main(argv.split())
+    out, error = capsys.readouterr()
+    if argv.startswith("eval"):
+        assert (status, bool(out), error.count("\n")) in [(0, True, 1), (2, False, 1)], error
+        for line in out.splitlines():
+            json.loads(line, parse_constant=pytest.fail)
+    else:
+        assert (status, out, error.count("\n")) in [(0, "", 0), (2, "", 1)], error
 
 
 # The bundled stories, and the script that made them.
@@ -3465,6 +3735,18 @@ def test_the_bundled_stories_are_what_the_script_writes(make_stories, tmp_path):
     make_stories.write_stories(tmp_path / "stories-valid.txt", megabytes, seed)
     for name in ("stories-valid.txt", "stories-valid.txt.json"):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_the_demo_without_its_stories_is_refused_with_the_reason(tmp_path):
+    shutil.copy(FILE, tmp_path)
+    done = run(f"demo --outdir {tmp_path / 'demo'}", file=tmp_path / FILE.name)
+    assert done.returncode == 2 and b"stories aren't installed" in done.stderr
+
+
+def test_one_process_commands_are_refused_under_torchrun(toy, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for argv in ("eval --valid_tokens x", "generate", "export --outdir y"):
+        assert "without torchrun" in refused(capsys, tmp_path, argv, "--checkpoint x")
 
 
 @slow
