@@ -3178,9 +3178,9 @@ def orthogonalize(x: Tensor) -> Tensor:
 
     If x = U @ diag(s) @ V.T, then x @ x.T @ x = U @ diag(s^3) @ V.T. So matmuls alone apply a
     polynomial to the singular values, here a * s + b * s^3 + c * s^5. With these numbers, five
-    rounds lift everything above 0.01 to between 0.7 and 1.2, and that is close enough. This is
+    rounds lift everything above 0.01 to about 0.7 to 1.2, and that is close enough. This is
     a Newton-Schulz iteration, and 16 bits are enough for it.
-    Source of a, b and c: Jordan et al. 2024, section "Tuning the coefficients".
+    Source of a, b and c: Jordan et al. 2024.
 
     By hand: this update moves (1, 1) by 3.9 and (1, -1) by 0.1, and afterwards both alike.
 

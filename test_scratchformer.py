@@ -2103,11 +2103,11 @@ def test_orthogonalizing_zeros_gives_zeros():
 
 
 def test_every_matrix_of_a_block_is_one_to_muon():
-    config = dataclasses.replace(TINY_MODEL, d_ff=48)
+    config = dataclasses.replace(TINY_MODEL, d_ff=48, num_kv_heads=2)
     parts = {name: matrix_rows(name, p) for name, p in Transformer(config).named_parameters()
              if name.startswith("blocks.1.") and p.dim() == 2}  # fmt: skip
     assert parts == {
-        "blocks.1.attention.qkv.weight": [32] * 3, "blocks.1.attention.output.weight": [32],
+        "blocks.1.attention.qkv.weight": [32, 16, 16], "blocks.1.attention.output.weight": [32],
         "blocks.1.mlp.gate_up.weight": [48] * 2, "blocks.1.mlp.down.weight": [32],
     }  # fmt: skip
 
@@ -2115,7 +2115,8 @@ def test_every_matrix_of_a_block_is_one_to_muon():
 @pytest.mark.parametrize("clip_grad, scaled", [(0.0, False), (0.05, False), (0.05, True)])
 @pytest.mark.parametrize("fused", [True, False])
 def test_muon_is_its_formula_in_the_blocks_and_adamw_elsewhere(clip_grad, scaled, fused):
-    ours, theirs, scaler = tiny_model(), tiny_model(), GradScaler(CPU, scaled)
+    shape = dataclasses.replace(TINY_MODEL, num_kv_heads=2, tie_embeddings=True)
+    ours, theirs, scaler = Transformer(shape), Transformer(shape), GradScaler(CPU, scaled)
     config = OptimizerConfig(lr=0.01, weight_decay=0.1)
     optimizer = Muon(ours, local_params(ours), config, fused=fused)
     in_blocks = {name: p for name, p in theirs.named_parameters()
