@@ -4743,6 +4743,8 @@ def load_hf_model(directory: Path) -> dict:
         names, index = ["model.safetensors"], directory / "model.safetensors.index.json"
         if not (directory / names[0]).is_file() and index.is_file():
             names = sorted(set(read_json(index, "index of weights")["weight_map"].values()))
+        if missing := [name for name in names if not (directory / name).is_file()]:
+            raise UserError(f"it has no {missing[0]}")
         opened = [safetensors.safe_open(directory / name, "pt") for name in names]
         weights = from_hf({key: file for file in opened for key in file.keys()},  # noqa: SIM118
                           config)

@@ -3019,6 +3019,14 @@ def test_the_loss_is_the_mean_over_all_tokens(toy, tmp_path, length):
         assert result["nats_per_byte"] == pytest.approx(mean * (len(ids) - 1) / size, rel=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"tie_embeddings": True}])
+def test_flops_count_each_weight_of_a_matmul_and_half_of_the_scores(changes):
+    config = dataclasses.replace(TINY_MODEL, **changes)
+    blocks = Transformer(config).blocks.parameters()
+    matmuls = sum(p.numel() for p in blocks if p.dim() == 2) + 61 * 32
+    assert scratchformer.flops_per_token(config) == 6 * (matmuls + 2 * 24 * 32)
+
+
 def test_evaluation_never_holds_all_logits(toy):
     """1,000 rows of 280 logits are taken in parts of 512."""
     sizes = []
@@ -3326,6 +3334,15 @@ def test_weights_of_another_kind_are_refused_with_the_reason(
     shutil.copy(llama_folder[0] / "config.json", tmp_path)
     with pytest.raises(UserError, match=re.escape(words)):
         load_hf_model(tmp_path)
+
+
+def test_a_missing_file_of_weights_is_named(llama_folder, tmp_path):
+    folder = shutil.copytree(llama_folder[0], tmp_path / "llama")
+    for name in (sorted(folder.glob("*.safetensors"))[1].name, "model.safetensors.index.json"):
+        (folder / name).unlink()
+        name = name if name.endswith("s") else "model.safetensors"
+        with pytest.raises(UserError, match=f"it has no {name}"):
+            load_hf_model(folder)
 
 
 def test_an_export_never_hides_a_model(toy, exported, tmp_path, capsys):
