@@ -1834,7 +1834,7 @@ def error_message(error: Exception) -> str:
     """
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror or error}"
-    return str(error)
+    return str(error).replace("\n", " ")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1845,8 +1845,9 @@ def main(argv: list[str] | None = None) -> int:
     argv, Progress.enabled = sys.argv[1:] if argv is None else argv, True
     for name in ("stdin", "stdout", "stderr"):
         stream: Any = getattr(sys, name) or open(os.devnull, "r+")  # None: it was closed
-        if name != "stderr" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # any bytes pass
+        if hasattr(stream, "reconfigure"):  # any bytes pass through
+            errors = "backslashreplace" if name == "stderr" else "surrogateescape"
+            stream.reconfigure(encoding="utf-8", errors=errors)
         setattr(sys, name, stream)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(__doc__)
@@ -1977,6 +1978,13 @@ METADATA_TYPES: dict[str, Any] = {
 }
 
 
+def check_types(content: dict, kinds: dict[str, Any]) -> None:
+    """Raise UserError if an entry isn't of the type that `kinds` has for it."""
+    for key, value in content.items():
+        if not isinstance(value, kinds.get(key, object)):
+            raise UserError(f"{key} is {value!r}")
+
+
 def load_metadata(token_file: Path) -> dict:
     """What NAME.bin.json says about NAME.bin; {} if there's none, as beside nanoGPT's files."""
     path, kind = Path(f"{token_file}.json"), "token file description"
@@ -1984,9 +1992,7 @@ def load_metadata(token_file: Path) -> dict:
         return {}
     metadata = read_json(path, kind)
     with reading(path, kind):
-        for key, value in metadata.items():
-            if not isinstance(value, METADATA_TYPES.get(key, object)):
-                raise UserError(f"{key} is {value!r}")
+        check_types(metadata, METADATA_TYPES)
         if (dtype := metadata.get("dtype", "uint16")) not in ("uint16", "uint32"):
             raise UserError(f"dtype is {dtype!r}, not uint16 or uint32")
     return metadata
@@ -3886,6 +3892,11 @@ def checkpoints_in(directory: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.stem[5:]))
 
 
+CHECKPOINT_TYPES: dict[str, Any] = {
+    "step": int, "run": dict, "special_ids": dict, "tokenizer_sha256": (str, type(None)),
+}
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """The state saved in `path`, or in the newest checkpoint of the directory `path`.
 
@@ -3905,8 +3916,7 @@ def load_checkpoint(path: str | Path) -> dict:
         missing = {"model", "model_config", "step"} - set(state)
         if missing:
             raise UserError(f"it has no {' or '.join(sorted(missing))}")
-        if type(state["step"]) is not int:
-            raise UserError(f"its step is {state['step']!r}")
+        check_types(state, CHECKPOINT_TYPES)
         return {**migrate_checkpoint(state), "path": str(path)}
 
 
@@ -4002,7 +4012,6 @@ def load_newest(outdir: Path) -> dict | None:
             state = load_checkpoint(path)
             model_from_checkpoint(state)  # raises UserError if weights and shape don't match
             with reading(path, "checkpoint"):
-                {**state.get("run", {})}  # a dict
                 if adam := state.get("optimizer"):
                     m, v, steps = (adam[key] for key in (*ADAM_STATE, "step"))
                     if not m.keys() >= v.keys() == steps.keys() or any(
