@@ -1291,6 +1291,12 @@ def test_an_id_outside_the_vocabulary_is_named_before_the_model_sees_it(capsys, 
     path = token_file(tmp_path / "train.bin", [*GOOD, 50, *GOOD])
     with pytest.raises(UserError, match="holds the id 50, outside the vocabulary of 50"):
         TokenDataset([path], 50)[90:110]
+    good = token_file(tmp_path / "good.bin", GOOD * 9)
+    argv = ["train --vocab_size 50 --max_steps 50 --eval_interval 50 --train_tokens", good,
+            "--valid_tokens", path, "--outdir", tmp_path / "valid"]  # fmt: skip
+    assert main(shell_words([*argv, *TINY])) == 2  # at once, not at the first evaluation
+    assert "train.bin holds the id 50" in capsys.readouterr().err
+    assert not (tmp_path / "valid" / "metrics.jsonl").exists()
     argv = ["train --vocab_size 50 --max_steps 50 --train_tokens", path, "--outdir",
             tmp_path / "run"]  # fmt: skip
     assert main(shell_words([*argv, *TINY])) == 2
@@ -2474,6 +2480,12 @@ def test_fsdp_without_torchrun_is_refused(toy, tmp_path, capsys):
     assert "torchrun" in refused(capsys, tmp_path, "train", *flags)
 
 
+def test_compiling_without_a_compiler_is_refused(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    argv = ["train", *training(toy, tmp_path / "run"), "--compile"]
+    assert "C++ compiler" in refused(capsys, tmp_path, *argv)
+
+
 @pytest.mark.parametrize("flag", ["--fsdp_unit block", "--shard_size 2"])
 def test_a_flag_of_fsdp_without_fsdp_is_refused(toy, tmp_path, capsys, flag):
     flags = [*training(toy, tmp_path / "run"), "--max_steps 9", flag]
@@ -2782,6 +2794,23 @@ def test_a_zip_of_something_else_is_refused(tmp_path):
         load_checkpoint(tmp_path / "a.pt")
 
 
+def test_a_failed_save_is_tried_again(toy, tmp_path, capsys, monkeypatch):
+    """The disk is full at the first save and has room at the second: no work is lost."""
+    save, tried = scratchformer.save_checkpoint, []
+
+    def fails_once(path, state):
+        tried.append(path)
+        if len(tried) == 1:
+            raise OSError(28, "No space left on device")
+        save(path, state)
+
+    monkeypatch.setattr(scratchformer, "save_checkpoint", fails_once)
+    flags = [*training(toy, tmp_path), "--max_steps 99999 --save_interval 3"]
+    assert main(shell_words(["train", *flags])) == 2
+    assert "No space left" in capsys.readouterr().err and tried[0].name == "step_000003.pt"
+    assert load_checkpoint(tmp_path)["step"] == int(tried[-1].stem[5:]) > 3
+
+
 @slow
 def test_a_full_disk_leaves_the_earlier_checkpoint(toy, tmp_path):
     flags = [*training(toy, tmp_path), "--save_interval 2"]
@@ -2893,6 +2922,29 @@ def test_a_run_has_its_outdir_to_itself_and_holds_no_old_checkpoint_open(
     first.kill()
     first.wait()
     do("train", *flags, "--max_steps 4")  # the lock went with it
+
+
+@slow
+def test_a_signal_is_answered_at_once_even_during_an_evaluation(toy, tmp_path):
+    """An evaluation of minutes, after every step: SIGHUP; then Ctrl-C, with nohup."""
+    token_file(tmp_path / "long.bin", np.tile(np.fromfile(toy / "valid.bin", "<u2"), 500))
+    argv = [word for word in training(toy, tmp_path / "run") if word != "--quiet"]
+    argv += [f"--valid_tokens {tmp_path / 'long.bin'} --eval_interval 1 --eval_windows 0",
+             "--max_steps 100 --resume"]  # fmt: skip
+    for number, ignored in ((signal.SIGHUP, None), (signal.SIGINT, signal.SIGHUP)):
+        ignore = lambda n=ignored: n and signal.signal(n, signal.SIG_IGN)  # noqa: E731
+        trainer = subprocess.Popen(
+            **process("train", *argv), stderr=subprocess.PIPE, preexec_fn=ignore)
+        for line in trainer.stderr:
+            if b"step " in line and b"tok/s" in line:
+                break  # now it evaluates
+        if ignored:
+            trainer.send_signal(ignored)
+        trainer.send_signal(number)
+        rest = trainer.stderr.read()
+        assert trainer.wait() == 128 + number and b"stopping after this step" in rest, rest
+    assert load_checkpoint(tmp_path / "run")["step"] == 2
+    assert metrics(tmp_path / "run", "step", "valid_loss") == [(1, None), (2, None)]
 
 
 def test_metrics_of_another_run_are_not_overwritten(toy, tmp_path, capsys):
@@ -3053,6 +3105,18 @@ def test_eval_gives_the_figure_that_training_gave(toy, capsys):
     assert shown["bits_per_byte"] == pytest.approx(shown["nats_per_byte"] / math.log(2))
 
 
+def test_what_is_no_number_is_null_in_json():
+    line = scratchformer.json_line({"step": 1, "loss": math.nan, "norm": math.inf, "x": None})
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 1, "loss": None, "norm": None, "x": None}  # fmt: skip
+
+
+def test_a_rate_of_nearly_nothing_is_a_line_of_the_log():
+    record = {"step": 1, "train_loss": 1.0, "lr": 1.0, "grad_norm": 1.0,
+              "tokens_per_second": 0.0, "skipped_steps": 0}  # fmt: skip
+    assert "0 tok/s" in scratchformer.format_step(record, 10, 64)
+
+
 @pytest.mark.parametrize("length", [7, 64, 200])
 def test_eval_takes_another_context_length(toy, capsys, length):
     do(f"eval --checkpoint {toy / 'run'} --valid_tokens {toy / 'valid.bin'} --device cpu "
@@ -3088,6 +3152,8 @@ def test_a_run_that_is_not_finite_stops_and_names_the_step(toy, tmp_path, capsys
     assert main(shell_words(["train", *flags])) == 2
     error = capsys.readouterr().err
     assert re.search(r"not finite since step \d+", error) and error.count("\n") == 1
+    last = load_checkpoint(tmp_path)["step"]  # the weights of then are saved
+    assert last % 5 and f"step_{last:06d}.pt" in os.listdir(tmp_path)
     assert 10 <= len(metrics(tmp_path, "step")) < 30
     assert all(p.isfinite().all() for p in load_checkpoint(tmp_path)["model"].values())
 
