@@ -5134,7 +5134,7 @@ class DemoConfig(Config):
     """Demo"""
 
     outdir: Path = flag(Path("out/demo"), "directory for what the demo makes")
-    max_steps: int = flag(1800, "updates of the weights", 1)
+    max_steps: int = flag(1200, "updates of the weights", 1)
 
 
 DEMO = """
@@ -5146,8 +5146,8 @@ bpe-encode --dataset_path {data}/stories-valid.txt --tokenizer_path {out}/tokeni
     --out_path {out}/valid.bin --append_eot
 train --train_tokens {out}/train.bin --valid_tokens {out}/valid.bin --outdir {out}/run
     --tokenizer_path {out}/tokenizer.json --context_length 512 --num_layers 2 --d_model 128
-    --num_heads 4 --d_ff 256 --batch_size 4 --lr 3e-3 --min_lr 1e-5 --warmup_steps {warmup}
-    --max_steps {max_steps} --log_interval 50 --eval_interval 400
+    --num_heads 4 --d_ff 256 --batch_size 4 --optimizer muon --lr 1e-2 --min_lr 1e-5
+    --warmup_steps {warmup} --max_steps {max_steps} --log_interval 50 --eval_interval 400
 eval --checkpoint {out}/run --valid_tokens {out}/valid.bin
 generate --checkpoint {out}/run --prompt Once --seed 1
 """
@@ -5183,7 +5183,7 @@ COMMANDS |= {"train": train, "eval": evaluate_command, "generate": generate_comm
 #    a function of three lines that prints `tokenizer.decode_bytes([i])` for each id, and an
 #    entry in COMMANDS. --help and suggestions for mistyped flags are there already.
 # 2. Run `demo --max_steps 400` with another --outdir. The whole schedule shrinks with it. How
-#    far above the floor does the model end, compared with the 1,800 steps of the demo?
+#    far above the floor does the model end, compared with the 1,200 steps of the demo?
 
 if __name__ == "__main__":
     sys.exit(main())
