@@ -1455,9 +1455,12 @@ def encode_file(
     results = map_on_cores(encode_span, spans, num_workers, set_worker_tokenizer, tokenizer)
     progress = Progress("encoding", sum(file.end for file in files) / 1e6, "MB")
     ends, done, num_tokens = {(file.path, file.end) for file in files}, 0.0, 0
+    text_bytes = sum(file.end for file in files)  # without end-of-text tokens
     with atomic_write(out_path) as out:
         for span, ids in zip(spans, results):
             out.write(ids)
+            num_eot = np.count_nonzero(np.frombuffer(ids, dtype) == eot_id)
+            text_bytes -= len(END_OF_TEXT) * int(num_eot)
             if (span.path, span.end) in ends and not ids.endswith(eot):
                 out.write(eot)
             done += (span.end - span.start) / 1e6
@@ -1473,17 +1476,17 @@ def encode_file(
             "num_tokens": num_tokens,
             "end_of_text_id": eot_id,
             "tokenizer_sha256": tokenizer.fingerprint(),
-            "floor_nats_per_byte": entropy_floor(files),
+            "floor_nats_per_byte": entropy_floor(files, text_bytes),
         })
     return num_tokens
 
 
-def entropy_floor(files: Sequence[FileSpan]) -> float | None:
+def entropy_floor(files: Sequence[FileSpan], text_bytes: int) -> float | None:
     """The entropy floor stated in a .json file beside each text file, if all have one.
 
     The bundled stories come from data/make_stories.py, which draws every word with a known
     probability p and adds up -log p. Chapter 7 measures models in the same unit, nats, and on
-    new stories no model can be expected to get below this sum. In nats per byte.
+    new stories no model can be expected to get below this sum. In nats per byte of text.
     """
     nats = 0.0
     for file in files:
@@ -1492,7 +1495,7 @@ def entropy_floor(files: Sequence[FileSpan]) -> float | None:
         if not isinstance(stated, dict) or "nats_per_byte" not in stated:
             return None
         nats += stated["nats_per_byte"] * file.end
-    return nats / sum(file.end for file in files)
+    return nats / max(text_bytes, 1)
 
 
 # tokenizer.json, and files that are never half-written
@@ -4159,10 +4162,12 @@ def evaluate(
         with autocast or contextlib.nullcontext(), without_compiling():
             loss = model(inputs.to(device), targets.to(device))
         seen = targets[targets >= 0].numpy()
-        if token_bytes is not None and seen.max(initial=0) >= len(token_bytes):
-            raise UserError(f"{tokens.paths[0]} holds the id {seen.max()}, which the tokenizer "
-                            f"doesn't have")
-        num_bytes = 0 if token_bytes is None else token_bytes[seen].sum()
+        num_bytes = 0
+        if token_bytes is not None:
+            if len(unknown := np.setdiff1d(seen, np.flatnonzero(token_bytes >= 0))):
+                raise UserError(f"{tokens.paths[0]} holds the id {unknown[0]}, which the "
+                                f"tokenizer doesn't have")
+            num_bytes = token_bytes[seen].sum()
         sums += torch.tensor([loss.item() * len(seen), len(seen), num_bytes])
         if stop and (stopped := any_process(stop.number)):
             break
@@ -4191,20 +4196,22 @@ def format_evaluation(result: dict[str, float]) -> str:
 
 
 def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
-    """The length in bytes of each token, [V]."""
-    return np.array([len(tokenizer.vocab.get(i, b"")) for i in range(tokenizer.vocab_size)])
+    """The length in bytes of each token, [V]; end-of-text isn't text: 0; unknown ids: -1."""
+    sizes = {i: len(token) for i, token in tokenizer.vocab.items()} | {tokenizer.eot_id: 0}
+    return np.array([sizes.get(i, -1) for i in range(tokenizer.vocab_size)])
 
 
 def missing_ids(token_bytes: np.ndarray, vocab_size: int) -> np.ndarray:
     """Ids of the model that the tokenizer lacks: nothing to write if they are drawn.
 
     A vocabulary is often rounded up, for matmuls of a better size.
-    By hand: token 1 has no bytes, and the tokenizer ends at 3.
+    By hand: id 1 is unknown, and the tokenizer ends at 3.
 
-    >>> missing_ids(np.array([1, 0, 2]), 5).tolist()
+    >>> missing_ids(np.array([1, -1, 2]), 5).tolist()
     [1, 3, 4]
     """
-    return np.flatnonzero(np.pad(token_bytes, (0, vocab_size))[:vocab_size] == 0)
+    padded = np.pad(token_bytes, (0, vocab_size), constant_values=-1)
+    return np.flatnonzero(padded[:vocab_size] < 0)
 
 
 # Logging

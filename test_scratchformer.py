@@ -996,6 +996,15 @@ def test_every_file_ends_with_end_of_text_exactly_once(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_end_of_text_is_no_text_in_the_floor(tmp_path):
+    """By hand: 5 nats for 5 + 13 bytes of a file are 1 nat per byte of text."""
+    tokenizer = tokenizer_from("one two", 4, [END_OF_TEXT])
+    path = write(tmp_path / "text", f"a{END_OF_TEXT}bcde")
+    write(tmp_path / "text.json", json.dumps({"nats_per_byte": 5 / 18}))
+    encode_file(tokenizer, path, tmp_path / "out", append_eot=True)
+    assert TokenDataset([tmp_path / "out"]).floor == pytest.approx(1)
+
+
 @pytest.mark.parametrize("size, width", [(65_536, 2), (65_537, 4)])
 def test_ids_take_two_bytes_where_they_fit_and_four_elsewhere(tmp_path, size, width):
     vocab = {i: bytes([i]) for i in range(256)} | {size - 1: b"<last>"}
@@ -3064,7 +3073,7 @@ def test_the_loss_is_the_mean_over_all_tokens(toy, tmp_path, length):
     assert sum(count for _, count in expected) == len(ids) - 1
     mean = sum(loss * count for loss, count in expected) / (len(ids) - 1)
     token_bytes = bytes_per_token(tokenizer := Tokenizer.load(toy / "tokenizer.json"))
-    size = len(tokenizer.decode_bytes(ids[1:].tolist()))
+    size = len(tokenizer.decode_bytes(ids[1:].tolist()).replace(END_OF_TEXT.encode(), b""))
     for batch_size in (1, 3, 16):
         result = evaluate(model, tokens, batch_size, token_bytes=token_bytes)
         assert result["valid_loss"] == pytest.approx(mean, rel=1e-6)
