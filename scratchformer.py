@@ -2057,7 +2057,7 @@ class TokenDataset:
                             f"{context_length + 1}")
 
     def check_ids(self, first: int, stride: int) -> None:
-        """Read every `stride`-th megabyte of ids. Raises UserError if one can't be."""
+        """Read every `stride`-th piece: better an error now than at the first evaluation."""
         for start in range(first * CHUNK, len(self), stride * CHUNK):
             self[start : start + CHUNK]
 
@@ -4017,12 +4017,12 @@ def load_newest(outdir: Path) -> dict | None:
             with reading(path, "checkpoint"):
                 if adam := state.get("optimizer"):
                     m, v, steps = (adam[key] for key in (*ADAM_STATE, "step"))
-                    if not m.keys() >= v.keys() == steps.keys() or any(
-                        state["model"][name].shape != moment.shape
-                        for name, moment in [*m.items(), *v.items()]
-                    ):
-                        raise UserError("its optimizer state doesn't match its weights")
-                    all(math.isfinite(state["scaler"][key]) for key in GradScaler.STATE)
+                    numbers = [*steps.values(), *map(state["scaler"].get, GradScaler.STATE)]
+                    if not m.keys() >= v.keys() == steps.keys() or not all(
+                        x.shape == state["model"][name].shape and x.isfinite().all()
+                        for name, x in [*m.items(), *v.items()]
+                    ) or not all(type(x) in (int, float) and abs(x) < 1e18 for x in numbers):
+                        raise UserError("its optimizer state is damaged")
             return state
         except UserError as error:
             log(f"{error}: trying the checkpoint before it")
@@ -4052,7 +4052,7 @@ def restore_state(
         if local is None or any(name not in saved_names[key] for key in keys):
             continue  # the optimizer starts afresh for this one
         if not by_muon:  # the fused kernel counts steps on the device, as float32
-            moments["step"] = torch.full((), steps[name], device=p.device)
+            moments["step"] = torch.full((), float(steps[name]), device=p.device)
         for key in keys:
             moments[key] = torch.zeros_like(local_shard(p))
             copy_full(adam[key].get(name), sharded_like(p, moments[key]), from_main=True)
@@ -4473,24 +4473,6 @@ class Trainer:
         log(f"{rows} sequences = {self.tokens_per_step:,} tokens per step: batch_size "
             f"{data.batch_size} x grad_accum_steps {data.grad_accum_steps} x processes {size}")
 
-    def check_ids(self) -> Future:
-        """Look for ids outside the vocabulary: for ten seconds, then in the background."""
-        found: Future = Future()
-
-        def check() -> None:
-            try:
-                for tokens in (self.valid, self.tokens):
-                    if tokens:
-                        tokens.check_ids(get_rank(), get_world_size())
-                found.set_result(None)
-            except Exception as error:
-                found.set_exception(error)
-
-        threading.Thread(target=check, daemon=True).start()
-        done = concurrent.futures.wait([found], 10).done
-        on_every_process(lambda: [future.result() for future in done])
-        return found
-
     def run(self, first_step: int, stop: StopSignal) -> int:
         """Train from `first_step` to the last step or a signal; the exit status."""
         flags, data, max_steps = self.flags, self.data, self.optim.max_steps
@@ -4499,7 +4481,7 @@ class Trainer:
                 f"and --max_steps is {max_steps}")
             return 0
         self.log_setup(first_step)
-        main, checked = is_main_process(), self.check_ids()
+        main = is_main_process()
         metrics = Metrics(flags.outdir, first_step, flags.tensorboard) if main else None
         writer, written = ThreadPoolExecutor(1), None
         problem: BaseException | None = None
@@ -4536,9 +4518,8 @@ class Trainer:
                 self.log_sample()
             if record and metrics:
                 metrics.write(record)
-            for future in (checked, written):
-                if future and future.done():
-                    problem = problem or future.exception()
+            if written and written.done():
+                problem = problem or written.exception()
             # Whatever ends the run on one process ends it on all, and the weights are saved.
             stopping = any_process(stop.number or problem)
             if last or stopping or step % flags.save_interval == 0:
@@ -4949,6 +4930,9 @@ def train(
                 tokens.paths[0]: tokens.tokenizer_sha256,
                 valid.paths[0] if valid else "": valid.tokenizer_sha256 if valid else None,
                 **({given["path"]: given.get("tokenizer_sha256")} if given else {})})
+            for dataset in (tokens, valid):
+                if dataset:
+                    dataset.check_ids(get_rank(), get_world_size())
             return config, tokens, valid
 
         config, tokens, valid = on_every_process(open_tokens)
