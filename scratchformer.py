@@ -4103,7 +4103,8 @@ class RunConfig(Config):
     eval_windows: int = flag(1024, "windows of valid_tokens to evaluate on; 0: all", 0)
     save_interval: int = flag(1000, "steps between checkpoints", 1)
     keep_checkpoints: int = flag(3, "newest checkpoints kept; 0: all", 0)
-    weights_only: bool = flag(False, "last checkpoint without optimizer: a third of the size")
+    weights_only: bool = flag(
+        False, "last checkpoint without optimizer: a third of the size; can't be resumed")
     sample_interval: int = flag(0, "steps between samples of text; 0: none", 0)
     tensorboard: bool = flag(False, "write the metrics for TensorBoard as well, to outdir")
     init_from: Path | None = flag(

@@ -3019,8 +3019,14 @@ def test_a_tokenizer_larger_than_the_model_is_refused(toy, tmp_path, capsys):
 def test_a_changed_learning_rate_is_said(toy, tmp_path, capsys):
     do("train", *training(toy, tmp_path), "--max_steps 4")
     argv = [word for word in training(toy, tmp_path) if word != "--quiet"]
-    do("train", *argv, "--max_steps 6 --lr 0.001 --resume")
-    assert "lr 0.003 -> 0.001" in capsys.readouterr().err
+    for suffix in ("bin", "bin.json"):
+        shutil.copy(toy / f"train.{suffix}", tmp_path / f"copy.{suffix}")
+    flags = "--lr 0.001 --dtype bfloat16 --activation_checkpointing --train_tokens"
+    do("train", *argv, "--max_steps 6 --resume", flags, tmp_path / "copy.bin")
+    error = capsys.readouterr().err
+    for change in ("lr 0.003 -> 0.001", "dtype float32 -> bfloat16", "copy.bin",
+                   "activation_checkpointing False -> True"):  # fmt: skip
+        assert change in error
 
 
 def test_a_run_resumes_with_another_optimizer_and_says_so(toy, tmp_path, capsys):
