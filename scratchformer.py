@@ -1,25 +1,27 @@
 """Scratchformer: build a language model from scratch, in one file you can read.
 
-The file contains a byte-level BPE tokenizer (trainer and encoder), a Transformer with RoPE,
-SwiGLU and RMSNorm, a memory-mapped data loader, and a training loop that runs on a laptop, on
-one GPU, or on many GPUs with FSDP. It needs torch, regex and numpy, and nothing else beyond
-Python's standard library.
+The file contains a byte-level BPE tokenizer (trainer and encoder), a
+Transformer with RoPE, SwiGLU and RMSNorm, a memory-mapped data loader, and a
+training loop that runs on a laptop, on one GPU, or on many GPUs with FSDP. It
+needs torch, regex and numpy, and nothing else beyond Python's standard library.
 
 Start with this; it takes a few minutes on a laptop:
 
     python scratchformer.py demo
 
-The demo trains a tokenizer and a small model on the bundled stories, evaluates the model, and
-lets it write a story. It runs these commands, and shows each one:
+The demo trains a tokenizer and a small model on the bundled stories, evaluates
+the model, and lets it write a story. `demo --text_path DIR` does the same with
+your own text. It runs these commands, and shows each one:
 
+    split        set text to evaluate on aside                 chapter 14
     bpe-train    learn a vocabulary from text                  chapters 1 to 4
     bpe-encode   turn text into a file of token ids            chapters 3 and 4
     train        train a Transformer on token files            chapters 5 to 12
     eval         evaluate a model on token files or text       chapter 12
     generate     write text with a trained model               chapter 8
 
-One more, `export`, converts a model for Hugging Face transformers (chapter 13). Every command
-explains its flags: python scratchformer.py COMMAND --help
+One more, `export`, converts a model for Hugging Face transformers (chapter 13).
+Every command explains its flags: python scratchformer.py COMMAND --help
 """
 
 # How to read this file
@@ -71,6 +73,7 @@ import importlib
 import inspect
 import itertools
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -1198,6 +1201,8 @@ def input_files(paths: str | Path | Sequence[str | Path]) -> list[FileSpan]:
                 log(f"{path}: {len(found)} text files; skipped "
                     f"{len(everything) - len(visible)} hidden and "
                     f"{len(visible) - len(found)} binary ones")
+        elif Path(f"{path}.json").is_file() and is_binary(path):
+            raise UserError(f"{path} is a token file, not text")
         files += [FileSpan(str(p), 0, p.stat().st_size) for p in found]
     if not sum(file.end for file in files):
         raise UserError(f"no text to read in {', '.join(map(str, given))}")
@@ -1678,6 +1683,8 @@ def flag(
 class Config:
     """Base class of the dataclasses that are filled from flags. Checks ranges."""
 
+    given: dict[str, Any] | None = None  # the flags that the user wrote; None: made in Python
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value, (least, most) = getattr(self, field.name), field.metadata["range"]
@@ -1765,7 +1772,9 @@ class Parser(argparse.ArgumentParser):
         """Make one field of a dataclass, whose type is `kind`, a flag."""
         required = field.default is dataclasses.MISSING
         text = field.metadata["help"].replace("%", "%%")
-        if not required and field.default not in (None, False, ""):
+        if required:
+            text += " (required)"
+        elif field.default not in (None, False, ""):
             text += f" (default: {field.default})"
         if isinstance(kind, types.UnionType):  # X | None
             kind = typing.get_args(kind)[0]
@@ -1773,6 +1782,8 @@ class Parser(argparse.ArgumentParser):
         options: dict[str, Any] = {"type": kind, "metavar": metavar.get(kind, "X")}
         if kind is bool:
             options = {"action": "store_true"}
+            group.add_argument("--no_" + field.name, dest=field.name, action="store_false",
+                               help=argparse.SUPPRESS)
         elif typing.get_origin(kind) is Literal:
             options = {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is list:
@@ -1782,7 +1793,7 @@ class Parser(argparse.ArgumentParser):
         group.add_argument("--" + field.name, required=required, help=text, **options)
 
     def parse(self, argv: list[str]) -> dict[str, Any]:
-        """The values of all flags. Hyphens count as underscores; mistyped names get a hint."""
+        """The flags in `argv`. Hyphens count as underscores; mistyped names get a hint."""
         known = [name for action in self._actions for name in action.option_strings]
         words = []
         for word in argv:
@@ -1824,8 +1835,12 @@ def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[list[Con
             parser.add_field(group, field, hints[field.name])
     parser.add_argument("--quiet", action="store_true", help="print errors and results only")
     given = parser.parse(argv)  # the flags in argv; dataclasses know the defaults of the rest
-    configs = [kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)
-                       if field.name in given}) for kind in kinds]
+    configs = []
+    for kind in kinds:
+        of_kind = {field.name: given[field.name] for field in dataclasses.fields(kind)
+                   if field.name in given}
+        configs.append(kind(**of_kind))
+        configs[-1].given = of_kind
     return configs, "quiet" in given
 
 
@@ -2012,6 +2027,17 @@ def check_same_tokenizer(hashes: dict[Any, str | None]) -> None:
             raise UserError(f"{name} belongs to another tokenizer than {known[0]}")
 
 
+def is_text(path: Path) -> bool:
+    """Whether a file begins with 100 characters of UTF-8, none of them zero.
+
+    Token files hardly ever do: half of the bytes of small ids are zero.
+    """
+    with open(path, "rb") as file, contextlib.suppress(UnicodeDecodeError):
+        start = codecs.getincrementaldecoder("utf-8")().decode(file.read(8000))
+        return len(start) >= 100 and "\0" not in start
+    return False
+
+
 class TokenDataset:
     """Token files as one long array of ids: `dataset[start:stop]` reads them from disk.
 
@@ -2028,6 +2054,8 @@ class TokenDataset:
         # Held open, so that a file replaced during training doesn't change what we read.
         self.files = [open(path, "rb") for path in self.paths]
         for path, file, dtype, stated in zip(self.paths, self.files, self.dtypes, metadata):
+            if "num_tokens" not in stated and is_text(path):
+                raise UserError(f"{path} is text, not a token file: encode it with bpe-encode")
             length, rest = divmod(size := os.fstat(file.fileno()).st_size, dtype.itemsize)
             if rest or stated.get("num_tokens", length) != length:
                 raise UserError(f"{path} is damaged: {size} bytes don't match its description")
@@ -2680,9 +2708,11 @@ def train_step(
 @torch.no_grad()
 def validation_loss(model: Transformer, tokens: np.ndarray | TokenDataset) -> float:
     """The mean loss over all full windows of `tokens`, laid end to end."""
+    model.eval()  # would switch off dropout, if the model had any
     T = model.config.context_length
     windows = [cut_windows(tokens, [i], T) for i in range(0, len(tokens) - T, T)]
     losses = [cross_entropy(model(inputs), targets) for inputs, targets in windows]
+    model.train()
     return torch.stack(losses).mean().item()
 
 
@@ -3874,6 +3904,7 @@ def build_model(
 # ----------------------------------------------------------------------------------------
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # PyTorch's names for m and v; Muon has only m
+BEST = "best.pt"  # what --keep_best keeps; not one of `checkpoints_in`, so it's never pruned
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
@@ -3896,7 +3927,8 @@ def checkpoints_in(directory: Path) -> list[Path]:
 
 
 CHECKPOINT_TYPES: dict[str, Any] = {
-    "step": int, "run": dict, "special_ids": dict, "tokenizer_sha256": (str, type(None)),
+    "step": int, "run": dict, "progress": dict, "special_ids": dict,
+    "tokenizer_sha256": (str, type(None)),
 }
 
 
@@ -3994,10 +4026,10 @@ def gather_state(
     return {"model": weights} if weights_only else {"model": weights, "optimizer": adam}
 
 
-def write_checkpoint(outdir: Path, state: dict, keep: int) -> None:
+def write_checkpoint(outdir: Path, state: dict, keep: int, name: str = "") -> None:
     """Save `state` in `outdir`, then delete all but the newest `keep` checkpoints, if not 0."""
     try:
-        save_checkpoint(outdir / f"step_{state['step']:06d}.pt", state)
+        save_checkpoint(outdir / (name or f"step_{state['step']:06d}.pt"), state)
         for old in checkpoints_in(outdir)[:-keep] if keep else []:
             old.unlink()
     except Exception as error:
@@ -4084,7 +4116,8 @@ def restore_state(
 class DataConfig(Config):
     """Data"""
 
-    train_tokens: list[Path] = flag(..., "token files to learn from, read as one sequence")
+    train_tokens: list[Path] | None = flag(
+        None, "token files to learn from, read as one sequence (required, but for --resume)")
     valid_tokens: list[Path] | None = flag(None, "token files to evaluate the loss on")
     tokenizer_path: Path | None = flag(None, "their tokenizer: copied to outdir, for samples")
     batch_size: int = flag(64, "sequences per process and micro-step", 1)
@@ -4097,12 +4130,15 @@ class RunConfig(Config):
     """Run"""
 
     outdir: Path = flag(Path("out/run"), "directory for checkpoints, metrics and tokenizer")
-    resume: bool = flag(False, "resume from the newest checkpoint in outdir, if there is one")
+    resume: bool = flag(False, "resume from the newest checkpoint in outdir, if there is one; "
+                        "data, learning and run flags that aren't given are that run's "
+                        "(--no_NAME turns a switch off)")
     log_interval: int = flag(10, "steps between lines of the log", 1)
     eval_interval: int = flag(250, "steps between evaluations on valid_tokens", 1)
     eval_windows: int = flag(1024, "windows of valid_tokens to evaluate on; 0: all", 0)
     save_interval: int = flag(1000, "steps between checkpoints", 1)
     keep_checkpoints: int = flag(3, "newest checkpoints kept; 0: all", 0)
+    keep_best: bool = flag(False, "keep the weights with the lowest validation loss: best.pt")
     weights_only: bool = flag(
         False, "last checkpoint without optimizer: a third of the size; can't be resumed")
     sample_interval: int = flag(0, "steps between samples of text; 0: none", 0)
@@ -4147,6 +4183,8 @@ def evaluate(
     depend on batch_size or the number of processes. It's empty if `stop` has a signal.
     """
     tokens.check_length(1)
+    training = model.training
+    model.eval()  # switches off dropout, if somebody adds it
     T, device = min(model.config.context_length, len(tokens) - 1), model.rope_cache.device
     rank, world_size = get_rank(), get_world_size()
     starts = evaluation_windows(len(tokens), T, limit)
@@ -4173,6 +4211,7 @@ def evaluate(
         if stop and (stopped := any_process(stop.number)):
             break
     reshard(model)
+    model.train(training)
     if stopped:
         return {}
     nats, count, num_bytes = sum_over_processes(sums).tolist()
@@ -4186,14 +4225,44 @@ def evaluate(
 
 
 def format_evaluation(result: dict[str, float]) -> str:
-    """The result of `evaluate` as one human-readable line."""
+    """The result of `evaluate`, human-readable; with `baselines` on a second line."""
     loss, perplexity = result["valid_loss"], result["perplexity"]
     text = f"loss {loss:.4f} nats per token, perplexity {perplexity:.2f}"
     if nats := result.get("nats_per_byte"):
         text += f", {nats:.4f} nats = {result['bits_per_byte']:.4f} bits per byte"
         if floor := result.get("floor_nats_per_byte"):
             text += f"; the floor is {floor:.4f} nats, this is {nats / floor - 1:+.1%}"
+    if "unigram_loss" in result:
+        text += f"\nto compare: token frequencies alone {result['unigram_loss']:.4f} nats"
+    if "lzma_bits_per_byte" in result:
+        text += f" = {result['unigram_bits_per_byte']:.4f} bits per byte, "
+        text += f"lzma {result['lzma_bits_per_byte']:.4f} bits per byte"
     return text
+
+
+def baselines(
+    tokens: TokenDataset, context_length: int, limit: int, tokenizer: Tokenizer | None
+) -> dict[str, float]:
+    """What `evaluate` can be compared with: two simple models of the tokens that it predicts.
+
+    A unigram model knows how often each token occurs in this text and nothing else. lzma, the
+    method of xz, finds repetitions. A language model that has learned something beats the
+    first clearly; one that beats the second knows more than this text's own repetitions.
+    Without a tokenizer the text is unknown, and only the loss per token can be compared.
+    """
+    T = min(context_length, len(tokens) - 1)
+    starts = evaluation_windows(len(tokens), T, limit)
+    ids = np.concatenate([tokens[start + 1 : start + T + 1] for start in starts])
+    counts = np.unique(ids, return_counts=True)[1]
+    nats = math.log(len(ids)) - (counts * np.log(counts)).sum() / len(ids)  # per token
+    if tokenizer is None:
+        return {"unigram_loss": float(nats)}
+    text = tokenizer.decode_bytes(ids[ids != tokenizer.eot_id].tolist()) or b"\n"
+    # Preset 9 is 6 with a larger dictionary: no gain below 8 MiB, and much more memory.
+    compressed = lzma.compress(text, preset=6 | lzma.PRESET_EXTREME)
+    return {"unigram_loss": float(nats),
+            "unigram_bits_per_byte": float(nats) * len(ids) / len(text) / math.log(2),
+            "lzma_bits_per_byte": 8 * len(compressed) / len(text)}
 
 
 def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
@@ -4268,13 +4337,38 @@ def measure_speed(
 def format_step(record: dict, max_steps: int, tokens_per_step: int) -> str:
     """One line of the log."""
     rate = record["tokens_per_second"]
-    line = f"step {record['step']:>6}/{max_steps}  loss {record['train_loss']:.4f}  "
+    line = f"step {record['step']:>6}/{max_steps}  {record['tokens_seen'] / 1e6:,.1f}M tokens, "
+    line += f"{record['epochs']:.2f} epochs  loss {record['train_loss']:.4f}  "
     line += f"lr {record['lr']:.2e}  norm {record['grad_norm']:.3f}  {rate:,.0f} tok/s"
     line += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
     line += f"  {record['memory_gib']:.1f} GiB" if "memory_gib" in record else ""
     line += f"  {record['skipped_steps']} skipped" if record["skipped_steps"] else ""
     time_left = format_duration((max_steps - record["step"]) * tokens_per_step / max(rate, 0.1))
     return f"{line}  {time_left} left"
+
+
+def flags_to_save(*configs: Config) -> dict:
+    """Flags as plain values with absolute paths, for a checkpoint, by name."""
+    flags = {field.name: getattr(config, field.name)
+             for config in configs for field in dataclasses.fields(config)  # type: ignore
+             if field.name not in ("outdir", "resume", "tokenizer_path")}  # outdir has a copy
+    return json.loads(json.dumps(flags, default=lambda path: str(path.absolute())))
+
+
+def restore_flags(state: dict, *configs: Config) -> None:
+    """Give the flags that weren't written the values that they had in a checkpoint's run."""
+    saved = state.get("run", {})
+    with reading(state["path"], "checkpoint"):
+        for config in configs:
+            written = set(saved if config.given is None else config.given)
+            if "lr" in written:
+                written.add("min_lr")  # a tenth of it
+            names = {field.name for field in dataclasses.fields(config)}  # type: ignore
+            for name in names & saved.keys() - written:
+                if name.endswith("_tokens") and not isinstance(saved[name], list | None):
+                    raise UserError(f"{name} is {saved[name]!r}")
+                setattr(config, name, saved[name])
+            config.__post_init__()
 
 
 def import_optional(module: str, package: str) -> Any:
@@ -4393,10 +4487,11 @@ class Trainer:
         self.autocast = make_autocast(self.device, self.dtype, self.processes.fsdp)
         rows = data.batch_size * data.grad_accum_steps * get_world_size()
         self.tokens_per_step = rows * self.model_config.context_length
-        self.run_flags = {
-            "seed": data.seed, "rows_per_step": rows, "dtype": str(self.dtype)[6:],
-            "activation_checkpointing": self.processes.activation_checkpointing,
-            "train_tokens": ", ".join(map(str, data.train_tokens)), **vars(self.optim)}
+        self.run_flags = {"rows_per_step": rows, "dtype": str(self.dtype)[6:]}
+        self.run_flags |= flags_to_save(self.processes, data, self.optim, self.flags)
+        # The sum of the losses since the last line of the log, and the best validation loss.
+        self.loss_sum, self.num_losses = torch.zeros((), device=self.device), 0
+        self.best_loss, self.best_step = math.inf, 0
         self.tokenizer_sha256 = self.tokens.tokenizer_sha256 or (
             self.tokenizer and self.tokenizer.fingerprint())
         self.token_bytes = broadcast(self.tokenizer and bytes_per_token(self.tokenizer))
@@ -4425,9 +4520,22 @@ class Trainer:
         model.zero_grad()  # under FSDP these aren't the optimizer's
         return total_loss, grad_norm
 
-    def log_step(
-        self, step: int, loss: Tensor, norm: Tensor, tokens: int, seconds: float
-    ) -> dict:
+    def progress(self) -> dict:
+        """Collective: what a resumed run must know to log as if it had never stopped."""
+        mean = sum_over_processes(self.loss_sum).item() / get_world_size()
+        return {"loss_sum": mean, "num_losses": self.num_losses,
+                "best_loss": self.best_loss, "best_step": self.best_step}
+
+    def restore_progress(self, state: dict) -> None:
+        """Undo `progress`, with the `state` of a checkpoint."""
+        if saved := state.get("progress"):
+            with reading(state["path"], "checkpoint"):
+                self.loss_sum += float(saved["loss_sum"])
+                self.num_losses, self.best_step = (
+                    int(saved[name]) for name in ("num_losses", "best_step"))
+                self.best_loss = float(saved["best_loss"])
+
+    def log_step(self, step: int, norm: Tensor, tokens: int, seconds: float) -> dict:
         """A row of metrics.jsonl, after a line of the log. Waits for the GPU.
 
         Raises UserError if too many updates in a row were skipped.
@@ -4437,14 +4545,38 @@ class Trainer:
             raise SharedError(f"loss or gradients are not finite since step "
                               f"{step - skips + 1}: the weights are as they were then; try a "
                               f"smaller --lr or another --dtype")
-        mean_loss = (sum_over_processes(loss) / get_world_size()).item()
-        record = {"step": step, "train_loss": mean_loss, "lr": lr, "grad_norm": norm.item()}
+        mean_loss = self.progress()["loss_sum"] / self.num_losses
+        self.loss_sum, self.num_losses = torch.zeros_like(self.loss_sum), 0
+        seen = step * self.tokens_per_step
+        record = {"step": step, "tokens_seen": seen, "epochs": seen / len(self.tokens),
+                  "train_loss": mean_loss, "lr": lr, "grad_norm": norm.item()}
         record |= measure_speed(tokens, seconds, self.model_config, self.device, self.dtype)
         record["skipped_steps"] = int(scaler.skipped)
         log(format_step(record, self.optim.max_steps, self.tokens_per_step))
         return record
 
-    def log_sample(self) -> None:
+    def evaluate(self, step: int, stop: StopSignal) -> dict:
+        """The loss on valid_tokens, after the last step also what to compare it with; {} if
+        `stop` has a signal.
+        """
+        valid, flags, T = self.valid, self.flags, self.model_config.context_length
+        assert valid
+        result = evaluate(self.model, valid, self.data.batch_size, flags.eval_windows,
+                          self.autocast, self.token_bytes, stop)
+        if not result:
+            return {}
+        if step == self.optim.max_steps and is_main_process():
+            result |= baselines(valid, T, flags.eval_windows, self.tokenizer)
+        log(f"step {step}: valid {format_evaluation(result)}")
+        if result["valid_loss"] < self.best_loss:
+            self.best_loss, self.best_step = result["valid_loss"], step
+        elif step - self.best_step == 3 * flags.eval_interval:
+            log(f"the validation loss has not fallen since step {self.best_step}: the model "
+                "memorizes; more text, fewer steps or a smaller model would help"
+                f"{'' if flags.keep_best else ', and --keep_best keeps the best weights'}")
+        return {"step": step, **result, "best_valid_loss": self.best_loss}
+
+    def log_sample(self, step: int) -> None:
         """Collective: a short text by the model as it is now."""
         tokenizer = self.tokenizer
         eot = broadcast(tokenizer and tokenizer.eot_id)
@@ -4453,12 +4585,14 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(1)
         banned = missing_ids(self.token_bytes, self.model_config.vocab_size)
         with self.autocast, without_compiling():
+            self.model.eval()
             # No cache: under FSDP only a call of the model gathers its weights.
             ids = list(generate_naive(
                 self.model, start, 100, eot_ids, temperature=0.8, generator=generator,
                 banned=torch.from_numpy(banned).to(self.device)))
         reshard(self.model)
-        log(tokenizer.decode(ids) if tokenizer else "")
+        self.model.train()
+        log(f"--- sample at step {step} ---\n{tokenizer.decode(ids)}\n---" if tokenizer else "")
 
     def log_setup(self, first_step: int) -> None:
         """Two lines about the run."""
@@ -4495,44 +4629,50 @@ class Trainer:
         start, timed_from = time.monotonic(), first_step
         for step in range(first_step + 1, max_steps + 1):
             loss, grad_norm = self.step(step, batches)
+            self.loss_sum += loss
+            self.num_losses += 1
             last, record = step == max_steps, {}
             logged = last or step == 1 or step % flags.log_interval == 0
-            if logged or step == first_step + 1:
+            if logged or step <= first_step + 2:
                 loss.item()  # wait for the GPU before looking at the clock
             now = time.monotonic()
+            hours = (now - start) * (max_steps - step) / 3600
+            if step == first_step + 2 and hours > 24:
+                log(f"at this speed the run takes {hours:,.0f} hours; smaller --num_layers, "
+                    "--d_model, --d_ff, --context_length or --batch_size or fewer --max_steps "
+                    "shorten it")
             if logged:
                 tokens = (step - timed_from) * self.tokens_per_step
                 try:
-                    record = self.log_step(step, loss, grad_norm, tokens, now - start)
+                    record = self.log_step(step, grad_norm, tokens, now - start)
                 except UserError as error:
                     problem = error
             if logged or step == first_step + 1:
                 start, timed_from = now, step
             if self.valid and (last or step % flags.eval_interval == 0):
-                result = evaluate(self.model, self.valid, data.batch_size, flags.eval_windows,
-                                  self.autocast, self.token_bytes, stop)
-                if result:
-                    log(f"step {step}: valid {format_evaluation(result)}")
-                    record |= {"step": step, **result}
+                record |= self.evaluate(step, stop)
             sampling = flags.sample_interval and step % flags.sample_interval == 0
             if sampling and self.token_bytes is not None:
-                self.log_sample()
+                self.log_sample(step)
             if record and metrics:
                 metrics.write(record)
             if written and written.done():
                 problem = problem or written.exception()
             # Whatever ends the run on one process ends it on all, and the weights are saved.
             stopping = any_process(stop.number or problem)
-            if last or stopping or step % flags.save_interval == 0:
-                state = gather_state(
-                    self.model, self.params, self.optimizer, flags.weights_only and last)
+            due = last or stopping or step % flags.save_interval == 0
+            best = flags.keep_best and self.best_step == step
+            for name in [BEST] * best + [""] * due:
+                state = gather_state(self.model, self.params, self.optimizer,
+                                     weights_only=bool(name) or flags.weights_only and last)
                 state |= {"model_config": vars(self.model_config), "step": step,
                           "scaler": self.scaler.state_dict(), "run": self.run_flags,
+                          "progress": self.progress(),
                           "tokenizer_sha256": self.tokenizer_sha256}
                 wait_for_main(written)  # at most one copy of the state waits for the disk
                 if main:
                     written = writer.submit(
-                        write_checkpoint, flags.outdir, state, flags.keep_checkpoints)
+                        write_checkpoint, flags.outdir, state, flags.keep_checkpoints, name)
             start += time.monotonic() - now
             if stopping:
                 break
@@ -4819,7 +4959,7 @@ class ModelFlags(ModelConfig):
         self.given = given
 
 
-def load_initial_state(run: RunConfig, max_steps: int) -> dict | None:
+def load_initial_state(run: RunConfig, optim: LearningConfig) -> dict | None:
     """What training starts from: a state to resume, a model's weights, or None. Process 0 only.
 
     Raises UserError rather than mix a fresh run with the files of another.
@@ -4830,7 +4970,8 @@ def load_initial_state(run: RunConfig, max_steps: int) -> dict | None:
                         f"choose another --outdir")
     if run.resume:
         if state := load_newest(run.outdir):
-            if "optimizer" not in state and state["step"] < max_steps:
+            restore_flags(state, optim)
+            if "optimizer" not in state and state["step"] < optim.max_steps:
                 raise UserError(f"{state['path']} has no optimizer state (--weights_only): "
                                 "start from it with --init_from, or remove it")
             return {**state, "resuming": True}
@@ -4890,7 +5031,7 @@ def prepare_outdir(
             raise UserError(f"another run is writing to {outdir}") from None
         except OSError:  # a file system without locks
             pass
-    for left_over in outdir.glob(".step_*.tmp"):  # by a process that was killed
+    for left_over in outdir.glob(".*.pt.*.tmp"):  # by a process that was killed
         left_over.unlink()
     if tokenizer:
         tokenizer.save(outdir / "tokenizer.json")
@@ -4915,12 +5056,17 @@ def train(
         # found. Token files are read by all.
         main = is_main_process()
         saved = on_every_process(
-            lambda: load_initial_state(run, optim.max_steps) if main else None)
+            lambda: load_initial_state(run, optim) if main else None)
         tensors = ("model", "optimizer")
         given = broadcast(saved and {k: saved[k] for k in saved if k not in tensors})
 
+        if resuming := bool(given and given["resuming"]):
+            restore_flags(given, data, optim, run)
+
         def open_tokens() -> tuple[ModelConfig, TokenDataset, TokenDataset | None]:
-            config = resolve_model_config(model_flags.given, given)
+            config = resolve_model_config(model_flags.given or {}, given)
+            if not data.train_tokens:
+                raise UserError("--train_tokens is required: token files to learn from")
             tokens = TokenDataset(data.train_tokens, config.vocab_size)
             tokens.check_length(config.context_length)
             config.vocab_size, valid = tokens.vocab_size, None
@@ -4948,8 +5094,9 @@ def train(
         if given:
             restore_state(saved, trainer.model, trainer.params, trainer.optimizer)
         saved = None  # frees its tensors
-        if not given or not given["resuming"]:
+        if not resuming:
             return trainer.run(0, stop)
+        trainer.restore_progress(given)
         if "scaler" in given:
             trainer.scaler.load_state_dict(given["scaler"])
         old, new = {"optimizer": "adamw", **given.get("run", {})}, trainer.run_flags
@@ -5021,6 +5168,8 @@ def evaluate_command(config: EvalConfig, devices: DeviceConfig) -> None:
         token_bytes = bytes_per_token(tokenizer) if tokenizer else None
         result = evaluate(model, tokens, config.batch_size, config.eval_windows, autocast,
                           token_bytes)
+        result |= baselines(
+            tokens, model.config.context_length, config.eval_windows, tokenizer)
     log(format_evaluation(result))
     print(json_line(result))
 
@@ -5058,7 +5207,7 @@ def read_prompts(config: GenerateConfig) -> Iterator[list[str]]:
             yield [line.rstrip("\n")]
             print("> ", end="", file=sys.stderr, flush=True)
     else:
-        yield [sys.stdin.read()]
+        yield [sys.stdin.read().removesuffix("\n")]  # such as `echo` adds
 
 
 def generate_command(config: GenerateConfig, devices: DeviceConfig) -> None:
@@ -5090,7 +5239,9 @@ def generate_command(config: GenerateConfig, devices: DeviceConfig) -> None:
                                  cached_model=decoder(model, len(rows), size), **how)
             # A single text is shown as it comes, several one after the other at the end.
             columns: Any = zip(*new) if len(rows) > 1 else [(ids[0] for ids in new)]
-            for prompt, ids in zip(batch, columns):
+            for number, (prompt, ids) in enumerate(zip(batch, columns), first + 1):
+                if len(texts) > 1:
+                    print(f"--- sample {number} of {len(texts)} ---")
                 print(prompt, end="", flush=True)
                 shown = (i for i in ids if i is not None and i not in eos_ids)
                 for text in stream_text(tokenizer, shown):
@@ -5117,58 +5268,184 @@ def export(config: ExportConfig) -> None:
     log(f"{config.outdir}: load it with AutoModelForCausalLM.from_pretrained")
 
 
-# demo
-# ----
+# split, demo
+# -----------
+
+
+@dataclasses.dataclass(kw_only=True)
+class SplitConfig(Config):
+    """Text"""
+
+    text_path: list[Path] = flag(..., "text files, or directories of them")
+    outdir: Path = flag(..., "directory for train.txt, valid.txt and special_tokens.txt")
+
+
+def split_documents(text: str, size: int) -> list[str]:
+    """The documents in `text`; where one is longer than `size`, parts of it, cut after lines.
+
+    >>> split_documents("one\\ntwo\\nthree<|endoftext|>four", 8)
+    ['one\\ntwo\\n', 'three', 'four']
+    """
+    part = re.compile(rf"(?s).{{1,{size}}}(?:(?<=\n)|\Z)|.{{1,{size}}}")
+    return [found for document in text.split(END_OF_TEXT) if document.strip()
+            for found in part.findall(document)]
+
+
+def split(config: SplitConfig) -> None:
+    """Split text into documents to learn from and documents to evaluate on, a tenth of them.
+
+    The hash of a document decides, so it stays on its side when others come or go, and copies
+    of it are all on that side. Long documents, such as novels, are split in parts.
+    """
+    files = input_files(config.text_path)
+    size = min(1 << 14, sum(file.end for file in files) // 40 + 1)
+    counts = [0, 0]
+    with (atomic_write(config.outdir / "train.txt") as train,
+          atomic_write(config.outdir / "valid.txt") as valid):
+        for document in (d for file in files for d in split_documents(file.read(), size)):
+            data = text_to_bytes(document)
+            side = hashlib.sha256(data).digest()[0] < 26  # of 256
+            (train, valid)[side].write(data + END_OF_TEXT.encode())
+            counts[side] += 1
+        if not all(counts):
+            raise UserError(f"too little text: {counts[0]} documents to learn from and "
+                            f"{counts[1]} to evaluate on")
+        log(f"{counts[0]:,} documents, {train.tell() / 1e6:,.2f} MB, to learn from; "
+            f"{counts[1]:,}, {valid.tell() / 1e6:,.2f} MB, to evaluate on")
+    (config.outdir / "special_tokens.txt").write_text(END_OF_TEXT + "\n")
 
 
 @dataclasses.dataclass(kw_only=True)
 class DemoConfig(Config):
     """Demo"""
 
-    outdir: Path = flag(Path("out/demo"), "directory for what the demo makes")
-    max_steps: int = flag(1200, "updates of the weights", 1)
+    text_path: list[Path] | None = flag(
+        None, "your own text, files or directories (default: the bundled stories)")
+    minutes: float | None = flag(
+        None, "with --text_path: how long to train, at most (default: 5)", 0.1)
+    outdir: Path | None = flag(
+        None, "directory for what the demo makes (default: out/demo, or out/text)")
+    max_steps: int | None = flag(
+        None, "updates of the weights (default: 1200, or as many as --minutes allow)", 1)
 
 
-DEMO = """
-bpe-train --file_path {data}/stories-train.txt --special_tokens_path {data}/special_tokens.txt
-    --vocab_size 1536 --tokenizer_out_path {out}/tokenizer.json
-bpe-encode --dataset_path {data}/stories-train.txt --tokenizer_path {out}/tokenizer.json
+TOKENIZE = """
+bpe-train --file_path {train_text} --special_tokens_path {special} --vocab_size {vocab_size}
+    --tokenizer_out_path {out}/tokenizer.json
+bpe-encode --dataset_path {train_text} --tokenizer_path {out}/tokenizer.json
     --out_path {out}/train.bin --append_eot
-bpe-encode --dataset_path {data}/stories-valid.txt --tokenizer_path {out}/tokenizer.json
+bpe-encode --dataset_path {valid_text} --tokenizer_path {out}/tokenizer.json
     --out_path {out}/valid.bin --append_eot
-train --train_tokens {out}/train.bin --valid_tokens {out}/valid.bin --outdir {out}/run
-    --tokenizer_path {out}/tokenizer.json --context_length 512 --num_layers 2 --d_model 128
-    --num_heads 4 --d_ff 256 --batch_size 4 --optimizer muon --lr 1e-2 --min_lr 1e-5
-    --warmup_steps {warmup} --max_steps {max_steps} --log_interval 50 --eval_interval 400
-eval --checkpoint {out}/run --valid_tokens {out}/valid.bin
-generate --checkpoint {out}/run --prompt Once --seed 1
+"""
+TRAIN = """
+train --train_tokens {out}/train.bin --valid_tokens {out}/valid.bin --outdir {run}
+    --tokenizer_path {out}/tokenizer.json {shape} --max_steps {max_steps}
+"""
+EVALUATE_AND_WRITE = """
+eval --checkpoint {model} --valid_tokens {out}/valid.bin
+generate --checkpoint {model} --prompt {prompt} --seed 1
+"""
+DEMO_SHAPE = (
+    "--context_length 512 --num_layers 2 --d_model 128 --num_heads 4 --d_ff 256 --batch_size 4 "
+    "--optimizer muon --lr 1e-2 --min_lr 1e-5 --log_interval 50 --eval_interval 400")
+# Vocabulary and model for one's own text: the last line whose MB of text, and minutes on a CPU
+# or on a GPU, are reached. A larger model learns more from a token and takes longer for it; on
+# little text it memorizes.
+SIZES = """
+MB   CPU  GPU  vocab_size context_length num_layers d_model num_heads d_ff batch_size lr
+0    0    0    1024       256            2          128     4         352  8          1e-2
+1    0    0    2048       256            4          128     4         352  8          1e-2
+3    20   0    4096       256            4          256     8         704  16         6e-3
+10   180  0    8192       512            6          384     6         1024 16         4e-3
+50   inf  5    16384      512            8          512     8         1408 32         3e-3
+200  inf  20   32768      512            8          768     12        2048 64         2e-3
 """
 
 
-def demo(config: DemoConfig) -> int:
-    """Run the whole pipeline on the bundled stories, showing each command."""
-    data = Path(__file__).parent / "data"
-    values = {"data": data, "out": config.outdir, "max_steps": config.max_steps,
-              "warmup": config.max_steps // 40}
-    if not data.is_dir():
-        raise UserError("the demo's stories aren't installed: run it in a clone of the source")
-    mark = config.outdir / ".made_by_demo"  # what an earlier demo made may be replaced
-    if not mark.is_file() and config.outdir.is_dir() and any(config.outdir.iterdir()):
-        raise UserError(f"{config.outdir} holds files that no demo made: give another --outdir")
-    write_json(mark, {})
-    for old in [*checkpoints_in(config.outdir / "run"), config.outdir / "run/metrics.jsonl"]:
-        old.unlink(missing_ok=True)
+def choose_size(megabytes: float, minutes: float, device: str) -> dict[str, str]:
+    """The line of SIZES for so much text and time, by name.
+
+    >>> choose_size(4.0, 60, "cpu")["d_model"], choose_size(4.0, 5, "cpu")["d_model"]
+    ('256', '128')
+    """
+    names, *lines = (line.split() for line in SIZES.strip().splitlines())
+    sizes = [dict(zip(names, line)) for line in lines]
+    column = "GPU" if device == "cuda" else "CPU"
+    return [size for size in sizes
+            if float(size["MB"]) <= megabytes and float(size[column]) <= minutes][-1]
+
+
+def show_and_run(commands: str, **values: Any) -> int:
+    """Run commands, one a line, showing each, until one fails; its exit status, or 0."""
     quiet = ["--quiet"] * (not Progress.enabled)
-    for command in DEMO.replace("\n    ", " ").split("\n")[1:-1]:
-        argv = [word.format(**values) for word in command.split()]
+    words = {name: shlex.quote(str(value)) if isinstance(value, Path) else value
+             for name, value in values.items()}
+    for command in filter(None, commands.replace("\n    ", " ").splitlines()):
+        argv = shlex.split(command.format(**words))
         log("\n$ python scratchformer.py " + shlex.join(argv))
         if status := main(argv + quiet):
             return status
     return 0
 
 
+def demo(config: DemoConfig) -> int:
+    """Run the whole pipeline on the bundled stories or your own text, showing each command."""
+    out = config.outdir or Path("out/text" if config.text_path else "out/demo")
+    if config.minutes and not config.text_path:
+        raise UserError("--minutes needs --text_path")
+    mark = out / ".made_by_demo"  # what an earlier demo made may be replaced
+    if not mark.is_file() and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} holds files that no demo made: give another --outdir")
+    if config.text_path and (found := checkpoints_in(out / "run")):
+        raise UserError(f"{found[-1]} is a model of your text: give another --outdir, or "
+                        f"continue it with train --resume --outdir {out / 'run'}")
+    write_json(mark, {})
+    for old in (out / "run", out / "trial"):
+        for path in (*checkpoints_in(old), old / BEST, old / "metrics.jsonl"):
+            path.unlink(missing_ok=True)
+    if config.text_path:
+        return demo_on_own_text(config, out)
+    data, steps = Path(__file__).parent / "data", config.max_steps or 1200
+    if not data.is_dir():
+        raise UserError("the demo's stories aren't installed: run it in a clone of the source")
+    return show_and_run(
+        TOKENIZE + TRAIN + EVALUATE_AND_WRITE, out=out, vocab_size=1536,
+        train_text=data / "stories-train.txt", valid_text=data / "stories-valid.txt",
+        special=data / "special_tokens.txt", model=out / "run", prompt="Once",
+        run=out / "run", shape=f"{DEMO_SHAPE} --warmup_steps {steps // 40}", max_steps=steps)
+
+
+def demo_on_own_text(config: DemoConfig, out: Path) -> int:
+    """Split, tokenize, choose a size, measure its speed, train for `minutes`, try the model."""
+    minutes, device = config.minutes or 5.0, pick_device("auto").type
+    text = shlex.join(map(str, config.text_path or []))
+    if status := show_and_run("split --text_path {text} --outdir {out}", text=text,
+                              out=out):
+        return status
+    megabytes = (out / "train.txt").stat().st_size / 1e6
+    size = choose_size(megabytes, minutes, device)
+    shape = " ".join(f"--{name} {value}" for name, value in list(size.items())[4:])
+    shape += " --optimizer muon"
+    log(f"\n{megabytes:.1f} MB, {minutes:g} minutes, {device}: {size['num_layers']} blocks of "
+        f"width {size['d_model']}; a few steps show how fast it is")
+    values = {"out": out, "train_text": out / "train.txt", "valid_text": out / "valid.txt",
+              "special": out / "special_tokens.txt", "vocab_size": size["vocab_size"]}
+    if status := show_and_run(TOKENIZE + TRAIN, run=out / "trial", max_steps=8,
+                              shape=shape + " --eval_windows 8", **values):
+        return status
+    last = json.loads((out / "trial" / "metrics.jsonl").read_text().splitlines()[-1])
+    tokens = 60 * minutes * last["tokens_per_second"] * 0.9  # the rest is for evaluation
+    # More than some 16 epochs teach little (Muennighoff et al. 2023, arXiv 2305.16264, 6).
+    tokens = min(tokens, 16 * last["tokens_seen"] / last["epochs"])
+    steps = config.max_steps or round(tokens * last["step"] / last["tokens_seen"]) or 1
+    shape += f" --keep_best --eval_windows 128 --eval_interval {steps // 10 or 1}"
+    return show_and_run(TRAIN + EVALUATE_AND_WRITE, run=out / "run", max_steps=steps,
+                        shape=f"{shape} --log_interval {steps // 40 or 1}",
+                        model=out / "run" / BEST, prompt="''", **values)
+
+
 COMMANDS |= {"train": train, "eval": evaluate_command, "generate": generate_command,
-             "export": export, "demo": demo}
+             "export": export, "split": split, "demo": demo}
 
 # Exercises
 # 1. Add a command that shows how a text is split: a dataclass with --tokenizer_path and --text,

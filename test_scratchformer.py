@@ -9,6 +9,7 @@ independent oracle (tiktoken, tokenizers, torch.nn, transformers), then mistakes
 on standard error, exit status 2, nothing written.
 """
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -75,6 +76,7 @@ from scratchformer import (
     apply_rope,
     atomic_write,
     attention_reference,
+    baselines,
     build_model,
     build_vocab,
     bytes_per_token,
@@ -2271,12 +2273,12 @@ def test_the_stream_is_the_batches_in_order():
 
 
 SPREAD = {  # processes, flags: always 8 sequences per step
-    "one": (1, "--batch_size 8"),
+    "one": (1, "--batch_size 8 --grad_accum_steps 1"),
     "accumulated": (1, "--batch_size 2 --grad_accum_steps 4"),
     "replicated": (2, "--batch_size 2 --grad_accum_steps 2"),
     "fsdp": (2, "--batch_size 2 --grad_accum_steps 2 --fsdp"),
     "fsdp_on_four": (4, "--batch_size 1 --grad_accum_steps 2 --fsdp"),
-    "muon": (1, "--batch_size 8 --optimizer muon"),
+    "muon": (1, "--batch_size 8 --grad_accum_steps 1 --optimizer muon"),
     "muon_replicated": (2, "--batch_size 2 --grad_accum_steps 2 --optimizer muon"),
     "muon_block_by_block": (
         2, "--batch_size 2 --grad_accum_steps 2 --fsdp --fsdp_unit block --optimizer muon"),
@@ -2468,7 +2470,7 @@ def test_a_run_says_its_global_batch_and_how_it_came_about(toy, tmp_path, capsys
         "12 sequences = 768 tokens per step: batch_size 4 x grad_accum_steps 3 x processes 1"
         in error
     )
-    assert re.search(r"step +4/4  loss \d\.\d{4}  lr \S+  norm \S+  \S+ tok/s", error)
+    assert re.search(r"step +4/4  \S+M tokens, 0.13 epochs  loss \d\.\d{4}  lr ", error)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -3058,6 +3060,103 @@ def test_only_process_0_needs_to_see_outdir(spread, two_processes):
     assert not (spread / "machine1").exists()
 
 
+def test_resume_needs_no_other_flag(toy, tmp_path, capsys):
+    """Data, learning and run flags are those of the run; what is given instead is said."""
+    do("train", *training(toy, tmp_path), f"--max_steps 8 --valid_tokens {toy / 'valid.bin'} "
+       "--eval_interval 3 --save_interval 4 --keep_best --log_interval 3")  # fmt: skip
+    unbroken = metrics(tmp_path, *EXACT, "best_valid_loss")
+    (tmp_path / "step_000008.pt").unlink()  # as if killed before it was written
+    do(f"train --resume --outdir {tmp_path} --device cpu")
+    assert metrics(tmp_path, *EXACT, "best_valid_loss") == unbroken
+    assert "changed" not in capsys.readouterr().err
+    do(f"train --resume --outdir {tmp_path} --device cpu --max_steps 9 --no_keep_best")
+    error = capsys.readouterr().err
+    assert "changed since the checkpoint: max_steps 8 -> 9, keep_best True -> False" in error
+    do(f"train --resume --outdir {tmp_path} --device cpu --max_steps 10 --lr 1e-5")
+    assert re.search(r"lr 0.003 -> 1e-05, min_lr 0.0003\S* -> 1", capsys.readouterr().err)
+    assert main(shell_words([f"train --resume --outdir {tmp_path} --num_layers 3"])) == 2
+    assert "--num_layers is 3, but the model" in capsys.readouterr().err
+
+
+def test_train_without_tokens_says_what_is_missing(tmp_path, capsys):
+    assert "--train_tokens is required" in refused(capsys, tmp_path, "train --device cpu")
+
+
+def test_the_log_shows_the_mean_loss_since_the_last_line(toy, tmp_path, capsys):
+    do("train", *training(toy, tmp_path / "each"), "--max_steps 7")
+    argv = [word for word in training(toy, tmp_path / "mean") if word != "--quiet"]
+    do("train", *argv, "--max_steps 7 --log_interval 3")
+    each = [loss for (loss,) in metrics(tmp_path / "each", "train_loss")]
+    expected = [each[0], sum(each[1:3]) / 2, sum(each[3:6]) / 3, each[6]]
+    found = [loss for (loss,) in metrics(tmp_path / "mean", "train_loss")]
+    assert found == pytest.approx(expected, rel=1e-5)
+    seen, epochs = metrics(tmp_path / "mean", "tokens_seen", "epochs")[-1]
+    num_tokens = len(TokenDataset([toy / "train.bin"]))
+    assert seen == 7 * 4 * 64 and epochs == pytest.approx(seen / num_tokens)
+    assert f"{epochs:.2f} epochs  loss {found[-1]:.4f}" in capsys.readouterr().err
+
+
+def test_the_best_weights_are_kept_and_memorizing_is_said(tmp_path, capsys):
+    """Training on noise: the validation loss soon only rises."""
+    ids = np.random.default_rng(1).integers(0, 50, 700)
+    train = token_file(tmp_path / "train.bin", ids[:200])
+    valid = token_file(tmp_path / "valid.bin", ids[200:])
+    argv = [word for word in TINY if word != "--quiet"]
+    do("train", *argv, f"--train_tokens {train} --valid_tokens {valid} --vocab_size 50 "
+       f"--outdir {tmp_path / 'run'} --max_steps 60 --eval_interval 10 --keep_best "
+       "--keep_checkpoints 1")  # fmt: skip
+    error = capsys.readouterr().err
+    losses = dict(row for row in metrics(tmp_path / "run", "step", "valid_loss") if row[1])
+    best = min(losses, key=losses.get)
+    assert best < 40 and error.count(f"has not fallen since step {best}: ") == 1
+    assert metrics(tmp_path / "run", "best_valid_loss")[-1] == (losses[best],)
+    # It is no step_N.pt: never deleted as old, never resumed from.
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["step_000060.pt"]
+    state = load_checkpoint(tmp_path / "run" / "best.pt")
+    assert state["step"] == best and "optimizer" not in state
+    do(f"eval --checkpoint {tmp_path / 'run' / 'best.pt'} --valid_tokens {valid} --device cpu")
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["valid_loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert "unigram_loss" in shown and "lzma_bits_per_byte" not in shown  # no tokenizer
+
+
+def test_a_run_of_more_than_a_day_says_so(toy, tmp_path, capsys):
+    """Stopped by its own learning rate."""
+    argv = [word for word in training(toy, tmp_path) if word != "--quiet"]
+    for steps, said in ((100, False), (10**9, True)):
+        flags = f"--max_steps {steps} --lr 1e+30 --outdir {tmp_path / str(steps)}"
+        assert main(shell_words(["train", *argv, flags])) == 2
+        error = capsys.readouterr().err
+        assert bool(re.search(r"takes [\d,]+ hours; smaller --num_layers", error)) == said
+
+
+def test_evaluation_and_samples_are_without_dropout_and_training_is_with_it(toy, tmp_path):
+    """Whoever adds dropout gets one validation loss, and a model that still drops."""
+    class Dropping(TransformerWithLoss):
+        def forward(self, *args):
+            modes.append(self.training)
+            return super().forward(*args)
+
+    modes, tokens = [], TokenDataset([toy / "valid.bin"])
+    model = Dropping(dataclasses.replace(TINY_MODEL, vocab_size=280))
+    evaluate(model, tokens, 16, limit=4)
+    validation_loss(model, tokens[:100])
+    assert modes and not any(modes) and model.training
+    evaluate(model.eval(), tokens, 16, limit=4)
+    assert not model.training
+
+
+def test_baselines_by_hand(tmp_path):
+    """Four tokens, half of them one and a quarter each of two others: 1.5 bits per token."""
+    tokenizer = tokenizer_from("", 0)
+    tokens = TokenDataset([token_file(tmp_path / "t.bin", [9, *b"aabc" * 500])], 256)
+    result = baselines(tokens, 16, 0, tokenizer)
+    assert result["unigram_loss"] == pytest.approx(1.5 * math.log(2))
+    assert result["unigram_bits_per_byte"] == pytest.approx(1.5)
+    assert result["lzma_bits_per_byte"] < 0.5  # some 80 bytes of header and little else
+    assert baselines(tokens, 16, 0, None) == {"unigram_loss": result["unigram_loss"]}
+
+
 def losses_of_windows(model, tokens, T):
     """The loss of each window, one after the other, and how many tokens it has."""
     ids, result = torch.from_numpy(tokens[0 : len(tokens)]), []
@@ -3118,6 +3217,9 @@ def test_eval_gives_the_figure_that_training_gave(toy, capsys):
     )
     assert shown["perplexity"] == pytest.approx(math.exp(shown["valid_loss"]))
     assert shown["bits_per_byte"] == pytest.approx(shown["nats_per_byte"] / math.log(2))
+    for name in ("unigram_loss", "unigram_bits_per_byte", "lzma_bits_per_byte"):
+        assert shown[name] == pytest.approx(metrics(toy / "run", name)[-1][0])
+    assert shown["bits_per_byte"] < shown["lzma_bits_per_byte"] < shown["unigram_bits_per_byte"]
 
 
 def test_what_is_no_number_is_null_in_json():
@@ -3128,7 +3230,8 @@ def test_what_is_no_number_is_null_in_json():
 
 def test_a_rate_of_nearly_nothing_is_a_line_of_the_log():
     record = {"step": 1, "train_loss": 1.0, "lr": 1.0, "grad_norm": 1.0,
-              "tokens_per_second": 0.0, "skipped_steps": 0}  # fmt: skip
+              "tokens_per_second": 0.0, "skipped_steps": 0, "epochs": 1.0,
+              "tokens_seen": 64}  # fmt: skip
     assert "0 tok/s" in scratchformer.format_step(record, 10, 64)
 
 
@@ -3501,16 +3604,20 @@ def test_prompts_of_a_file_are_continued_together_as_one_by_one(toy, tmp_path, c
     for size in (1, 4, 64):
         do(how, f"--prompt_path {tmp_path / 'prompts'} --num_samples 2 --seed 5 "
                 f"--batch_size {size} --context_length 64")  # fmt: skip
-        assert capsys.readouterr().out == "".join(alone)
+        out = re.sub(r"--- sample \d of 6 ---\n", "", capsys.readouterr().out)
+        assert out == "".join(alone)
 
 
-@pytest.mark.parametrize("prompt", ["", "Ünï The"])
+@pytest.mark.parametrize("prompt", ["", "Ünï The\n"])
 def test_the_prompt_comes_from_standard_input(toy, prompt, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
     do(f"generate --checkpoint {toy / 'run'} --max_new_tokens 5 --seed 1 --num_samples 3 "
        "--device cpu")  # fmt: skip
     out, error = capsys.readouterr()
-    assert error == "" and out.startswith(prompt) and len(out) > 3 * len(prompt + "\n")
+    texts = re.split(r"(?:^|\n)--- sample \d of 3 ---\n", out)  # headed and separated
+    assert error == "" and texts[0] == "" and len(texts) == 4
+    # One newline at the end of what is piped belongs to the pipe, not to the prompt.
+    assert all(re.match(prompt.strip() + r"[^\n]", text) for text in texts[1:])
 
 
 @slow
@@ -3599,6 +3706,12 @@ EVAL = "eval --device cpu --checkpoint "
     (EVAL + "{tmp}/empty --valid_tokens {toy}/valid.bin", "valid checkpoint"),
     (EVAL + "{toy}/run", "--valid_tokens or --text_path"),
     (EVAL + "{toy}/run --valid_tokens {tmp}/missing", "missing"),
+    (EVAL + "{toy}/run --valid_tokens {toy}/valid.txt", "valid.txt is text, not a token file"),
+    (TRAIN + "--train_tokens {toy}/train.txt --vocab_size 9", "is text, not a token file"),
+    (EVAL + "{toy}/run --text_path {toy}/valid.bin", "valid.bin is a token file, not text"),
+    (BPE + "{toy}/train.bin", "train.bin is a token file, not text"),
+    ("split --text_path {tmp}/tiny --outdir {tmp}", "too little text"),
+    ("demo --minutes 5", "--minutes needs --text_path"),
     (EVAL + "{toy}/run --valid_tokens {tmp}/high.bin", "id 300, outside the vocabulary"),
     (EVAL + "{toy}/run --valid_tokens {tmp}/one.bin", "too few"),
     ("generate --device cpu --prompt x --checkpoint {tmp}/lonely", "--tokenizer_path"),
@@ -3613,6 +3726,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(toy, tmp_path, capsys, argv,
     write(tmp_path / "twice", "<a>\n<b>\n<a>\n")
     write(tmp_path / "blank", "<a>\n\n<b>\n")
     write(tmp_path / "latin1", b"<caf\xe9>\n")
+    write(tmp_path / "tiny", b"x")
     token_file(tmp_path / "high.bin", [300, *GOOD])
     token_file(tmp_path / "one.bin", [7])
     tokenizer_from("other text", 44).save(tmp_path / "other.json")
@@ -3766,11 +3880,67 @@ def test_fuzz_a_damaged_file_gives_a_result_or_one_line(small_files, capsys, nam
     status = main(argv.split())
     out, error = capsys.readouterr()
     if argv.startswith("eval"):
-        assert (status, bool(out), error.count("\n")) in [(0, True, 1), (2, False, 1)], error
+        assert (status, bool(out), error.count("\n")) in [(0, True, 2), (2, False, 1)], error
         for line in out.splitlines():
             json.loads(line, parse_constant=pytest.fail)
     else:
         assert (status, out, error.count("\n")) in [(0, "", 0), (2, "", 1)], error
+
+
+@pytest.mark.parametrize("command", ["", *scratchformer.COMMANDS])
+def test_help_fits_80_columns_and_marks_what_is_required(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.suppress(SystemExit):  # argparse leaves after --help
+        main([*command.split(), "--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert command != "bpe-encode" or text.count("(required)") == 3
+
+
+def test_a_split_is_by_document_and_stays_when_documents_come(tmp_path):
+    def sides(*numbers):
+        for number in numbers:
+            write(tmp_path / "text" / f"{number}.txt", f"Document {number}.\n" * 9)
+        do(f"split --text_path {tmp_path / 'text'} --outdir {tmp_path / 'out'} --quiet")
+        texts = [(tmp_path / "out" / f"{name}.txt").read_text() for name in ("train", "valid")]
+        return [set(text.split(END_OF_TEXT)) - {""} for text in texts]
+
+    (tmp_path / "text").mkdir()
+    train, valid = sides(*range(200))
+    assert len(train | valid) == 200 and not train & valid and 10 <= len(valid) <= 32
+    more = sides(*range(200, 300))
+    assert train < more[0] and valid < more[1]
+    write(tmp_path / "text" / "copies.txt", END_OF_TEXT.join(sorted(valid)[:3]))
+    assert sides(0) == more  # a copy is where its original is
+
+
+@given(st.text(alphabet="ab\n", max_size=60), st.integers(1, 20))
+def test_the_parts_of_a_document_are_the_document(text, size):
+    parts = scratchformer.split_documents(text, size)
+    assert "".join(parts) == (text if text.strip() else "")
+    assert all(len(part) <= size for part in parts)
+    assert all(part.endswith("\n") for part in parts[:-1] if "\n" in part)
+
+
+@slow
+def test_the_demo_on_your_own_text(tmp_path):
+    """Every command that it shows works when typed, and gives the same model."""
+    (tmp_path / "my text").mkdir()
+    write(tmp_path / "my text" / "one.txt", toy_text(3, 400))
+    out = tmp_path / "out"
+    done = run("demo --max_steps 12 --outdir", out, "--text_path", tmp_path / "my text")
+    assert done.returncode == 0, done.stderr
+    shown = re.findall(r"^\$ python scratchformer.py (.*)", done.stderr.decode(), re.M)
+    assert [line.split()[0] for line in shown] == [
+        "split", "bpe-train", "bpe-encode", "bpe-encode", "train", "train", "eval", "generate"]
+    result = json.loads(done.stdout.split(b"\n")[0])
+    assert result["valid_loss"] > 0 and result["lzma_bits_per_byte"] > 0
+    again = run("demo --outdir", out, "--text_path", tmp_path / "my text")
+    assert again.returncode == 2 and b"train --resume --outdir" in again.stderr
+    out.rename(tmp_path / "first")
+    for line in shown:
+        assert run(line).returncode == 0, line
+    assert same_state(load_checkpoint(out / "run"), load_checkpoint(tmp_path / "first" / "run"))
 
 
 # The bundled stories, and the script that made them.
