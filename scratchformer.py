@@ -2884,106 +2884,70 @@ class CachedModel:
     """
 
     def __init__(self, model: Transformer, batch_size: int = 1, size: int | None = None):
-        self.model, c = model, model.config
-        size = size or c.context_length
-        shape = (2, c.num_layers, batch_size, c.num_kv_heads, size, c.head_dim)
+        self.model, self.size, c = model, size or model.config.context_length, model.config
+        shape = (2, c.num_layers, batch_size, c.num_kv_heads, self.size, c.head_dim)
         weight = model.embedding.weight
         # TRAP: zeros, not empty. Masked positions have weight 0, but 0 times the NaN of
         # uninitialized memory is NaN.
         self.kv_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
     @torch.no_grad()
-    def __call__(
-        self, tokens: Tensor, start: int | list[int] | Tensor, last: Tensor | None = None
-    ) -> Tensor:
-        """Logits [B, T, V] of tokens [B, T] at positions start to start + T - 1 of their texts.
-
-        `start` is the same for all texts, or one number for each. With `last` [B], only the
-        logits after token last[b] of text b: [B, 1, V].
-        """
-        model, (B, T), device = self.model, tokens.shape, tokens.device
-        S = self.kv_cache.shape[4]  # positions to look at, most of them masked
-        if not isinstance(start, Tensor):
-            # Only as many as needed. A tensor (chapter 9) may be on a GPU, and reading it
-            # would make the CPU wait.
-            start = torch.tensor(start)
-            S = int(start.max()) + T
-        positions = start.to(device).view(-1, 1) + torch.arange(T, device=device)
-        positions, rows = positions.expand(B, T), torch.arange(B, device=device)[:, None]
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states [B, T, D] of `tokens` [B, T] at `positions` [B, T] of their texts."""
+        model, device = self.model, tokens.device
+        # S positions to look at: as many as are filled. To read `positions` from a GPU would
+        # make the CPU wait (chapter 9), so then it's all of them, the rest masked.
+        S = self.size if positions.is_cuda else int(positions.max()) + 1
+        positions, rows = positions.to(device), torch.arange(len(tokens), device=device)
         # By hand, one token after three: positions [[3]], S = 4, and the mask is all True.
-        attn_mask = positions[:, None, :, None] >= torch.arange(S, device=device)
-        # The H / G query heads of one key head count as so many more positions.
-        group = model.config.num_heads // model.config.num_kv_heads
-        attn_mask = attn_mask.repeat(1, 1, group, 1)  # (B, 1, H / G * T, S)
+        attn_mask = positions[:, :, None] >= torch.arange(S, device=device)  # (B, T, S)
+        attn_mask = attn_mask[:, None]  # (B, 1, T, S): the same for all heads
         rope_cache = model.rope_cache[:, positions]  # (2, B, T, K)
         x = model.embedding(tokens)  # (B, T, D)
         for block, (k_cache, v_cache) in zip(model.blocks, self.kv_cache.unbind(1)):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, k_cache=k_cache, v_cache=v_cache):
-                k_cache[rows, :, positions] = k.transpose(1, 2)  # (B, G, size, K)
-                v_cache[rows, :, positions] = v.transpose(1, 2)
+                # The caches are (B, G, size, K); indexed so they are (B, T, G, K).
+                k_cache[rows[:, None], :, positions] = k.transpose(1, 2)
+                v_cache[rows[:, None], :, positions] = v.transpose(1, 2)
                 k, v = k_cache[:, :, :S], v_cache[:, :, :S]  # (B, G, S, K)
-                grouped = q.reshape(B, k.shape[1], group * T, -1)  # (B, G, H / G * T, K)
+                grouped = k.shape[1] < q.shape[1]
                 # TRAP: not is_causal=True, which would let a single query see key 0 only.
-                attn_out = F.scaled_dot_product_attention(grouped, k, v, attn_mask)
-                return attn_out.reshape(q.shape)  # (B, H, T, K)
+                return F.scaled_dot_product_attention(q, k, v, attn_mask, enable_gqa=grouped)
 
             x = block(x, rope_cache, attend)
-        if last is not None:
-            x = x[rows, last[:, None]]  # (B, 1, D)
-        return model.lm_head(model.norm(x))
+        return model.norm(x)
 
 
 @torch.no_grad()
-def generate_batch(
+def generate(
     model: Transformer,
-    prompts: Sequence[Sequence[int]],
+    prompt_ids: Sequence[int],
     max_new_tokens: int,
     eos_ids: Collection[int] = (),
     cached_model: CachedModel | None = None,
     **sampling: Any,
-) -> Iterator[list[int | None]]:
-    """Yield the next id of every text, over and over; None for a text that has ended.
+) -> Iterator[int]:
+    """Yield what `generate_naive` yields, with a cache, up to context_length.
 
-    A batch costs little more time than one text, since both read all weights once per token.
-    All rows begin at position 0. Short ones are padded at the end; no token sees the padding,
-    because it comes later, and new tokens overwrite it in the cache. So up to rounding, every
-    text is what it would be alone, given a `generator` per row.
-    When a context is full, the model reads the second half of it again and continues from
+    When the context is full, the model reads the second half of it again and continues from
     there. `cached_model` is a cache to use again, or a faster one (chapter 9).
     """
-    for prompt in prompts:
-        check_prompt(prompt, model.config.vocab_size)
-    limit, device = model.config.context_length, model.rope_cache.device
-    cached_model = cached_model or CachedModel(model, len(prompts))
-    windows = [list(prompt[-limit:]) for prompt in prompts]  # what the model sees of each text
-    ended, refill = [False] * len(prompts), True  # refill: read whole windows
+    check_prompt(prompt_ids, model.config.vocab_size)
+    cached_model = cached_model or CachedModel(model)
+    ids, device, limit = list(prompt_ids), model.rope_cache.device, model.config.context_length
+    new, num_cached = ids[-limit:], 0  # tokens to read; how many are in the cache
     for _ in range(max_new_tokens):
-        new = windows if refill else [window[-1:] for window in windows]
-        start = 0 if refill else [len(window) - 1 for window in windows]
-        T = max(map(len, new))
-        tokens = torch.tensor([row + [0] * (T - len(row)) for row in new], device=device)
-        last = torch.tensor([len(row) - 1 for row in new], device=device)  # (B,)
-        logits = cached_model(tokens, start, last)[:, -1]  # (B, V)
-        ids, refill = sample(logits, **sampling).tolist(), False
-        yield [None if end else i for end, i in zip(ended, ids)]
-        for row, (window, i) in enumerate(zip(windows, ids)):
-            ended[row] |= i in eos_ids
-            if not ended[row]:  # one that has ended repeats its last token, unseen
-                window.append(i)
-            if len(window) > limit:
-                del window[: -(limit // 2 + 1)]
-                refill = True
-        if all(ended):
+        if num_cached + len(new) > limit:
+            new, num_cached = ids[-(limit // 2 + 1) :], 0
+        positions = torch.arange(num_cached, num_cached + len(new))[None]  # (1, T)
+        hidden = cached_model(torch.tensor([new], device=device), positions)  # (1, T, D)
+        num_cached += len(new)
+        new = sample(model.lm_head(hidden[:, -1]), **sampling).tolist()
+        ids += new
+        yield new[0]
+        if new[0] in eos_ids:
             return
-
-
-def generate(
-    model: Transformer, prompt_ids: Sequence[int], max_new_tokens: int, **how: Any
-) -> Iterator[int]:
-    """Yield what `generate_naive` yields, with a cache, up to context_length."""
-    for ids in generate_batch(model, [prompt_ids], max_new_tokens, **how):
-        yield from (i for i in ids if i is not None)
 
 
 # Exercises
@@ -3390,7 +3354,7 @@ class CUDAGraphDecoder(CachedModel):
     WHY: one token takes hundreds of kernels. The GPU finishes them in less time than the host
     needs to launch them one by one. A CUDA graph is a recording of these launches, which one
     launch replays: the same kernels on the same memory. So what changes, token and position,
-    is passed in tensors, and the logits are overwritten by the next call.
+    is passed in tensors, and the result is overwritten by the next call.
     """
 
     def __init__(self, model: Transformer, batch_size: int = 1, size: int | None = None):
@@ -3398,25 +3362,66 @@ class CUDAGraphDecoder(CachedModel):
         if (device := self.kv_cache.device).type != "cuda":
             raise UserError(f"CUDA graphs need a model on a CUDA device, not on {device.type}")
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        self.start = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.tokens, self.positions = torch.zeros(
+            (2, batch_size, 1), dtype=torch.int64, device=device)
 
-    def __call__(
-        self, tokens: Tensor, start: int | list[int] | Tensor, last: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         if tokens.shape[1] > 1:
-            return super().__call__(tokens, start, last)
-        self.token.copy_(tokens)
-        self.start.copy_(torch.as_tensor(start))
+            return super().__call__(tokens, positions)
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
         with torch.cuda.device(self.kv_cache.device):
             if self.graph is None:
                 # Once without recording: the first call includes lazy initialization.
-                super().__call__(self.token, self.start)
+                super().__call__(self.tokens, self.positions)
                 self.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):
-                    self.logits = super().__call__(self.token, self.start)
+                    self.hidden = super().__call__(self.tokens, self.positions)
             self.graph.replay()  # recording alone computes nothing
-        return self.logits
+        return self.hidden
+
+
+@torch.no_grad()
+def generate_batch(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_ids: Collection[int] = (),
+    cached_model: CachedModel | None = None,
+    **sampling: Any,
+) -> Iterator[list[int | None]]:
+    """`generate` for many texts at once: yields the next id of each; None once it has ended.
+
+    A batch takes little more time than one text, since both read all weights once per token.
+    All rows begin at position 0. Short ones are padded at the end; no token sees the padding,
+    because it comes later, and new tokens overwrite it in the cache. So up to rounding, every
+    text is what it would be alone, given a `generator` per row.
+    """
+    for prompt in prompts:
+        check_prompt(prompt, model.config.vocab_size)
+    limit, device = model.config.context_length, model.rope_cache.device
+    cached_model = cached_model or CachedModel(model, len(prompts))
+    windows = [list(prompt[-limit:]) for prompt in prompts]  # what the model sees of each text
+    ended, refill = [False] * len(prompts), True  # refill: read whole windows
+    for _ in range(max_new_tokens):
+        new = windows if refill else [window[-1:] for window in windows]
+        lengths = torch.tensor([len(row) for row in new])
+        starts = torch.tensor([len(window) for window in windows]) - lengths
+        T = int(lengths.max())
+        tokens = torch.tensor([row + [0] * (T - len(row)) for row in new], device=device)
+        positions = starts[:, None] + torch.arange(T)  # (B, T)
+        hidden = cached_model(tokens, positions)[torch.arange(len(new)), lengths - 1]  # (B, D)
+        ids, refill = sample(model.lm_head(hidden), **sampling).tolist(), False
+        yield [None if end else i for end, i in zip(ended, ids)]
+        for row, (window, i) in enumerate(zip(windows, ids)):
+            ended[row] |= i in eos_ids
+            if not ended[row]:  # one that has ended repeats its last token, unseen
+                window.append(i)
+            if len(window) > limit:
+                del window[: -(limit // 2 + 1)]
+                refill = True
+        if all(ended):
+            return
 
 
 def linear_on_all_cores(x: Tensor, weight: Tensor) -> Tensor:

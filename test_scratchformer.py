@@ -1795,28 +1795,15 @@ def test_text_with_a_cache_is_the_text_without(seed, how):
     assert one == other and len(one) == 21
 
 
-@pytest.mark.parametrize("prompt", [1, 2, 7, 24])
-def test_cached_logits_equal_uncached(prompt):
+@pytest.mark.parametrize("borders", [[1], [2, 3, 4], [7, 8, 9, 10, 24], [5, 6, 20], [24]])
+def test_hidden_states_with_a_cache_equal_those_without(borders):
+    """However many tokens the model reads at a time."""
     model = tiny_model()
     tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(2))
-    cached = CachedModel(model, 3)
-    steps = [cached(tokens[:, :prompt], 0)]
-    for place in range(prompt, 24):
-        token = tokens[:, place : place + 1]
-        steps.append(cached(token, place))
-        # The same with the position in a tensor, as a CUDA graph needs it.
-        same = cached(token, torch.tensor(place))
-        assert torch.allclose(same, steps[-1], atol=2e-5)
-    assert torch.allclose(torch.cat(steps, 1), model(tokens), atol=2e-5)
-
-
-def test_a_cached_model_goes_on_with_several_tokens():
-    cached = CachedModel(model := tiny_model(), 3)
-    tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(2))
-    parts = [tokens[:, :5], tokens[:, 5:6], tokens[:, 6:20], tokens[:, 20:]]
-    starts = [0, 5, 6, 20]
-    steps = [cached(part, start) for part, start in zip(parts, starts)]
-    assert torch.allclose(torch.cat(steps, 1), model(tokens), atol=2e-5)
+    cached, edges = CachedModel(model, 3), [0, *borders, *range(borders[-1] + 1, 25)]
+    steps = [cached(tokens[:, start:end], torch.arange(start, end).expand(3, -1))
+             for start, end in zip(edges, edges[1:])]  # fmt: skip
+    assert torch.allclose(torch.cat(steps, 1), model.hidden_states(tokens), atol=2e-5)
 
 
 def test_a_cache_can_be_used_again_for_another_text():
@@ -1825,26 +1812,6 @@ def test_a_cache_can_be_used_again_for_another_text():
              for prompt in ([1, 2, 3, 4, 5, 6], [7], [7])]  # fmt: skip
     alone = list(generate(tiny_model(), [7], 15, temperature=0))
     assert texts[1] == texts[2] == alone != texts[0]
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 9),
-       st.sampled_from([{"temperature": 0}, {}, {"top_k": 20, "top_p": 0.9}]),
-       st.sampled_from([1, 2, 4]))  # fmt: skip
-@hypothesis.settings(max_examples=15)
-def test_texts_in_a_batch_are_the_texts_one_by_one(lengths, seed, how, kv_heads):
-    """Prompts shorter and longer than the context; each text stops at its own end."""
-    config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads, tie_embeddings=True)
-    model = tiny_model(seed, config)
-    prompts = [[(row + 7 * i) % 61 for i in range(n)] for row, n in enumerate(lengths)]
-    seeded = [torch.Generator().manual_seed(row) for row in range(len(prompts))]
-    how = {**how, "eos_ids": [3, 9], "banned": torch.tensor([5, 8])}
-    steps = list(generate_batch(model, prompts, 45, generator=seeded, **how))
-    for row, prompt in enumerate(prompts):
-        how["generator"] = torch.Generator().manual_seed(row)
-        alone = list(generate(model, prompt, 45, **how))
-        assert not {5, 8} & set(alone)
-        expected = alone + [None] * (len(steps) - len(alone))
-        assert [ids[row] for ids in steps] == expected
 
 
 def test_a_seed_repeats_and_another_does_not():
@@ -2195,6 +2162,26 @@ def test_lower_precision_learns_nearly_the_same(toy, tmp_path, dtype):
         do("train", *training(toy, tmp_path / name), f"--max_steps 60 --dtype {name}")
     full, low = (metrics(tmp_path / name, "train_loss")[-1][0] for name in ("float32", dtype))
     assert low == pytest.approx(full, rel=0.03) and low != full and full < 2.5
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 9),
+       st.sampled_from([{"temperature": 0}, {}, {"top_k": 20, "top_p": 0.9}]),
+       st.sampled_from([1, 2, 4]))  # fmt: skip
+@hypothesis.settings(max_examples=15)
+def test_texts_in_a_batch_are_the_texts_one_by_one(lengths, seed, how, kv_heads):
+    """Prompts shorter and longer than the context; each text stops at its own end."""
+    config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads, tie_embeddings=True)
+    model = tiny_model(seed, config)
+    prompts = [[(row + 7 * i) % 61 for i in range(n)] for row, n in enumerate(lengths)]
+    seeded = [torch.Generator().manual_seed(row) for row in range(len(prompts))]
+    how = {**how, "eos_ids": [3, 9], "banned": torch.tensor([5, 8])}
+    steps = list(generate_batch(model, prompts, 45, generator=seeded, **how))
+    for row, prompt in enumerate(prompts):
+        how["generator"] = torch.Generator().manual_seed(row)
+        alone = list(generate(model, prompt, 45, **how))
+        assert not {5, 8} & set(alone)
+        expected = alone + [None] * (len(steps) - len(alone))
+        assert [ids[row] for ids in steps] == expected
 
 
 def test_cuda_graphs_without_a_cuda_device_are_refused():
