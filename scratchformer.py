@@ -5,7 +5,7 @@ Transformer with RoPE, SwiGLU and RMSNorm, a memory-mapped data loader, and a
 training loop that runs on a laptop, on one GPU, or on many GPUs with FSDP. It
 needs torch, regex and numpy, and nothing else beyond Python's standard library.
 
-Start with this; it takes a few minutes on a laptop:
+Start with this, in a clone of the repository; it takes a few minutes on a laptop:
 
     python scratchformer.py demo
 
@@ -153,7 +153,7 @@ def pretokenize(text: str, pattern: str = PRETOKEN_PATTERN) -> list[str]:
     """
     pieces, end = [], 0
     for match in regex.finditer(pattern, text):
-        # GPT-2's pattern matches everything. Where another one leaves a gap, keep the gap.
+        # GPT-2's pattern matches everything. Other patterns may leave gaps: keep their text.
         pieces += [text[end : match.start()], match[0]]
         end = match.end()
     return [piece for piece in [*pieces, text[end:]] if piece]
@@ -230,8 +230,7 @@ def count_pretokens(
 
 # Exercises
 # 1. `pretokenize(" 2024 24,000")` gives " 2024", " 24", "," and "000". Predict what it gives
-#    with GPT4_PATTERN, then try it. Which numbers does each pattern let a model see as one
-#    token?
+#    with GPT4_PATTERN, then try it. Which numbers stay one pre-token under each pattern?
 # 2. Remove `\s+(?!\S)|` from PRETOKEN_PATTERN and split "a  b". Which pre-token gets the second
 #    space now? What would that mean for the word " b"?
 
@@ -261,7 +260,7 @@ def merge_pair(tokens: list, pair: tuple, merged: Any) -> list:
     result: list = []
     for token in tokens:
         if token == right and result and result[-1] == left:
-            result[-1] = merged
+            result[-1] = merged  # longer than `left`, so it can't be merged again
         else:
             result.append(token)
     return result
@@ -333,13 +332,14 @@ END_OF_TEXTS = (END_OF_TEXT, "<|end_of_text|>")  # and in Llama 3
 
 
 class Tokenizer:
-    """Byte-level BPE: text to token ids, and back to exactly the same bytes.
+    """Byte-level BPE: text to token ids, and back to the same bytes.
 
     `vocab` maps ids to bytes. `merges` are pairs of tokens in the order learned. Special
     tokens that are not in `vocab` get the next free ids. `pattern` splits text into
     pre-tokens. With `ignore_merges`, a pre-token that is in the vocabulary takes its id
-    without any merges, as in Llama 3. Bytes that a vocabulary lacks are dropped: SmolLM's has
-    none for a few control characters. Raises UserError if these are inconsistent.
+    without any merges, as in Llama 3. Bytes missing from a vocabulary are skipped. (Ours have
+    all 256, but SmolLM's, say, lacks some control characters.) Raises UserError if the
+    arguments contradict each other.
 
     A worked example with three merges. "then" starts as the bytes t, h, e, n. Merge 0
     makes th, e, n; merge 1 makes the, n; merge 2 looks for h + e and finds none.
@@ -391,8 +391,9 @@ class Tokenizer:
     def apply_merges(self, word: bytes) -> tuple[int, ...]:
         """The ids of one pre-token: apply the merge of lowest rank until none applies.
 
-        This is the order of learning: a merge creates only pairs that contain its new token,
-        and merges with that token were learned later.
+        This replays learning. Could a merge create a pair that should have been merged
+        earlier? No: the pair contains the new token, so it was learned later. (A list of
+        merges made by hand may differ. Then the lowest rank decides, as in other libraries.)
         """
         if self.ignore_merges and word in self.token_to_id:
             return (self.token_to_id[word],)
@@ -405,7 +406,8 @@ class Tokenizer:
             rank = min([self.merge_rank.get(pair, no_rank) for pair in zip(ids, ids[1:])])
             if rank == no_rank:
                 break
-            ids = merge_pair(ids, *self.id_merges[rank])
+            pair, merged = self.id_merges[rank]
+            ids = merge_pair(ids, pair, merged)
         return tuple(ids)
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -459,7 +461,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json, which `tokenizers.Tokenizer.from_file` reads as well."""
-        write_json(path, tokenizer_to_json(self))
+        write_json(path, tokenizer_to_json(self))  # chapter 4
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -469,7 +471,7 @@ class Tokenizer:
         starts every text with <s>). Those are not added here. Raises UserError for files that
         are damaged or need something this class lacks, and says what.
         """
-        return tokenizer_from_json(read_json(path, "tokenizer.json"), path)
+        return tokenizer_from_json(read_json(path, "tokenizer.json"), path)  # chapter 4
 
     @property
     def eot_id(self) -> int | None:
@@ -478,8 +480,11 @@ class Tokenizer:
                     None)
 
     def fingerprint(self) -> str:
-        """A hash of everything that determines the ids."""
+        """A hash of everything that determines the ids: are two tokenizers the same?"""
         return hashlib.sha256(json.dumps(tokenizer_to_json(self)).encode()).hexdigest()
+
+
+# The rest of this chapter is bookkeeping; you can skip it the first time.
 
 
 def check_pattern(pattern: str) -> None:
@@ -1464,8 +1469,9 @@ def encode_file(
     with atomic_write(out_path) as out:
         for span, ids in zip(spans, results):
             out.write(ids)
-            num_eot = np.count_nonzero(np.frombuffer(ids, dtype) == eot_id)
-            text_bytes -= len(END_OF_TEXT) * int(num_eot)
+            if eot_id is not None:
+                num_eot = np.count_nonzero(np.frombuffer(ids, dtype) == eot_id)
+                text_bytes -= int(num_eot) * len(tokenizer.vocab[eot_id])
             if (span.path, span.end) in ends and not ids.endswith(eot):
                 out.write(eot)
             done += (span.end - span.start) / 1e6
@@ -1928,9 +1934,9 @@ if __name__ == "__main__":
 # after its first two comes its third, and so on. So the inputs are a window without its
 # last token, the targets are the same window one token later, and B windows are a batch.
 #
-# A *step* of training looks at one batch. Which windows are in it is a pure function of
-# (seed, step, row): there's no random state to save when a run is interrupted, and however
-# the rows are split up later, they are the same rows.
+# A *step* of training looks at one batch. Its windows depend only on (seed, step, row): there's
+# no random state to save when a run is interrupted, and however the rows are divided among
+# devices (chapter 10), they are the same rows.
 # (Salmon et al. 2011: Philox, counter-based random numbers)
 # ----------------------------------------------------------------------------------------
 
@@ -1960,8 +1966,8 @@ def cut_windows(
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, T) each
 
 
-def window_starts(seed: int, step: int, rows: range, num_places: int) -> np.ndarray:
-    """Where the windows of these rows of a step's batch begin, int64, uniform in num_places.
+def window_starts(seed: int, step: int, rows: range, num_starts: int) -> np.ndarray:
+    """Where the windows of these rows of a step's batch begin, uniform over range(num_starts).
 
     Philox turns a key and a counter into random bits, like a hash function. The key (seed,
     step) fixes a stream of random numbers, and row number r takes the r-th of them. So however
@@ -1971,7 +1977,7 @@ def window_starts(seed: int, step: int, rows: range, num_places: int) -> np.ndar
     array([ True,  True])
     """
     bits = np.random.Philox(key=[seed, step]).random_raw(rows.stop)[rows.start :]
-    return (bits % np.uint64(num_places)).astype(np.int64)
+    return (bits % np.uint64(num_starts)).astype(np.int64)
 
 
 def get_batch(
@@ -1982,6 +1988,7 @@ def get_batch(
     A window may start in the middle of a document and run into the next one. The model
     learns that what follows an end-of-text token has nothing to do with what came before.
     """
+    # A window may start anywhere with at least T tokens after it.
     starts = window_starts(seed, step, rows, len(tokens) - context_length)
     return cut_windows(tokens, starts, context_length)
 
@@ -1996,10 +2003,10 @@ METADATA_TYPES: dict[str, Any] = {
 }
 
 
-def check_types(content: dict, kinds: dict[str, Any]) -> None:
-    """Raise UserError if an entry isn't of the type that `kinds` has for it."""
+def check_types(content: dict, expected: dict[str, Any]) -> None:
+    """Raise UserError if an entry isn't of its expected type."""
     for key, value in content.items():
-        if not isinstance(value, kinds.get(key, object)):
+        if not isinstance(value, expected.get(key, object)):
             raise UserError(f"{key} is {value!r}")
 
 
@@ -2017,14 +2024,14 @@ def load_metadata(token_file: Path) -> dict:
 
 
 def check_same_tokenizer(hashes: dict[Any, str | None]) -> None:
-    """Raise UserError if two of these, by name, belong to different tokenizers. None: unknown.
+    """Raise UserError if two of these hashes, by name, differ. None means unknown.
 
     Ids of another tokenizer look like any others; the model would just be bad at them.
     """
     known = [name for name, value in hashes.items() if value]
     for name in known:
         if hashes[name] != hashes[known[0]]:
-            raise UserError(f"{name} belongs to another tokenizer than {known[0]}")
+            raise UserError(f"{name} was made with a different tokenizer from {known[0]}")
 
 
 def is_text(path: Path) -> bool:
@@ -2071,7 +2078,8 @@ class TokenDataset:
         if len({m.get("tokenizer_sha256") for m in metadata}) > 1:
             raise UserError(f"{names} were encoded by different tokenizers")
         self.tokenizer_sha256 = metadata[0].get("tokenizer_sha256")
-        # An entropy floor holds for the text it was computed from, not for a mix of texts.
+        # The entropy floor is the lowest loss that any model can reach; it's known only for
+        # generated text (chapter 4), and not for a mix of texts.
         self.floor = metadata[0].get("floor_nats_per_byte") if len(metadata) == 1 else None
 
     def __len__(self) -> int:
@@ -2087,7 +2095,7 @@ class TokenDataset:
     def check_ids(self, first: int, stride: int) -> None:
         """Read every `stride`-th piece: better an error now than at the first evaluation."""
         for start in range(first * CHUNK, len(self), stride * CHUNK):
-            self[start : start + CHUNK]
+            _ = self[start : start + CHUNK]  # raises for a bad id
 
     def __getitem__(self, window: slice) -> np.ndarray:
         """The ids of a slice, int64. Raises UserError if one is outside the vocabulary."""
@@ -2103,7 +2111,7 @@ class TokenDataset:
                 parts.append(mapped[first : first + stop - start].astype(np.int64))
                 start += len(parts[-1])
         ids = np.concatenate(parts)
-        # TRAP: on a GPU, an id outside the embedding is a device-side assert that names
+        # TRAP: on a GPU, an id outside the embedding triggers a device-side assert that names
         # neither the file nor the id and kills the process.
         if ids.max(initial=0) >= self.vocab_size:
             raise UserError(f"{self.paths[0]} holds the id {ids.max()}, outside the vocabulary "
@@ -2115,15 +2123,15 @@ class TokenDataset:
 # 1. Print `tokenizer.decode` of a row of inputs and of the same row of targets: the same text,
 #    one token apart.
 # 2. Read the corpus in order instead of at random: let `window_starts` return
-#    (step * rows.stop + np.arange(rows.start, rows.stop)) * 128 % num_places. Training (chapter
-#    7) ends at about the same loss: random windows rarely repeat early on.
+#    (step * rows.stop + np.arange(rows.start, rows.stop)) * 256 % num_starts, for windows of
+#    256. Training (chapter 7) ends at about the same loss: random windows rarely repeat early.
 
 
 # ----------------------------------------------------------------------------------------
 # 6. The Transformer
 #
 # Which function maps T tokens to a prediction of each next token? Look up a vector of D
-# numbers for every token. Let every block add two corrections to it: attention mixes in
+# numbers for every token. Let every block add two updates to it: attention mixes in
 # what earlier tokens have to say; a small network, the MLP, works on each position separately.
 # At the end, a matrix turns each vector into V scores, the logits, one per possible token.
 # (Vaswani et al. 2017, arXiv 1706.03762, with the changes of Llama: Touvron et al. 2023,
@@ -2140,8 +2148,12 @@ class TokenDataset:
 # by a matrix: rows of `a` numbers become rows of `b`. (It stores the matrix as [b, a] and
 # computes x @ W.T; formulas here just say x @ W.)
 #
-# These are the numbers that make up a model. What they mean comes up below, part by part. Each
-# is declared as flag(default, explanation, smallest value), and is a command-line flag as well.
+# These are the numbers that make up a model. What they mean comes up below, part by part. Read
+# it as a plain dataclass: flag(default, help, smallest, largest) declares a field that is also
+# a command-line flag, and `Config` (chapter 4) checks the ranges.
+#
+# Functions named ..._reference are for reading and for the tests, which hold PyTorch's faster
+# equivalents to them.
 
 
 @dataclasses.dataclass
@@ -2149,12 +2161,12 @@ class ModelConfig(Config):
     """Model"""
 
     vocab_size: int = flag(0, "size of the vocabulary; 0: as the token file says", 0)
-    context_length: int = flag(512, "tokens the model looks at", 1, 2**22)
-    num_layers: int = flag(8, "blocks", 1, 1000)
+    context_length: int = flag(512, "maximum sequence length, in tokens", 1, 2**22)
+    num_layers: int = flag(8, "number of blocks", 1, 1000)
     d_model: int = flag(768, "width of the residual stream", 1)
     num_heads: int = flag(16, "attention heads", 1)
     d_ff: int = flag(2048, "width inside SwiGLU, about 8/3 of d_model", 1)
-    rope_theta: float = flag(10000.0, "RoPE: the larger, the slower the slowest rotation", 1.0)
+    rope_theta: float = flag(10000.0, "base of RoPE; larger means slower rotations", 1.0)
     norm_eps: float = flag(1e-5, "added to the mean square in RMSNorm", 0.0)
     num_kv_heads: int = flag(0, "heads of keys and values; 0: as many as num_heads", 0)
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the output")
@@ -2199,8 +2211,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # TRAP: float16 overflows at 65,504, so the square of 256 is inf and the whole row
-        # comes out as 0, without an error. Hence float32 inside.
+        # TRAP: float32 inside, because with 16-bit numbers (chapter 9) the squares overflow,
+        # and the whole row comes out as 0, without an error.
         x_float = x.float()
         scale = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
         return (x_float * scale * self.weight).type_as(x)
@@ -2212,8 +2224,8 @@ class RMSNorm(nn.Module):
 # it is looking for; a *key*, what it can be found by; and a *value*, what it has to say. How
 # well does a key match a query? Take the dot product. Vectors that point the same way have a
 # large one, (1, 2) . (2, 4) = 10; perpendicular vectors have none, (1, 2) . (-2, 1) = 0;
-# opposite ones have a negative one. So the dot product measures similarity, and learning can
-# make any two vectors similar that should find each other.
+# opposite ones have a negative one. So for vectors of similar length the dot product measures
+# similarity. Learning makes a query and a key that belong together point the same way.
 #
 # Softmax turns the scores into weights, and each position takes the weighted average of all
 # values: mostly those whose keys match its query.
@@ -2239,8 +2251,9 @@ def attention_reference(
     Positions where `attn_mask` [T, T] is False are masked out. The causal mask is the lower
     triangle: position t sees positions 0 to t. That lets us train on all positions of a
     window at once, since none of them can see the token it should predict.
-    WHY sqrt(K): a sum of K products of numbers of size 1 has size sqrt(K), and large scores
-    saturate the softmax: it would give all weight to one position.
+    WHY sqrt(K): a dot product of K independent numbers of size 1, positive or negative, is
+    typically about sqrt(K), and large scores saturate the softmax: it would give all weight to
+    one position.
     Source: Vaswani et al. 2017, equation 1.
 
     By hand: scores ln 1, ln 2 and ln 3 give weights 1 : 2 : 3. Row 0 sees only 6. Row 1 is
@@ -2268,9 +2281,9 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same with a causal mask, by PyTorch's routine, which avoids storing T x T scores.
+    """The same with a causal mask, by PyTorch's kernel, which never stores all T x T scores.
 
-    k and v may have fewer heads than q: then each serves a group of neighboring query heads.
+    q, k, v [B, heads, T, K]. (`enable_gqa`: k and v may have fewer heads, see `Attention`.)
     """
     grouped = k.shape[1] < q.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -2288,19 +2301,17 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def make_rope_cache(
     positions: Tensor, head_dim: int, theta: float, scaling: Sequence[float] | None = None
 ) -> Tensor:
-    """Cosine and signed sine of each angle, float32 [2, ..., K] for positions [...].
+    """Cosine and sine of all angles, float32 [2, ..., K/2] for positions [...].
 
     Pair i rotates by position * theta^(-2i / K): the first pairs fast, the last ones slowly,
-    like the hands of a clock. Each value stands twice, once for either member of a pair; the
-    first member's sine is negative. TRAP: bfloat16 rounds position 257 to 256. So float32.
+    like the hands of a clock. TRAP: bfloat16 would round position 257 to 256. So float32.
     """
-    pairs = torch.arange(0, head_dim, 2, device=positions.device).float()  # (K/2,)
-    frequencies = theta ** (-pairs / head_dim)  # (K/2,)
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    frequencies = theta**-exponents  # (K/2,)
     if scaling:
         frequencies = stretch_slow_rotations(frequencies, *scaling)
     angles = positions.float()[..., None] * frequencies  # (..., K/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]).flatten(-2)
+    return torch.stack([angles.cos(), angles.sin()])
 
 
 def stretch_slow_rotations(
@@ -2308,8 +2319,8 @@ def stretch_slow_rotations(
 ) -> Tensor:
     """Llama 3.1's way to a longer context: slow rotations become `factor` times slower.
 
-    Pairs that turn fewer than `low` times within the original context never came around in
-    training, so a longer text would show them new angles. Those that turn more than `high`
+    Pairs that turn fewer than `low` times within the original context never completed a turn
+    in training, so a longer text would show them new angles. Those that turn more than `high`
     times stay as they are; in between it's a mix. (github.com/meta-llama/llama-models,
     models/llama3/model.py, apply_scaling; transformers calls it rope_type "llama3".)
     """
@@ -2321,13 +2332,12 @@ def stretch_slow_rotations(
 def apply_rotary(x: Tensor, rope_cache: Tensor) -> Tensor:
     """Rotate each pair (a, b) = (x[2i], x[2i+1]) of x [..., K] counterclockwise.
 
-    The rotation is (a cos - b sin, b cos + a sin): each entry times cos, plus the other entry
-    of its pair times -sin or sin. The shape stays the same.
+    The pair becomes (a cos - b sin, b cos + a sin). The shape stays the same.
     Source: Su et al. 2021, RoFormer (arXiv 2104.09864), equation 34.
     """
     cos, sin = rope_cache
-    partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (b, a) for each pair (a, b)
-    return (x * cos + partner * sin).type_as(x)
+    a, b = x[..., 0::2], x[..., 1::2]  # (..., K/2) each
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
 
 
 def apply_rope(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
@@ -2356,7 +2366,7 @@ class Attention(nn.Module):
     subject of the sentence, the last name that was mentioned.
     Keys and values may have G < H heads, each shared by H / G query heads. WHY: generation
     keeps all keys and values of a text in memory (chapter 8). This makes them, and the
-    matrices that compute them, H / G times smaller, and the model hardly worse. (Ainslie et
+    matrices that compute them, H / G times smaller, at little cost in quality. (Ainslie et
     al. 2023, arXiv 2305.13245: grouped-query attention)
     """
 
@@ -2373,12 +2383,12 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`rope_cache` [2, T, K] or [2, B, T, K]; None: no RoPE. Chapter 8 swaps `attend`."""
         (B, T, D), H, G = x.shape, self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x).view(B, T, H + 2 * G, D // H)
-        qk, v = qkv.split([H + G, G], dim=2)  # (B, T, H + G, K), (B, T, G, K)
+        heads = self.qkv(x).view(B, T, H + 2 * G, D // H).transpose(1, 2)
+        q, k, v = heads.split([H, G, G], dim=1)  # (B, H, T, K), (B, G, T, K), (B, G, T, K)
         if rope_cache is not None:
-            qk = apply_rotary(qk, rope_cache.unsqueeze(-2))  # all heads rotate alike
-        q, k = qk.transpose(1, 2).split([H, G], dim=1)  # (B, H, T, K), (B, G, T, K)
-        attn_out = attend(q, k, v.transpose(1, 2))  # (B, H, T, K)
+            rope_cache = rope_cache.unsqueeze(-3)  # all heads rotate alike
+            q, k = apply_rotary(q, rope_cache), apply_rotary(k, rope_cache)
+        attn_out = attend(q, k, v)  # (B, H, T, K)
         return self.output(attn_out.transpose(1, 2).reshape(B, T, D))
 
 
@@ -2444,13 +2454,14 @@ class Block(nn.Module):
 
 
 def initial_weight(name: str, like: Tensor, num_layers: int, seed: int) -> Tensor:
-    """The values that parameter `name`, shaped `like`, starts with: 1 for norms, else noise.
+    """The initial values of parameter `name`, shaped `like`: 1 for norms, else noise.
 
     The noise is normal with standard deviation 0.02, as in GPT-2. The two matrices of a block
     that write to the residual stream get 0.02 / sqrt(2 * num_layers), so that all 2 *
     num_layers writes together are as large as one would be (Radford et al. 2019, section
-    2.3). Logits then start near 0: a new model finds all tokens about equally likely. Each
-    tensor has a random generator of its own, seeded by (seed, name).
+    2.3). Logits then start small: a new model finds all tokens about equally likely. Each
+    tensor has a random generator of its own, seeded by (seed, name). WHY: chapter 10 makes
+    the same weights on any number of devices, one tensor at a time.
     """
     if like.dim() == 1:
         return torch.ones(like.shape, device=like.device)
@@ -2478,11 +2489,12 @@ class Transformer(nn.Module):
         # A buffer belongs to the model, but isn't learned.
         self.rope_cache: Tensor
         self.register_buffer("rope_cache", torch.empty(0), persistent=False)
-        if not self.norm.weight.is_meta:  # a "meta" tensor has a shape, but no numbers yet
+        # Chapter 10 builds models on the "meta" device, without numbers, and fills them later.
+        if not self.norm.weight.is_meta:
             self.init_weights(seed)
 
     def tie_weights(self) -> None:
-        """With tie_embeddings, tokens are read and scored by one matrix: V * D fewer weights.
+        """With tie_embeddings, embedding and output are one matrix: V * D fewer weights.
 
         In small models that's a large part of all weights. (Press & Wolf 2017, arXiv
         1608.05859)
@@ -2520,7 +2532,8 @@ class Transformer(nn.Module):
 
 # Exercises
 # 1. Let `apply_rotary` return x unchanged and train as at the end of chapter 7. The model still
-#    learns, but clearly less: nothing tells it directly in what order the earlier tokens came.
+#    learns, but ends at a clearly higher loss: nothing tells it directly in what order the
+#    earlier tokens came.
 # 2. How many weights has the demo's model (2 blocks, D = 128, H = 4, F = 256, V = 1536), with
 #    and without tie_embeddings, and with num_kv_heads = 1? Work it out, then count.
 
@@ -2538,17 +2551,23 @@ class Transformer(nn.Module):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """How surprised the model is by the right token, on average: -log softmax(logits)[target].
+    """How surprised the model is by the target token, on average: -log softmax(logits)[target].
 
-    logits [..., V], targets int64 [...]; a scalar in nats. Targets of -100 are left out.
+    logits [..., V], targets int64 [...]; a scalar in nats. Targets of -100 are ignored
+    (chapter 12 pads with them).
 
-    If the model gave the right token probability p, the loss is -log p: 0 for certainty, 0.69
+    If the model gave the target token probability p, the loss is -log p: 0 for certainty, 0.69
     for a coin flip, ln V for a model that knows nothing. The unit is the *nat* (0.69 nats are
     one bit). exp(loss) is the *perplexity*: a loss of 2.3 means a perplexity of 10, which is
     like guessing uniformly among 10 tokens.
 
-    >>> cross_entropy(torch.zeros(1, 1, 4), torch.tensor([[2]]))  # ln 4: nothing known
+    >>> cross_entropy(torch.zeros(1, 4), torch.tensor([2]))  # ln 4: nothing known
     tensor(1.3863)
+    >>> logits, targets = torch.tensor([[0.0, 2.0], [1.0, 1.0]]), torch.tensor([1, 0])
+    >>> -softmax(logits)[[0, 1], targets].log().mean()  # written out
+    tensor(0.4100)
+    >>> cross_entropy(logits, targets)
+    tensor(0.4100)
     """
     # TRAP: bfloat16 has 8 significant bits; a sum of 50,000 exponentials needs float32.
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
@@ -2585,8 +2604,9 @@ def gradient_descent_step(parameters: Iterable[Tensor], lr: float) -> None:
 
 
 # AdamW improves on this in three ways. It averages gradients over recent steps (`m`), since
-# each batch alone gives a noisy one. It divides by the typical size of the gradient (`v`), so
-# that weights with small gradients move as fast as the others. And it pulls every weight
+# each batch alone gives a noisy one. It divides by the gradient's typical size, sqrt(v), where
+# `v` averages its square, so that weights with small gradients move as fast as the others. And
+# it pulls every weight
 # towards 0 a little (weight decay), so that only weights which keep being useful stay large.
 
 
@@ -2596,7 +2616,8 @@ def adamw_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One update of AdamW, written out: the new weight, m and v. `step` counts from 1.
 
-    m and v start at 0, and m_hat and v_hat correct for that. A weight whose gradient keeps its
+    m and v start at 0, and m_hat and v_hat correct for that: after one step m is 0.1 * grad,
+    and dividing it by 1 - 0.9 gives grad. A weight whose gradient keeps its
     sign moves by about lr per step, no matter how large the gradient is. By hand: the first
     step is lr times the sign, whether the gradient is 5 or 0.05.
 
@@ -2614,13 +2635,13 @@ def adamw_reference(
 
 @dataclasses.dataclass(kw_only=True)
 class OptimizerConfig(Config):
-    """Learning"""
+    """Optimization"""
 
-    max_steps: int = flag(5000, "updates of the weights", 1)
+    max_steps: int = flag(5000, "optimizer steps", 1)
     lr: float = flag(1e-3, "peak learning rate", 0.0)
     min_lr: float = flag(None, "learning rate at the end (default: a tenth of --lr)", 0.0)
     warmup_steps: int = flag(
-        None, "steps in which the learning rate rises (default: 200, at most a tenth)", 0)
+        None, "steps in which the learning rate rises (default: 200, or a tenth of all)", 0)
     weight_decay: float = flag(0.1, "how strongly matrices are pulled towards zero", 0.0)
     beta1: float = flag(0.9, "decay rate of AdamW's first moment", 0.0, 0.9999)
     beta2: float = flag(0.95, "decay rate of AdamW's second moment", 0.0, 0.99999)
@@ -2668,7 +2689,8 @@ def learning_rate(
     >>> [round(learning_rate(step, 1.0, 0.1, 2, 6), 3) for step in range(7)]
     [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
 
-    By hand: warm-up gives 1/2 and 2/2; step 4 is halfway from 2 to 6, hence 0.55.
+    By hand: warm-up gives 1/2 and 2/2; step 4 is halfway from 2 to 6, hence 0.55. (min_lr
+    would come right after the last step, 5.)
     """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
@@ -2701,7 +2723,7 @@ def train_step(
 # A model that is trained on the same text for a long time starts to memorize it: the loss on
 # that text keeps falling while the loss on new text stalls or rises. This is *overfitting*. To
 # notice it, keep some text out of training and measure the loss there, the validation loss.
-# One *epoch* is one pass over the data, or as many steps as see that many tokens. In the
+# One *epoch* is one pass over the data, or the steps that process as many tokens. In the
 # first epoch nearly everything is new, and both losses fall together.
 
 
@@ -2763,7 +2785,7 @@ def train_model(
 #     train_model(model, train_tokens, valid_tokens, config, batch_size=8)
 #
 # Exercises
-# 1. Replace `optimizer.step()` by `gradient_descent_step(model.parameters(), lr)` and try
+# 1. Replace `optimizer.step()` with `gradient_descent_step(model.parameters(), lr)` and try
 #    lr=0.1, 0.5 and 2. Even at the best of them the loss falls far more slowly.
 # 2. Cut train_tokens down to `train_tokens[:3000]` and train for 500 steps, hundreds of epochs.
 #    The loss falls to almost 0, and the validation loss rises: overfitting.
@@ -2791,7 +2813,7 @@ def sample(
     """Ids drawn from softmax(logits / temperature), int64 [B], for logits [B, V].
 
     A temperature below 1 makes likely tokens even more likely; 0 always takes the most likely.
-    top_k keeps the k most likely tokens (and any equal to the last of them). top_p keeps the
+    top_k keeps the k most likely tokens (including ties). top_p keeps the
     most likely tokens that together reach probability p, at least one. `generator` is one for
     all rows, or a sequence with one per row. `banned` holds ids that are never drawn. By hand:
     these logits correspond to 9%, 67% and 24%, so the second token alone reaches 0.5.
@@ -2814,12 +2836,12 @@ def sample(
     if top_p is not None:
         ordered, ids = logits.sort(descending=True)  # (B, V) each
         p = ordered.softmax(-1)
-        beyond = p.cumsum(-1) - p >= top_p  # those before it reach top_p already
+        beyond = p.cumsum(-1) - p >= top_p  # the tokens before it already reach top_p
         beyond[:, 0] = False
         logits = logits.scatter(-1, ids, ordered.masked_fill(beyond, -math.inf))
-    # Sampling as a race: let token i arrive at time e[i] / p[i], with e exponentially
-    # distributed. Then token i comes first with probability p[i]. (torch.multinomial does the
-    # same, but makes the CPU wait for a GPU.)
+    # The same as torch.multinomial(p, 1), but that makes the CPU wait for a GPU. If e[i] is
+    # exponentially distributed, the smallest of all e[i] / p[i] is number i with probability
+    # p[i]. And the smallest e / p is the largest p / e. (Also known as the Gumbel-max trick.)
     e = torch.empty_like(logits)
     generators = generator if isinstance(generator, Sequence) else [generator]
     for rows, one in zip(e.chunk(len(generators)), generators):
@@ -2931,7 +2953,7 @@ def generate(
     """Yield what `generate_naive` yields, with a cache, up to context_length.
 
     When the context is full, the model reads the second half of it again and continues from
-    there. `cached_model` is a cache to use again, or a faster one (chapter 9).
+    there. `cached_model` is a cache to reuse, or a faster one (chapter 9).
     """
     check_prompt(prompt_ids, model.config.vocab_size)
     cached_model = cached_model or CachedModel(model)
@@ -2971,8 +2993,8 @@ def generate(
 # How does the same step take less time and memory on one device? Matmuls in 16 bits run
 # several times faster on a GPU; the logits, the largest tensor of all, are never stored
 # whole; torch.compile merges small operations; activations can be recomputed instead of
-# stored. For generation, the enemy is overhead per token. All that computes what chapters 7
-# and 8 compute. Another optimizer, Muon, lets the model learn more in each step.
+# stored. For generation, the bottleneck is overhead per token. None of this changes results.
+# One thing does: another optimizer, Muon, lets the model learn more in each step.
 # This chapter can wait. Two terms: a *kernel* is a program that a GPU runs, and the *host*
 # is the CPU that launches it.
 # (Micikevicius et al. 2018, arXiv 1710.03740: mixed precision; Hsu et al. 2024, Liger
@@ -3028,7 +3050,8 @@ class GradScaler:
             optimizer.step()
 
     but this `if` makes the host wait for the GPU. The fused AdamW kernel doesn't: it divides
-    gradients by `optimizer.grad_scale`, and does nothing if `optimizer.found_inf` is 1.
+    gradients by `optimizer.grad_scale`, and does nothing if `optimizer.found_inf` is 1. What
+    follows in `step` is such an `if`, written as arithmetic with numbers that are 0 or 1.
     WHY not torch.amp.GradScaler: under FSDP (chapter 10) it sees one process's shards only, so
     one process would skip a step that the others take.
     """
@@ -3088,12 +3111,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         d loss / d logits[v] = (softmax(logits)[v] - (1 if v == target else 0)) / rows
 
     So compute the logits of some rows, turn them into the gradients of `x` and `weight` right
-    away, and forget them. This is an operation whose derivative we write ourselves: `forward`
+    away, and discard them. This is an operation whose derivative we write ourselves: `forward`
     keeps in `ctx` what `backward` needs, and `backward` turns the derivative with respect to
-    the result into one for each input. (Second derivatives come out wrong.)
+    the result into one for each input. (Second derivatives aren't supported.)
 
     x [N, D], weight [V, D], targets int64 [N]; the loss is a float32 scalar.
-    By hand: logits 0 and ln 3 mean 1/4 and 3/4; the right token is the second, 3/4 - 1 = -1/4.
+    By hand: logits 0 and ln 3 mean 1/4 and 3/4; the target is the second, 3/4 - 1 = -1/4.
 
     >>> weight = torch.tensor([[0.0], [math.log(3)]], requires_grad=True)
     >>> loss = LinearCrossEntropy.apply(torch.ones(1, 1), weight, torch.tensor([1]), True)
@@ -3170,7 +3193,7 @@ class TransformerWithLoss(Transformer):
 
 @dataclasses.dataclass(kw_only=True)
 class LearningConfig(OptimizerConfig):
-    """Learning"""
+    """Optimization"""
 
     optimizer: Literal["adamw", "muon"] = flag(
         "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest")
@@ -3185,7 +3208,7 @@ def orthogonalize(x: Tensor) -> Tensor:
     a Newton-Schulz iteration, and 16 bits are enough for it.
     Source of a, b and c: Jordan et al. 2024.
 
-    By hand: this update moves (1, 1) by 3.9 and (1, -1) by 0.1, and afterwards both alike.
+    By hand: this update moves (1, 1) by 3.9 and (1, -1) by 0.1; afterwards both by roughly 1.
 
     >>> update = torch.tensor([[[2.0, 1.9], [1.9, 2.0]]])
     >>> torch.linalg.svdvals(update), torch.linalg.svdvals(orthogonalize(update))
@@ -3196,7 +3219,8 @@ def orthogonalize(x: Tensor) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # now no singular value is above 1
     for _ in range(5):
         square = x.mT @ x if tall else x @ x.mT  # (N, n, n), n = min(rows, columns)
-        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b and c are done
+        # a * identity + b * square + c * square @ square
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
         x = x @ factor if tall else factor @ x
     return x
@@ -3390,12 +3414,12 @@ def generate_batch(
     cached_model: CachedModel | None = None,
     **sampling: Any,
 ) -> Iterator[list[int | None]]:
-    """`generate` for many texts at once: yields the next id of each; None once it has ended.
+    """`generate` for many texts: each time the next id of every text, None once it has ended.
 
     A batch takes little more time than one text, since both read all weights once per token.
     All rows begin at position 0. Short ones are padded at the end; no token sees the padding,
-    because it comes later, and new tokens overwrite it in the cache. So up to rounding, every
-    text is what it would be alone, given a `generator` per row.
+    because it comes later, and new tokens overwrite it in the cache. So up to rounding, each
+    row is the text that it would be alone, given a `generator` per row.
     """
     for prompt in prompts:
         check_prompt(prompt, model.config.vocab_size)
@@ -3415,9 +3439,10 @@ def generate_batch(
         yield [None if end else i for end, i in zip(ended, ids)]
         for row, (window, i) in enumerate(zip(windows, ids)):
             ended[row] |= i in eos_ids
-            if not ended[row]:  # one that has ended repeats its last token, unseen
+            if not ended[row]:  # a finished row feeds its last token again, to no effect
                 window.append(i)
             if len(window) > limit:
+                # Keep the second half. Its positions have changed, so nothing cached is valid.
                 del window[: -(limit // 2 + 1)]
                 refill = True
         if all(ended):
