@@ -13,7 +13,7 @@ The demo trains a tokenizer and a small model on the bundled stories, evaluates
 the model, and lets it write a story. `demo --text_path DIR` does the same with
 your own text. It runs these commands, and shows each one:
 
-    split        set text to evaluate on aside                 chapter 14
+    split        set aside text for evaluation                 chapter 14
     bpe-train    learn a vocabulary from text                  chapters 1 to 4
     bpe-encode   turn text into a file of token ids            chapters 3 and 4
     train        train a Transformer on token files            chapters 5 to 12
@@ -126,9 +126,9 @@ __version__ = "0.1.0"
 # GPT-2's pattern. At each position the first alternative that matches wins: an English
 # contraction; letters, digits or punctuation, each with one optional space in front; or
 # whitespace. A space belongs to the word that follows it, so most words need no separate token
-# for the space. That's why `\s+(?!\S)` leaves the last space of a run to the next word. (\p{L}
-# is any letter in Unicode and \p{N} any numeric character. Python's `re` doesn't know these
-# classes; the package `regex` does.)
+# for the space. That's what `(?!\S)`, "not followed by a non-space", is for: before a word,
+# `\s+` must give back one character. (\p{L} is any letter in Unicode and \p{N} any numeric
+# character. Python's `re` doesn't know these classes; the package `regex` does.)
 PRETOKEN_PATTERN = (
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )
@@ -260,7 +260,7 @@ def merge_pair(tokens: list, pair: tuple, merged: Any) -> list:
     result: list = []
     for token in tokens:
         if token == right and result and result[-1] == left:
-            result[-1] = merged  # longer than `left`, so it can't be merged again
+            result[-1] = merged  # not `left`, so this can't start another merge
         else:
             result.append(token)
     return result
@@ -310,8 +310,8 @@ def build_vocab(merges: Sequence[Merge], special_tokens: Sequence[str]) -> dict[
 
 
 # Exercises
-# 1. Choose by count alone: `max(pair_counts, key=pair_counts.get)`. The five words now start
-#    with (b"e", b"s"), which happened to be counted first.
+# 1. Choose by count alone: `max(pair_counts, key=pair_counts.get)`. The example's first merge
+#    is now (b"e", b"s"), which happened to be counted first.
 # 2. Which merge comes fifth in the example? Work it out by hand, then check.
 
 
@@ -369,8 +369,9 @@ class Tokenizer:
         check_merges(self.merges, self.token_to_id)
         self.special_tokens: dict[str, int] = {}
         for token in special_tokens or []:
-            i = self.token_to_id.setdefault(text_to_bytes(token), max(self.vocab) + 1)
-            self.vocab[i], self.special_tokens[token] = text_to_bytes(token), i
+            data = text_to_bytes(token)  # below: its id, or the next free one
+            i = self.token_to_id.setdefault(data, max(self.vocab) + 1)
+            self.vocab[i], self.special_tokens[token] = data, i
         self.vocab_size = max(self.vocab) + 1
         self.dtype = "<u2" if self.vocab_size <= 1 << 16 else "<u4"  # of ids in token files
         self.special_pattern = special_token_pattern(self.special_tokens)
@@ -391,9 +392,10 @@ class Tokenizer:
     def apply_merges(self, word: bytes) -> tuple[int, ...]:
         """The ids of one pre-token: apply the merge of lowest rank until none applies.
 
-        This replays learning. Could a merge create a pair that should have been merged
-        earlier? No: the pair contains the new token, so it was learned later. (A list of
-        merges made by hand may differ. Then the lowest rank decides, as in other libraries.)
+        This replays learning. Can the merge of rank r create a pair of lower rank? No: the
+        pair contains the token made at rank r, and pairs with that token were learned after
+        it. (A list of merges made by hand may differ; then the lowest rank decides, as in other
+        libraries.)
         """
         if self.ignore_merges and word in self.token_to_id:
             return (self.token_to_id[word],)
@@ -433,7 +435,8 @@ class Tokenizer:
     def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
         """Yields the ids of the joined chunks, holding only a little text in memory.
 
-        `for token_id in tokenizer.encode_iterable(open(path)): ...` reads a file of any size.
+        `for token_id in tokenizer.encode_iterable(open(path, newline="")): ...` reads a file of
+        any size. (Without newline="", Python turns \\r\\n into \\n.)
         """
         for text in safe_pieces(chunks, self.pattern, self.special_tokens):  # chapter 4
             yield from self.encode(text)
@@ -2026,7 +2029,7 @@ def load_metadata(token_file: Path) -> dict:
 def check_same_tokenizer(hashes: dict[Any, str | None]) -> None:
     """Raise UserError if two of these hashes, by name, differ. None means unknown.
 
-    Ids of another tokenizer look like any others; the model would just be bad at them.
+    Ids of another tokenizer look like any others; the model would just predict them badly.
     """
     known = [name for name, value in hashes.items() if value]
     for name in known:
@@ -2120,11 +2123,12 @@ class TokenDataset:
 
 
 # Exercises
-# 1. Print `tokenizer.decode` of a row of inputs and of the same row of targets: the same text,
-#    one token apart.
+# 1. Print `tokenizer.decode(inputs[0].tolist())` and the same for targets: the same text, one
+#    token apart.
 # 2. Read the corpus in order instead of at random: let `window_starts` return
 #    (step * rows.stop + np.arange(rows.start, rows.stop)) * 256 % num_starts, for windows of
-#    256. Training (chapter 7) ends at about the same loss: random windows rarely repeat early.
+#    256. Training (chapter 7) ends at about the same loss: within an epoch, random windows
+#    overlap little, so both orders show the model nearly the same text.
 
 
 # ----------------------------------------------------------------------------------------
@@ -2148,19 +2152,19 @@ class TokenDataset:
 # by a matrix: rows of `a` numbers become rows of `b`. (It stores the matrix as [b, a] and
 # computes x @ W.T; formulas here just say x @ W.)
 #
-# These are the numbers that make up a model. What they mean comes up below, part by part. Read
-# it as a plain dataclass: flag(default, help, smallest, largest) declares a field that is also
+# These hyperparameters define the shape of a model; what they mean comes up part by part. Read
+# it as a plain dataclass: flag(default, help, at_least, at_most) declares a field that is also
 # a command-line flag, and `Config` (chapter 4) checks the ranges.
 #
-# Functions named ..._reference are for reading and for the tests, which hold PyTorch's faster
-# equivalents to them.
+# Functions named ..._reference are for reading; the tests check PyTorch's faster equivalents
+# against them.
 
 
 @dataclasses.dataclass
 class ModelConfig(Config):
     """Model"""
 
-    vocab_size: int = flag(0, "size of the vocabulary; 0: as the token file says", 0)
+    vocab_size: int = flag(0, "size of the vocabulary; 0: take it from the token file", 0)
     context_length: int = flag(512, "maximum sequence length, in tokens", 1, 2**22)
     num_layers: int = flag(8, "number of blocks", 1, 1000)
     d_model: int = flag(768, "width of the residual stream", 1)
@@ -2211,8 +2215,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # TRAP: float32 inside, because with 16-bit numbers (chapter 9) the squares overflow,
-        # and the whole row comes out as 0, without an error.
+        # TRAP: float32 inside. In 16 bits (chapter 9), squares overflow (float16), which makes
+        # the whole row 0 without an error, or the mean loses precision (bfloat16).
         x_float = x.float()
         scale = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
         return (x_float * scale * self.weight).type_as(x)
@@ -2223,8 +2227,8 @@ class RMSNorm(nn.Module):
 # Attention is a soft dictionary look-up. Every position makes three vectors: a *query*, what
 # it is looking for; a *key*, what it can be found by; and a *value*, what it has to say. How
 # well does a key match a query? Take the dot product. Vectors that point the same way have a
-# large one, (1, 2) . (2, 4) = 10; perpendicular vectors have none, (1, 2) . (-2, 1) = 0;
-# opposite ones have a negative one. So for vectors of similar length the dot product measures
+# large one, (1, 2) . (2, 4) = 10; perpendicular vectors have (1, 2) . (-2, 1) = 0;
+# opposite ones a negative one. So for vectors of similar length the dot product measures
 # similarity. Learning makes a query and a key that belong together point the same way.
 #
 # Softmax turns the scores into weights, and each position takes the weighted average of all
@@ -2251,9 +2255,9 @@ def attention_reference(
     Positions where `attn_mask` [T, T] is False are masked out. The causal mask is the lower
     triangle: position t sees positions 0 to t. That lets us train on all positions of a
     window at once, since none of them can see the token it should predict.
-    WHY sqrt(K): a dot product of K independent numbers of size 1, positive or negative, is
-    typically about sqrt(K), and large scores saturate the softmax: it would give all weight to
-    one position.
+    WHY sqrt(K): the dot product of two vectors of K random entries of about 1 or -1 is a sum of
+    K terms of random sign, typically about sqrt(K), and large scores saturate the softmax: it
+    would give all weight to one position.
     Source: Vaswani et al. 2017, equation 1.
 
     By hand: scores ln 1, ln 2 and ln 3 give weights 1 : 2 : 3. Row 0 sees only 6. Row 1 is
@@ -2281,7 +2285,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same with a causal mask, by PyTorch's kernel, which never stores all T x T scores.
+    """The same with a causal mask, using PyTorch's kernel, which never stores T x T scores.
 
     q, k, v [B, heads, T, K]. (`enable_gqa`: k and v may have fewer heads, see `Attention`.)
     """
@@ -2304,7 +2308,7 @@ def make_rope_cache(
     """Cosine and sine of all angles, float32 [2, ..., K/2] for positions [...].
 
     Pair i rotates by position * theta^(-2i / K): the first pairs fast, the last ones slowly,
-    like the hands of a clock. TRAP: bfloat16 would round position 257 to 256. So float32.
+    like the hands of a clock. TRAP: 16 bits would round position 257 to 256. So float32.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     frequencies = theta**-exponents  # (K/2,)
@@ -2321,8 +2325,9 @@ def stretch_slow_rotations(
 
     Pairs that turn fewer than `low` times within the original context never completed a turn
     in training, so a longer text would show them new angles. Those that turn more than `high`
-    times stay as they are; in between it's a mix. (github.com/meta-llama/llama-models,
-    models/llama3/model.py, apply_scaling; transformers calls it rope_type "llama3".)
+    times stay as they are; in between, the two are blended. (Source:
+    github.com/meta-llama/llama-models, models/llama3/model.py, apply_scaling; transformers
+    calls it rope_type "llama3".)
     """
     turns = original_context * frequencies / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -2352,9 +2357,10 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     tensor([[1.0000, 0.0000],
             [0.5403, 0.8415]])
     """
-    rope_cache = make_rope_cache(positions, x.shape[-1], theta)  # (2, T, K) or (2, B, T, K)
+    rope_cache = make_rope_cache(positions, x.shape[-1], theta)  # (2, T, K/2), (2, B, T, K/2)
+    # Positions [B, T]: insert a dimension for each of x's between B and T, such as the heads.
     while positions.dim() > 1 and rope_cache.dim() <= x.dim():
-        rope_cache = rope_cache.unsqueeze(2)  # (2, B, 1, T, K): all heads rotate alike
+        rope_cache = rope_cache.unsqueeze(2)  # (2, B, 1, T, K/2)
     return apply_rotary(x, rope_cache)
 
 
@@ -2362,7 +2368,7 @@ class Attention(nn.Module):
     """Causal multi-head self-attention: [B, T, D] -> [B, T, D].
 
     WHY heads: one softmax gives one weighted average. H attentions of width K = D / H cost as
-    much as one of width D, and each can look for something else: the previous word, the
+    much as one of width D, and each can look for something different: the previous word, the
     subject of the sentence, the last name that was mentioned.
     Keys and values may have G < H heads, each shared by H / G query heads. WHY: generation
     keeps all keys and values of a text in memory (chapter 8). This makes them, and the
@@ -2381,7 +2387,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope_cache: Tensor | None = None, attend: Attend = causal_attention
     ) -> Tensor:
-        """`rope_cache` [2, T, K] or [2, B, T, K]; None: no RoPE. Chapter 8 swaps `attend`."""
+        """rope_cache [2, T, K/2] or [2, B, T, K/2]; None: no RoPE. Chapter 8 swaps `attend`."""
         (B, T, D), H, G = x.shape, self.num_heads, self.num_kv_heads
         heads = self.qkv(x).view(B, T, H + 2 * G, D // H).transpose(1, 2)
         q, k, v = heads.split([H, G, G], dim=1)  # (B, H, T, K), (B, G, T, K), (B, G, T, K)
@@ -2457,13 +2463,14 @@ def initial_weight(name: str, like: Tensor, num_layers: int, seed: int) -> Tenso
     """The initial values of parameter `name`, shaped `like`: 1 for norms, else noise.
 
     The noise is normal with standard deviation 0.02, as in GPT-2. The two matrices of a block
-    that write to the residual stream get 0.02 / sqrt(2 * num_layers), so that all 2 *
-    num_layers writes together are as large as one would be (Radford et al. 2019, section
-    2.3). Logits then start small: a new model finds all tokens about equally likely. Each
-    tensor has a random generator of its own, seeded by (seed, name). WHY: chapter 10 makes
-    the same weights on any number of devices, one tensor at a time.
+    that write to the residual stream get 0.02 / sqrt(n) for n = 2 * num_layers such writes:
+    variances of independent numbers add, so all n together are as large as one without the
+    factor (Radford et al. 2019, section 2.3). Logits then start small: a new model finds all
+    tokens about equally likely. Each tensor has a random generator of its own, seeded by
+    (seed, name). WHY: chapter 10 makes the same weights on any number of devices, one tensor
+    at a time.
     """
-    if like.dim() == 1:
+    if like.dim() == 1:  # TRAP: a bias, if you add one, should start at 0
         return torch.ones(like.shape, device=like.device)
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest[:8], "big"))
@@ -2513,7 +2520,7 @@ class Transformer(nn.Module):
         """Compute the rotations of all positions."""
         c, device = self.config, self.norm.weight.device
         positions = torch.arange(c.context_length, device=device)
-        self.rope_cache = make_rope_cache(  # (2, T, K)
+        self.rope_cache = make_rope_cache(  # (2, T, K/2)
             positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
@@ -2531,9 +2538,9 @@ class Transformer(nn.Module):
 
 
 # Exercises
-# 1. Let `apply_rotary` return x unchanged and train as at the end of chapter 7. The model still
-#    learns, but ends at a clearly higher loss: nothing tells it directly in what order the
-#    earlier tokens came.
+# 1. Make `apply_rotary` return x unchanged and train as at the end of chapter 7. The model
+#    still learns, but ends at a clearly higher loss: nothing tells it directly in what order
+#    the earlier tokens came.
 # 2. How many weights has the demo's model (2 blocks, D = 128, H = 4, F = 256, V = 1536), with
 #    and without tie_embeddings, and with num_kv_heads = 1? Work it out, then count.
 
@@ -2606,8 +2613,8 @@ def gradient_descent_step(parameters: Iterable[Tensor], lr: float) -> None:
 # AdamW improves on this in three ways. It averages gradients over recent steps (`m`), since
 # each batch alone gives a noisy one. It divides by the gradient's typical size, sqrt(v), where
 # `v` averages its square, so that weights with small gradients move as fast as the others. And
-# it pulls every weight
-# towards 0 a little (weight decay), so that only weights which keep being useful stay large.
+# it pulls every matrix towards 0 a little (weight decay), so that only weights which keep being
+# useful stay large.
 
 
 def adamw_reference(
@@ -2641,7 +2648,7 @@ class OptimizerConfig(Config):
     lr: float = flag(1e-3, "peak learning rate", 0.0)
     min_lr: float = flag(None, "learning rate at the end (default: a tenth of --lr)", 0.0)
     warmup_steps: int = flag(
-        None, "steps in which the learning rate rises (default: 200, or a tenth of all)", 0)
+        None, "steps in which the rate rises (default: 200, at most a tenth of all)", 0)
     weight_decay: float = flag(0.1, "how strongly matrices are pulled towards zero", 0.0)
     beta1: float = flag(0.9, "decay rate of AdamW's first moment", 0.0, 0.9999)
     beta2: float = flag(0.95, "decay rate of AdamW's second moment", 0.0, 0.99999)
@@ -2680,22 +2687,23 @@ def make_optimizer(
 def learning_rate(
     step: int, max_lr: float, min_lr: float, warmup_steps: int, max_steps: int
 ) -> float:
-    """The learning rate of `step` (from 0): a linear rise, then half a cosine down to min_lr.
+    """The learning rate of `step` (from 0): linear warmup, then linear decay to min_lr.
 
-    WHY warm up: AdamW divides by sqrt(v), and at first v rests on only a few gradients. WHY
-    decay: large steps bounce between the walls of a valley; small ones at the end settle.
-    Source: Loshchilov & Hutter 2017 (arXiv 1608.03983), equation 5, without restarts.
+    WHY warm up: AdamW divides by sqrt(v), and at first v is estimated from only a few
+    gradients. WHY decay: large steps bounce between the walls of a valley; small ones at the
+    end settle. (A straight line ended lower than half a cosine, which many projects use.)
+    Source: Bergsma et al. 2025 (arXiv 2502.15938).
 
     >>> [round(learning_rate(step, 1.0, 0.1, 2, 6), 3) for step in range(7)]
-    [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
+    [0.5, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]
 
-    By hand: warm-up gives 1/2 and 2/2; step 4 is halfway from 2 to 6, hence 0.55. (min_lr
-    would come right after the last step, 5.)
+    By hand: warmup gives 1/2 and 2/2; step 4 is halfway from 2 to 6, hence 0.55. (min_lr would
+    come right after the last step, 5.)
     """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
+    return max_lr + progress * (min_lr - max_lr)
 
 
 def train_step(
@@ -2729,7 +2737,7 @@ def train_step(
 
 @torch.no_grad()
 def validation_loss(model: Transformer, tokens: np.ndarray | TokenDataset) -> float:
-    """The mean loss over all full windows of `tokens`, laid end to end."""
+    """The mean loss over all full, non-overlapping windows of `tokens`."""
     model.eval()  # would switch off dropout, if the model had any
     T = model.config.context_length
     windows = [cut_windows(tokens, [i], T) for i in range(0, len(tokens) - T, T)]
@@ -2752,10 +2760,10 @@ def train_model(
     A model that has seen "0 1 2 0 1 2 ..." often enough knows what comes next. It starts near
     ln 3 = 1.10, like guessing among three tokens, and ends near 0:
 
-    >>> text = np.array([0, 1, 2] * 40)
+    >>> tokens = np.array([0, 1, 2] * 40)
     >>> model = Transformer(ModelConfig(3, 8, num_layers=1, d_model=16, num_heads=2, d_ff=32))
     >>> config = OptimizerConfig(max_steps=60, lr=0.01)
-    >>> losses = train_model(model, text, text, config, batch_size=4, eval_interval=1000)
+    >>> losses = train_model(model, tokens, tokens, config, batch_size=4, eval_interval=1000)
     >>> round(losses[0], 1), losses[-1] < 0.1
     (1.1, True)
     """
@@ -2828,7 +2836,7 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    # Subtracting the largest changes no probability, and no temperature can overflow.
+    # Subtracting the maximum changes no probability, and a small temperature can't overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
         smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
@@ -2839,13 +2847,13 @@ def sample(
         beyond = p.cumsum(-1) - p >= top_p  # the tokens before it already reach top_p
         beyond[:, 0] = False
         logits = logits.scatter(-1, ids, ordered.masked_fill(beyond, -math.inf))
-    # The same as torch.multinomial(p, 1), but that makes the CPU wait for a GPU. If e[i] is
-    # exponentially distributed, the smallest of all e[i] / p[i] is number i with probability
-    # p[i]. And the smallest e / p is the largest p / e. (Also known as the Gumbel-max trick.)
+    # Draw i with probability p[i]. torch.multinomial(p, 1) does it, but makes the CPU wait for
+    # a GPU. Instead: if all e are exponential random numbers, argmin(e / p) is i with
+    # probability p[i], and that is argmax(p / e). (Equivalent to the Gumbel-max trick.)
     e = torch.empty_like(logits)
     generators = generator if isinstance(generator, Sequence) else [generator]
-    for rows, one in zip(e.chunk(len(generators)), generators):
-        rows.exponential_(generator=one)
+    for rows, row_generator in zip(e.chunk(len(generators)), generators):
+        rows.exponential_(generator=row_generator)
     return (logits.softmax(-1) / e).argmax(-1)
 
 
@@ -2865,7 +2873,7 @@ def generate_naive(
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` ids that continue the prompt, stopping after any `eos_ids`.
 
-    `sampling` goes to `sample`. Beyond context_length, the model sees the last tokens only.
+    `sampling` goes to `sample`. The model sees only the last context_length tokens.
     """
     check_prompt(prompt_ids, model.config.vocab_size)
     ids, device = list(prompt_ids), model.rope_cache.device
@@ -2917,19 +2925,21 @@ class CachedModel:
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Hidden states [B, T, D] of `tokens` [B, T] at `positions` [B, T] of their texts."""
         model, device = self.model, tokens.device
-        # S positions to look at: as many as are filled. To read `positions` from a GPU would
-        # make the CPU wait (chapter 9), so then it's all of them, the rest masked.
+        # S: how many cache positions to look at. `generate` passes positions on the CPU: only
+        # those filled so far. Chapter 9 keeps them on the GPU, where reading one would make the
+        # CPU wait: then it's the whole cache, and the mask hides what isn't filled.
         S = self.size if positions.is_cuda else int(positions.max()) + 1
         positions, rows = positions.to(device), torch.arange(len(tokens), device=device)
         # By hand, one token after three: positions [[3]], S = 4, and the mask is all True.
         attn_mask = positions[:, :, None] >= torch.arange(S, device=device)  # (B, T, S)
         attn_mask = attn_mask[:, None]  # (B, 1, T, S): the same for all heads
-        rope_cache = model.rope_cache[:, positions]  # (2, B, T, K)
+        rope_cache = model.rope_cache[:, positions]  # (2, B, T, K/2)
         x = model.embedding(tokens)  # (B, T, D)
         for block, (k_cache, v_cache) in zip(model.blocks, self.kv_cache.unbind(1)):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, k_cache=k_cache, v_cache=v_cache):
-                # The caches are (B, G, size, K); indexed so they are (B, T, G, K).
+                # Each cache is (B, G, size, K). Index arrays around a slice put their own
+                # dimensions, (B, T), first: so this assigns a (B, T, G, K).
                 k_cache[rows[:, None], :, positions] = k.transpose(1, 2)
                 v_cache[rows[:, None], :, positions] = v.transpose(1, 2)
                 k, v = k_cache[:, :, :S], v_cache[:, :, :S]  # (B, G, S, K)
@@ -2961,7 +2971,7 @@ def generate(
     new, num_cached = ids[-limit:], 0  # tokens to read; how many are in the cache
     for _ in range(max_new_tokens):
         if num_cached + len(new) > limit:
-            new, num_cached = ids[-(limit // 2 + 1) :], 0
+            new, num_cached = ids[-(limit // 2 + 1) :], 0  # half, and the newest token
         positions = torch.arange(num_cached, num_cached + len(new))[None]  # (1, T)
         hidden = cached_model(torch.tensor([new], device=device), positions)  # (1, T, D)
         num_cached += len(new)
@@ -2973,8 +2983,8 @@ def generate(
 
 
 # Exercises
-# 1. Let the demo's model write at --temperature 0, 0.8 and 2: always the most likely token, a
-#    different story for each seed, and one without grammar.
+# 1. Let the demo's model write at --temperature 0, 0.8 and 2. At 0 the story is always the
+#    same, at 0.8 it changes with the seed, and at 2 its grammar falls apart.
 # 2. Add min-p (Nguyen et al. 2024, arXiv 2407.01082): keep the tokens whose probability is at
 #    least a fraction p of the most likely token's. One parameter, and two lines beside top_k's.
 
@@ -2984,7 +2994,7 @@ def generate(
 #
 # Part Two is complete: it trains and it writes. Chapters 9 to 12 do the same faster, on many
 # devices, and without losing work when something fails. Each piece is a layer on top of Part
-# Two and is tested to give the same numbers.
+# Two and is tested to give the same numbers, up to rounding. (Muon is another optimizer.)
 # ========================================================================================
 
 # ----------------------------------------------------------------------------------------
@@ -2993,8 +3003,8 @@ def generate(
 # How does the same step take less time and memory on one device? Matmuls in 16 bits run
 # several times faster on a GPU; the logits, the largest tensor of all, are never stored
 # whole; torch.compile merges small operations; activations can be recomputed instead of
-# stored. For generation, the bottleneck is overhead per token. None of this changes results.
-# One thing does: another optimizer, Muon, lets the model learn more in each step.
+# stored. For generation, the bottleneck is overhead per token. Apart from rounding, none of
+# this changes results. One thing does: another optimizer, Muon, learns more in each step.
 # This chapter can wait. Two terms: a *kernel* is a program that a GPU runs, and the *host*
 # is the CPU that launches it.
 # (Micikevicius et al. 2018, arXiv 1710.03740: mixed precision; Hsu et al. 2024, Liger
@@ -3033,7 +3043,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def make_autocast(device: torch.device, dtype: torch.dtype, fsdp: bool = False) -> Any:
-    """A context for matmuls in `dtype`. Off for float32, and for FSDP, which casts itself."""
+    """A context for matmuls in `dtype`. Off for float32 and for FSDP, which casts by itself."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not fsdp)
 
 
@@ -3188,7 +3198,7 @@ class TransformerWithLoss(Transformer):
 # Newhouse 2024, arXiv 2409.20325: why it's steepest descent in the norm that fits matrices)
 #
 # It's for the matrices of the blocks. AdamW still learns the norm weights, the embedding and
-# the head. The last two are tables with one row per token.
+# the head. The last two are tables with one row per token, and each row is used on its own.
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -3556,8 +3566,8 @@ def pick_device(kind: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-# Talking to each other
-# ---------------------
+# Communication
+# -------------
 
 
 class SharedError(UserError):
@@ -3589,7 +3599,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     finally:
         # TRAP: a plain destroy_process_group() aborts some CPU runs at exit ("terminate called
         # without an active exception"). Whatever holds the group must be gone first, and
-        # nobody may leave while others still talk.
+        # nobody may leave while others still communicate.
         gc.collect()
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -4009,7 +4019,7 @@ def model_from_checkpoint(
 ) -> TransformerWithLoss:
     """The model of a loaded checkpoint, to be used rather than trained.
 
-    No weight depends on context_length, so it can be another than in training.
+    No weight depends on context_length, so it may differ from training.
     """
     with reading(state["path"], "checkpoint"), torch.device("meta"):
         config = ModelConfig(**state["model_config"])
@@ -4147,7 +4157,7 @@ class DataConfig(Config):
     """Data"""
 
     train_tokens: list[Path] | None = flag(
-        None, "token files to learn from, read as one sequence (required, but for --resume)")
+        None, "token files to learn from, read as one sequence (required unless resuming)")
     valid_tokens: list[Path] | None = flag(None, "token files to evaluate the loss on")
     tokenizer_path: Path | None = flag(None, "their tokenizer: copied to outdir, for samples")
     batch_size: int = flag(64, "sequences per process and micro-step", 1)
@@ -5356,7 +5366,7 @@ class DemoConfig(Config):
     outdir: Path | None = flag(
         None, "directory for what the demo makes (default: out/demo, or out/text)")
     max_steps: int | None = flag(
-        None, "updates of the weights (default: 1200, or as many as --minutes allow)", 1)
+        None, "optimizer steps (default: 1100, or as many as --minutes allow)", 1)
 
 
 TOKENIZE = """
@@ -5435,7 +5445,7 @@ def demo(config: DemoConfig) -> int:
             path.unlink(missing_ok=True)
     if config.text_path:
         return demo_on_own_text(config, out)
-    data, steps = Path(__file__).parent / "data", config.max_steps or 1200
+    data, steps = Path(__file__).parent / "data", config.max_steps or 1100
     if not data.is_dir():
         raise UserError("the demo's stories aren't installed: run it in a clone of the source")
     return show_and_run(
@@ -5482,7 +5492,7 @@ COMMANDS |= {"train": train, "eval": evaluate_command, "generate": generate_comm
 #    a function of three lines that prints `tokenizer.decode_bytes([i])` for each id, and an
 #    entry in COMMANDS. --help and suggestions for mistyped flags are there already.
 # 2. Run `demo --max_steps 400` with another --outdir. The whole schedule shrinks with it. How
-#    far above the floor does the model end, compared with the 1,200 steps of the demo?
+#    far above the floor does the model end, compared with the 1,100 steps of the demo?
 
 if __name__ == "__main__":
     sys.exit(main())
