@@ -5,7 +5,7 @@ Transformer with RoPE, SwiGLU and RMSNorm, a memory-mapped data loader, and a
 training loop that runs on a laptop, on one GPU, or on many GPUs with FSDP. It
 needs torch, regex and numpy, and nothing else beyond Python's standard library.
 
-Start with this, in a clone of the repository; it takes a few minutes on a laptop:
+Start with this, in a clone of the repository. It takes a few minutes:
 
     python scratchformer.py demo
 
@@ -13,7 +13,7 @@ The demo trains a tokenizer and a small model on the bundled stories, evaluates
 the model, and lets it write a story. `demo --text_path DIR` does the same with
 your own text. It runs these commands, and shows each one:
 
-    split        set aside text for evaluation                 chapter 14
+    split        set aside text (your own) for evaluation      chapter 14
     bpe-train    learn a vocabulary from text                  chapters 1 to 4
     bpe-encode   turn text into a file of token ids            chapters 3 and 4
     train        train a Transformer on token files            chapters 5 to 12
@@ -1911,8 +1911,8 @@ def main(argv: list[str] | None = None) -> int:
 # 2. Let `tie_break_key` return `tuple(token)`: the smallest pair now wins a tie. On which of
 #    the chapter's examples does `learn_merges` now differ from `learn_merges_naive`?
 # 3. Train on the bundled stories with --vocab_size 300, 600, 1200 and 2400, encode, and compare
-#    the bytes per token that bpe-encode prints: 1.5, 2.6, 3.7, and then nothing changes,
-#    because every word of these stories is one token already.
+#    the bytes per token that bpe-encode prints: 1.5, 2.6, 3.7 and 4.2. Beyond 1,814 entries
+#    nothing changes, because every word of these stories is one token.
 
 # The commands above run here, and so does --help: they don't need PyTorch, which takes seconds
 # to import.
@@ -3496,10 +3496,13 @@ def use_all_cores(model: nn.Module) -> None:
 # model, sees other rows of the batch, and all average their gradients before the update.
 # FSDP, fully sharded data parallel: each process also holds just a shard of every weight,
 # gathers the rest when a matmul needs it, and drops it afterwards. A weight costs 16 bytes
-# (4 itself, 4 its gradient, 8 AdamW's m and v), of which a matmul needs only 2 to 4 whole.
+# (4 itself, 4 its gradient, 8 AdamW's m and v); only 2 to 4 must be gathered for a matmul.
 #
-# This chapter can wait: everything works on one device without it. (Rajbhandari et al.
-# 2020, ZeRO, arXiv 1910.02054, section 5; Zhao et al. 2023, FSDP, arXiv 2304.11277)
+# On eight GPUs: torchrun --nproc_per_node=8 scratchformer.py train ..., with --fsdp if a model
+# and its optimizer don't fit on one. --batch_size counts sequences per process.
+#
+# This chapter can wait. (Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054, section 5; Zhao et
+# al. 2023, FSDP, arXiv 2304.11277)
 # ----------------------------------------------------------------------------------------
 
 # `torchrun` starts several copies of a program, *processes*, and tells each its place in
@@ -3521,7 +3524,7 @@ class ProcessConfig(Config):
     fsdp_unit: Literal["auto", "model", "block"] = flag(
         "auto", "what is gathered at once; auto: the model up to 10^9 weights, else a block")
     shard_size: int = flag(
-        0, "processes that share one model (a node's, say), replicated across; 0: all", 0)
+        0, "processes per replica of the model (a node's, say); 0: all", 0)
 
     def check(self) -> None:
         """Raise UserError if these flags don't fit the processes that torchrun started."""
@@ -3914,7 +3917,8 @@ def build_model(
     if flags.fsdp:
         shard_model(model, device, dtype, per_block, flags.shard_size)
     elif dtype != torch.float32:
-        # autocast would leave the embedding in float32, and with it the residual stream.
+        # WHY: autocast would leave the embedding in float32, and with it the residual stream,
+        # which would take twice the memory. (FSDP casts it as well.)
         model.embedding.register_forward_hook(lambda module, args, x: x.to(dtype))
     model.to_empty(device=device)  # memory for what this process holds
     model.tie_weights()  # TRAP: to_empty gives each of two names a tensor of its own
@@ -4736,7 +4740,7 @@ class Trainer:
 # Exercises
 # 1. Leave out `/ micro_steps` in `step` and train with --grad_accum_steps 4. Loss and gradient
 #    norm are four times what they were, yet the model learns nearly as before, because clipping
-#    and AdamW both divide the factor out. A wrong loss can hide for long.
+#    and AdamW both divide the factor out. Only the log tells: the loss starts at 4 ln V.
 # 2. Log the norm of the weights beside that of the gradients: one line in `log_step`. It grows
 #    while the model learns.
 
@@ -4974,7 +4978,7 @@ def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -
 # command, write a function and add it to COMMANDS. The exit status is 0 if all went well,
 # 2 for an error the user can fix, and 128 + n after signal n.
 #
-# The last command, `demo`, runs all the others.
+# The last command, `demo`, runs all the others but `export`.
 # ----------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ on standard error, exit status 2, nothing written.
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import importlib.util
 import io
@@ -185,12 +186,18 @@ def shell_words(argv):
     return list(itertools.chain(*split))
 
 
+def default_signals(ignored=None):
+    """Undo what our own parent ignores: a shell that starts us with & ignores Ctrl-C."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+
+
 def process(*argv, processes=0, env=None, file=FILE):
     """The command line of scratchformer.py and its environment, under torchrun if asked for."""
     torchrun = [f"-m torch.distributed.run --standalone --nproc_per_node={processes}"]
     start = [sys.executable, *(torchrun if processes else []), file, *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", **(env or {})}
-    return {"args": shell_words(start), "env": environment}
+    return {"args": shell_words(start), "env": environment, "preexec_fn": default_signals}
 
 
 def run(*argv, stdin=b"", **options):
@@ -2816,8 +2823,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(toy, tmp_path):
     before = snapshot(tmp_path)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
     done = subprocess.run(
-        **process("train", *flags, "--max_steps 400 --resume"),
-        preexec_fn=limit,
+        **{**process("train", *flags, "--max_steps 400 --resume"), "preexec_fn": limit},
         capture_output=True,
     )
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
@@ -2930,9 +2936,10 @@ def test_a_signal_is_answered_at_once_even_during_an_evaluation(toy, tmp_path):
     argv += [f"--valid_tokens {tmp_path / 'long.bin'} --eval_interval 1 --eval_windows 0",
              "--max_steps 100 --resume"]  # fmt: skip
     for number, ignored in ((signal.SIGHUP, None), (signal.SIGINT, signal.SIGHUP)):
-        ignore = lambda n=ignored: n and signal.signal(n, signal.SIG_IGN)  # noqa: E731
-        trainer = subprocess.Popen(
-            **process("train", *argv), stderr=subprocess.PIPE, preexec_fn=ignore)
+        start = process("train", *argv)
+        if ignored:
+            start["preexec_fn"] = functools.partial(default_signals, ignored)
+        trainer = subprocess.Popen(**start, stderr=subprocess.PIPE)
         for line in trainer.stderr:
             if b"step " in line and b"tok/s" in line:
                 break  # now it evaluates
@@ -2993,7 +3000,7 @@ def test_a_tokenizer_other_than_the_models_is_refused(toy, tmp_path, capsys):
           for command in (f"eval --valid_tokens {toy / 'valid.bin'}", "generate --prompt x",
                           f"export --outdir {tmp_path / 'new'}")),
     ):  # fmt: skip
-        assert "another tokenizer" in refused(capsys, tmp_path, *argv), argv
+        assert "different tokenizer" in refused(capsys, tmp_path, *argv), argv
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(toy, tmp_path, capsys):
@@ -3168,8 +3175,8 @@ def test_the_loss_is_the_mean_over_all_tokens(toy, tmp_path, length):
     size = len(tokenizer.decode_bytes(ids[1:].tolist()).replace(END_OF_TEXT.encode(), b""))
     for batch_size in (1, 3, 16):
         result = evaluate(model, tokens, batch_size, token_bytes=token_bytes)
-        assert result["valid_loss"] == pytest.approx(mean, rel=1e-6)
-        assert result["nats_per_byte"] == pytest.approx(mean * (len(ids) - 1) / size, rel=1e-6)
+        assert result["valid_loss"] == pytest.approx(mean, rel=1e-5)
+        assert result["nats_per_byte"] == pytest.approx(mean * (len(ids) - 1) / size, rel=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"tie_embeddings": True}])
@@ -3684,7 +3691,7 @@ EVAL = "eval --device cpu --checkpoint "
     (TRAIN + "--context_length 999999", "too few"),
     (TRAIN + "--valid_tokens {tmp}/one.bin", "one.bin"),
     (TRAIN + "--vocab_size 279", "vocab_size is 279"),
-    (TRAIN + "--tokenizer_path {tmp}/other.json", "another tokenizer"),
+    (TRAIN + "--tokenizer_path {tmp}/other.json", "different tokenizer"),
     (TRAIN + "--outdir {tmp}/empty/run", "empty"),
     (TRAIN + "--outdir {tmp}/used", "--resume"),
     (TRAIN + "--outdir {tmp}/used --resume --d_model 64", "--num_layers is 1, but the model"),
