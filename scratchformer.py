@@ -447,7 +447,7 @@ class Tokenizer:
         return FastEncoder(self)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Exactly the bytes that were encoded. Raises UserError for an unknown id."""
+        """The bytes of these tokens, joined. Raises UserError for an unknown id."""
         try:
             return b"".join([self.vocab[i] for i in ids])
         except KeyError as error:
@@ -589,7 +589,6 @@ def run_starts(values: np.ndarray) -> np.ndarray:
     starts = np.ones(len(values), bool)
     starts[1:] = values[1:] != values[:-1]
     return starts
-
 
 
 # Learning merges without recounting
@@ -1195,7 +1194,7 @@ def input_files(paths: str | Path | Sequence[str | Path]) -> list[FileSpan]:
     """The text files to read, each as one span.
 
     Directories are searched recursively, without hidden files and directories (such as .git)
-    and without binary files: those with a NUL byte in the first 8,000 (git's heuristic).
+    and without binary files.
     """
     files, given = [], [paths] if isinstance(paths, (str, Path)) else list(paths)
     for path in map(Path, given):
@@ -1218,6 +1217,7 @@ def input_files(paths: str | Path | Sequence[str | Path]) -> list[FileSpan]:
 
 
 def is_binary(path: Path) -> bool:
+    """Whether there is a NUL byte in the first 8,000, as git decides it."""
     with open(path, "rb") as file:
         return b"\0" in file.read(8000)
 
@@ -1898,7 +1898,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         message = error_message(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print_error("interrupted\n")
         return 130
     if is_main_process():  # under torchrun, only rank 0 prints
         print_error(f"scratchformer: error: {message}\n")
@@ -3266,6 +3266,17 @@ def matrix_rows(name: str, weight: Tensor) -> list[int]:
     return [rows // 2] * 2 if name.endswith("gate_up.weight") else [rows]
 
 
+def orthogonalize_by_shape(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonalize` for each matrix, all matrices of one shape at a time."""
+    result = list(matrices)
+    for shape in {matrix.shape for matrix in matrices}:
+        places = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
+        batch = orthogonalize(torch.stack([matrices[i] for i in places]))
+        for i, matrix in zip(places, batch):
+            result[i] = matrix
+    return result
+
+
 class Muon(torch.optim.AdamW):
     """`muon_reference` for the matrices of the blocks, AdamW for all other parameters.
 
@@ -3290,13 +3301,23 @@ class Muon(torch.optim.AdamW):
         self.scales = {params[p]: 0.2 * math.sqrt(max(matrix_rows(name, p)[0], p.shape[1]))
                        for p, name in matrices.items()}
         if compiled:  # fewer passes over memory
-            self.average = torch.compile(self.average)  # type: ignore[method-assign]
-            self.update = torch.compile(self.update)  # type: ignore[method-assign]
+            self.update_momenta = torch.compile(  # type: ignore[method-assign]
+                self.update_momenta)
+            self.apply_update = torch.compile(self.apply_update)  # type: ignore[method-assign]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         group = self.param_groups[-1]
-        weights = group["params"]
+        # AdamW skips parameters without a gradient, and so do we. The matrices are among its
+        # parameters: we update them, drop their gradients, and let AdamW do the rest.
+        if weights := [weight for weight in group["params"] if weight.grad is not None]:
+            self.update_matrices(weights, group["lr"], group["weight_decay"])
+        for weight in weights:
+            weight.grad = None
+        super().step()
+
+    def update_matrices(self, weights: list[Tensor], lr: float, weight_decay: float) -> None:
+        """One step for these weights, as `muon_reference` does it for one matrix."""
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["exp_avg"] = torch.zeros_like(weight)
@@ -3304,19 +3325,16 @@ class Muon(torch.optim.AdamW):
         divisor = getattr(self, "grad_scale", zero + 1)
         found_inf = getattr(self, "found_inf", zero)
         momenta = [self.state[weight]["exp_avg"] for weight in weights]
-        updates = self.average([weight.grad for weight in weights], momenta, divisor, found_inf)
+        grads: list[Any] = [weight.grad for weight in weights]
+        updates = self.update_momenta(grads, momenta, divisor, found_inf)
         matrices = [matrix for weight, update in zip(weights, updates)
                     for matrix in update.split(self.rows[weight])]
-        done = iter(self.orthogonalize_all(matrices))
+        done = iter(self.orthogonalize_all(matrices, weights))
         directions = [[next(done) for _ in self.rows[weight]] for weight in weights]
         scales = [self.scales[weight] for weight in weights]
-        lr = group["lr"] * (1 - found_inf)
-        self.update(weights, directions, scales, lr, group["weight_decay"])
-        for weight in weights:
-            weight.grad = None  # AdamW skips parameters without a gradient
-        super().step()
+        self.apply_update(weights, directions, scales, lr * (1 - found_inf), weight_decay)
 
-    def average(
+    def update_momenta(
         self, grads: list[Tensor], momenta: list[Tensor], divisor: Tensor, found_inf: Tensor
     ) -> list[Tensor]:
         """Put the gradients into the momenta. Returns what is to be orthogonalized."""
@@ -3328,17 +3346,11 @@ class Muon(torch.optim.AdamW):
             updates.append(grad.lerp(momentum, 0.95).to(self.dtype))
         return updates
 
-    def orthogonalize_all(self, matrices: list[Tensor]) -> list[Tensor]:
-        """`orthogonalize` for each matrix, all matrices of one shape at a time."""
-        result = list(matrices)
-        for shape in {matrix.shape for matrix in matrices}:
-            places = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
-            batch = orthogonalize(torch.stack([matrices[i] for i in places]))
-            for i, matrix in zip(places, batch):
-                result[i] = matrix
-        return result
+    def orthogonalize_all(self, matrices: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        """`orthogonalize` for each of the matrices that `weights` consist of."""
+        return orthogonalize_by_shape(matrices)
 
-    def update(
+    def apply_update(
         self, weights: list[Tensor], directions: list[list[Tensor]], scales: list[float],
         lr: Tensor, weight_decay: float,
     ) -> None:
@@ -3800,8 +3812,10 @@ class DistributedMuon(Muon):
         self.group = mesh.get_group(mesh.ndim - 1) if mesh else None  # as in `gradient_norm`
         self.rank = torch.distributed.get_rank(self.group)
         self.size = torch.distributed.get_world_size(self.group)
-        self.empty = torch.empty(0, dtype=self.dtype, device=next(iter(self.rows)).device)
-        self.held: list[list[int]] = []  # for each matrix, how many rows each process holds
+        device = next(iter(params.values())).device
+        self.empty = torch.empty(0, dtype=self.dtype, device=device)
+        # Of each weight, for each of its matrices, how many rows each process holds.
+        self.held: dict[Tensor, list[list[int]]] = {}
         for weight, rows in self.rows.items():
             shard = -(-sum(rows) // self.size)  # the first `shard` rows are process 0's, ...
             ends = itertools.accumulate(rows)
@@ -3809,11 +3823,12 @@ class DistributedMuon(Muon):
                      if self.sharded else count for r in range(self.size)]
                     for end, count in zip(ends, rows)]
             self.rows[weight] = [counts[self.rank] for counts in held]
-            self.held += held
+            self.held[weight] = held
 
-    def orthogonalize_all(self, matrices: list[Tensor]) -> list[Tensor]:
+    def orthogonalize_all(self, matrices: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
         n, processes = self.size, range(self.size)
-        mine, held = matrices[self.rank :: n], self.held[self.rank :: n]
+        held = [rows for weight in weights for rows in self.held[weight]][self.rank :: n]
+        mine = matrices[self.rank :: n]
         if self.sharded:
             shapes: list[list[Any]] = [
                 [(rows[r], matrix.shape[1]) for rows, matrix in zip(held, mine)]
@@ -3821,7 +3836,7 @@ class DistributedMuon(Muon):
             received = self.exchange([matrices[r::n] for r in processes], shapes)
             mine = [torch.cat(parts) for parts in zip(*received)]  # whole ones
         split = [matrix.split(rows) if self.sharded else [matrix] * n
-                 for matrix, rows in zip(super().orthogonalize_all(mine), held)]
+                 for matrix, rows in zip(orthogonalize_by_shape(mine), held)]
         shapes = [[matrix.shape for matrix in matrices[r::n]] for r in processes]
         received = self.exchange([[parts[r] for parts in split] for r in processes], shapes)
         result = list(matrices)
@@ -4166,8 +4181,8 @@ class DataConfig(Config):
     valid_tokens: list[Path] | None = flag(None, "token files to evaluate the loss on")
     tokenizer_path: Path | None = flag(None, "their tokenizer: copied to outdir, for samples")
     batch_size: int = flag(64, "sequences per process and micro-step", 1)
-    grad_accum_steps: int = flag(1, "micro-steps per update of the weights", 1)
-    seed: int = flag(1, "decides weights and batches", 0, 2**32)
+    grad_accum_steps: int = flag(1, "micro-steps per optimizer step", 1)
+    seed: int = flag(1, "random seed of initial weights and batches", 0, 2**32)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -4617,7 +4632,7 @@ class Trainer:
             self.best_loss, self.best_step = result["valid_loss"], step
         elif step - self.best_step == 3 * flags.eval_interval:
             log(f"the validation loss has not fallen since step {self.best_step}: the model "
-                "memorizes; more text, fewer steps or a smaller model would help"
+                "may be memorizing; more text, fewer steps or a smaller model would help"
                 f"{'' if flags.keep_best else ', and --keep_best keeps the best weights'}")
         return {"step": step, **result, "best_valid_loss": self.best_loss}
 
@@ -4783,7 +4798,7 @@ HF_FIELDS = {
     "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
-# What our architecture is, and a Llama may not be.
+# What config.json must say, for our architecture is nothing else.
 HF_REQUIRED = {
     "model_type": "llama", "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
 }
@@ -4851,7 +4866,7 @@ def from_hf(files: dict[str, Any], config: ModelConfig) -> dict[str, Tensor]:
                             f"{shape}")
         if stored.get_dtype() not in ("F32", "BF16", "F16"):
             raise UserError(f"its {theirs} is quantized ({stored.get_dtype()})")
-    # Some files hold a tied matrix twice, and old ones RoPE's frequencies. Both are known.
+    # Some files hold a tied matrix twice, and old ones RoPE's frequencies. Both are ignored.
     if extra := sorted(name for name in files.keys() - expected.keys() - {"lm_head.weight"}
                        if not name.endswith("rotary_emb.inv_freq")):
         raise UserError(f"its {extra[0]} has no place in our architecture")
@@ -4995,6 +5010,7 @@ def tokenizer_beside(checkpoint: Path) -> Path | None:
 
 # train
 # -----
+
 
 class ModelFlags(ModelConfig):
     """Model"""

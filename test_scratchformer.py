@@ -2007,19 +2007,24 @@ def test_the_fused_loss_is_the_plain_one_in_value_and_gradient(dtype, rows):
     assert (ours - theirs).norm() <= 2 * tolerance * theirs.norm()
 
 
+class Sizes(TorchDispatchMode):
+    """The sizes of all tensors that operations return meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        self.sizes.extend(x.numel() for x in [result] if isinstance(x, torch.Tensor))
+        return result
+
+
 def test_the_fused_loss_holds_few_logits_at_a_time():
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **kwargs or {})
-            sizes.extend(x.numel() for x in [result] if isinstance(x, torch.Tensor))
-            return result
-
     x, weight = noise(8192, 4).requires_grad_(), noise(1000, 4).requires_grad_()
-    with Sizes():
+    with Sizes() as seen:
         linear_cross_entropy(x, weight, torch.arange(8192) % 1000).backward()
-    assert max(sizes) == 512 * 1000
+    assert max(seen.sizes) == 512 * 1000
 
 
 def test_the_fused_loss_sums_many_rows_in_float16():
@@ -2128,6 +2133,24 @@ def test_muon_is_its_formula_in_the_blocks_and_adamw_elsewhere(clip_grad, scaled
         update(ours, optimizer, scaler, clip_grad)
     for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(one, other, atol=2e-5), name
+
+
+@pytest.mark.parametrize("frozen", ["blocks.", "blocks.0.mlp.down"])
+@pytest.mark.parametrize("how", ["frozen", "without a gradient"])
+def test_muon_leaves_what_is_frozen_or_has_no_gradient(frozen, how):
+    model = tiny_model()
+    names = [name for name, _ in model.named_parameters() if name.startswith(frozen)]
+    for name in names:
+        model.get_parameter(name).requires_grad_(how != "frozen")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = Muon(model, local_params(model), OptimizerConfig(lr=0.01))
+    for seed in range(2):
+        backward(model, seed)
+        for name in names:
+            model.get_parameter(name).grad = None
+        update(model, optimizer, GradScaler(CPU, False), 1.0)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == before.keys() - set(names)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
@@ -3189,18 +3212,10 @@ def test_flops_count_each_weight_of_a_matmul_and_half_of_the_scores(changes):
 
 def test_evaluation_never_holds_all_logits(toy):
     """1,000 rows of 280 logits are taken in parts of 512."""
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **kwargs or {})
-            sizes.extend(x.numel() for x in [result] if isinstance(x, torch.Tensor))
-            return result
-
     config = ModelConfig(3000, 64, num_layers=1, d_model=8, num_heads=2, d_ff=8)
-    with Sizes():
+    with Sizes() as seen:
         evaluate(TransformerWithLoss(config), TokenDataset([toy / "valid.bin"], 3000), 16)
-    assert max(sizes) == 512 * 3000
+    assert max(seen.sizes) == 512 * 3000
 
 
 def test_eval_gives_the_figure_that_training_gave(toy, capsys):
