@@ -1932,15 +1932,15 @@ if __name__ == "__main__":
 # ----------------------------------------------------------------------------------------
 # 5. Data
 #
-# A corpus on disk is one long sequence of token ids. We cut random windows of T + 1 tokens
-# out of it. One window is T training examples: after its first token comes its second,
-# after its first two comes its third, and so on. So the inputs are a window without its
-# last token, the targets are the same window one token later, and B windows are a batch.
+# A corpus on disk is one long sequence of token ids. We cut windows of T + 1 tokens out of
+# it. One window is T training examples: after its first token comes its second, after its
+# first two comes its third, and so on. So the inputs are a window without its last token,
+# the targets are the same window one token later, and B windows are a batch.
 #
-# A *step* of training looks at one batch. Its windows depend only on (seed, step, row): there's
-# no random state to save when a run is interrupted, and however the rows are divided among
-# devices (chapter 10), they are the same rows.
-# (Salmon et al. 2011: Philox, counter-based random numbers)
+# A *step* of training looks at one batch, and an *epoch* is one pass over the corpus: every
+# window once, in random order. Which window comes when depends only on the seed, so there's no
+# random state to save when a run is interrupted, and however the rows of a batch are divided
+# among devices (chapter 10), they are the same rows.
 # ----------------------------------------------------------------------------------------
 
 import torch
@@ -1969,30 +1969,45 @@ def cut_windows(
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, T) each
 
 
-def window_starts(seed: int, step: int, rows: range, num_starts: int) -> np.ndarray:
-    """Where the windows of these rows of a step's batch begin, uniform over range(num_starts).
+def windows_per_epoch(num_tokens: int, context_length: int) -> int:
+    """How many windows fit into a corpus, at any offset below context_length (at least 1)."""
+    return max(1, (num_tokens - 1) // context_length - 1)
 
-    Philox turns a key and a counter into random bits, like a hash function. The key (seed,
-    step) fixes a stream of random numbers, and row number r takes the r-th of them. So however
-    the rows are divided, each gets the same start:
 
-    >>> window_starts(1, 0, range(4), 1000)[2:] == window_starts(1, 0, range(2, 4), 1000)
-    array([ True,  True])
+@functools.lru_cache(2)
+def shuffle_windows(seed: int, epoch: int, num_tokens: int, context_length: int) -> np.ndarray:
+    """Where the windows of one epoch begin, in random order; int64 [windows per epoch].
+
+    The windows lie end to end: the last target of one is the first input of another. They begin
+    at a random offset, so that every epoch cuts the text at other places. (Up to 2 * T tokens
+    at both ends of the corpus are left out.)
+
+    >>> shuffle_windows(1, 0, 29, 5).tolist(), shuffle_windows(1, 1, 29, 5).tolist()
+    ([15, 10, 5, 20], [15, 20, 10, 5])
     """
-    bits = np.random.Philox(key=[seed, step]).random_raw(rows.stop)[rows.start :]
-    return (bits % np.uint64(num_starts)).astype(np.int64)
+    num_windows = windows_per_epoch(num_tokens, context_length)
+    # Philox makes random bits from a key and a counter, like a hash function: the same on every
+    # machine. (Salmon et al. 2011) Sorting random numbers gives a random order.
+    bits = np.random.Philox(key=[seed, epoch]).random_raw(num_windows + 1)
+    offset = int(bits[0]) % (num_tokens - num_windows * context_length)
+    return offset + context_length * bits[1:].argsort()
 
 
 def get_batch(
-    tokens: np.ndarray | TokenDataset, context_length: int, seed: int, step: int, rows: range
+    tokens: np.ndarray | TokenDataset, context_length: int, seed: int, samples: range
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, int64 [B, T]: these rows of the batch of one step.
+    """Inputs and targets, int64 [B, T], of the windows with these numbers.
+
+    Windows are numbered from 0 in the order in which a run sees them, through all epochs. With
+    B windows per batch, step s sees s * B, ..., s * B + B - 1.
 
     A window may start in the middle of a document and run into the next one. The model
     learns that what follows an end-of-text token has nothing to do with what came before.
     """
-    # A window may start anywhere with at least T tokens after it.
-    starts = window_starts(seed, step, rows, len(tokens) - context_length)
+    size, starts = (len(tokens), context_length), []
+    for n in samples:
+        epoch, index = divmod(n, windows_per_epoch(*size))
+        starts.append(shuffle_windows(seed, epoch, *size)[index])
     return cut_windows(tokens, starts, context_length)
 
 
@@ -2125,10 +2140,9 @@ class TokenDataset:
 # Exercises
 # 1. Print `tokenizer.decode(inputs[0].tolist())` and the same for targets: the same text, one
 #    token apart.
-# 2. Read the corpus in order instead of at random: let `window_starts` return
-#    (step * rows.stop + np.arange(rows.start, rows.stop)) * 256 % num_starts, for windows of
-#    256. Training (chapter 7) ends at about the same loss: within an epoch, random windows
-#    overlap little, so both orders show the model nearly the same text.
+# 2. Sample with replacement, as many projects do: let every window start at a random place,
+#    `rng.integers(len(tokens) - T)`. In one epoch, what fraction of the tokens does the model
+#    then never see? (Close to 1 / e.)
 
 
 # ----------------------------------------------------------------------------------------
@@ -2732,8 +2746,7 @@ def train_step(
 # A model that is trained on the same text for a long time starts to memorize it: the loss on
 # that text keeps falling while the loss on new text stalls or rises. This is *overfitting*. To
 # notice it, keep some text out of training and measure the loss there, the validation loss.
-# One *epoch* is one pass over the data, or the steps that process as many tokens. In the
-# first epoch nearly everything is new, and both losses fall together.
+# In the first epoch all text is new to the model, and both losses fall together.
 
 
 @torch.no_grad()
@@ -2771,7 +2784,8 @@ def train_model(
     optimizer = make_optimizer(model.parameters(), config)
     T, losses = model.config.context_length, []
     for step in range(config.max_steps):
-        inputs, targets = get_batch(train_tokens, T, seed, step, range(batch_size))  # (B, T)
+        samples = range(step * batch_size, (step + 1) * batch_size)
+        inputs, targets = get_batch(train_tokens, T, seed, samples)  # (B, T) each
         lr = learning_rate(
             step, config.lr, config.min_lr, config.warmup_steps, config.max_steps)
         loss = train_step(model, optimizer, inputs, targets, lr, config.clip_grad)
@@ -3678,17 +3692,17 @@ def load_batches(
 ) -> Generator:
     """Yield this process's micro-batches of all `steps`, loaded ahead of time by a thread.
 
-    The rows of a step's batch are numbered. Micro-step `a` on process `rank` takes batch_size
-    rows starting at (a * world_size + rank) * batch_size. By hand, eight rows, two at a time:
-    of two processes with two micro-steps, the first takes rows 0, 1 and then 4, 5, the second
-    takes 2, 3 and then 6, 7. Together they see what one process sees in four micro-steps.
+    All windows of a run are numbered (chapter 5), and every micro-step each process takes the
+    next batch_size of them. By hand, a step of eight windows, two at a time: of two processes
+    with two micro-steps, the first takes windows 0, 1 and then 4, 5, the second takes 2, 3 and
+    then 6, 7. Together they see what one process sees in four micro-steps.
     """
 
     def load(task: tuple[int, int]) -> list[Tensor]:
         step, micro_step = task
-        first = (micro_step * world_size + rank) * batch_size
-        rows = range(first, first + batch_size)
-        batch = get_batch(tokens, context_length, seed, step, rows)  # (B, T) each
+        first = ((step * grad_accum_steps + micro_step) * world_size + rank) * batch_size
+        samples = range(first, first + batch_size)
+        batch = get_batch(tokens, context_length, seed, samples)  # (B, T) each
         # Pinned memory lets the copy to a GPU run while the GPU computes.
         return [x.pin_memory() if device.type == "cuda" else x for x in batch]
 

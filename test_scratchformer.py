@@ -44,7 +44,7 @@ import regex
 import tiktoken
 import tokenizers
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 from tiktoken_ext.openai_public import r50k_pat_str
@@ -118,6 +118,7 @@ from scratchformer import (
     restore_state,
     sample,
     save_checkpoint,
+    shuffle_windows,
     silu,
     softmax,
     special_token_pattern,
@@ -131,7 +132,7 @@ from scratchformer import (
     train_model,
     use_all_cores,
     validation_loss,
-    window_starts,
+    windows_per_epoch,
 )  # fmt: skip
 
 FILE = Path(scratchformer.__file__)
@@ -1220,7 +1221,7 @@ def token_file(path, ids, metadata=None, dtype="<u2"):
 
 def test_rows_are_stretches_of_the_file_and_targets_are_one_token_later(tmp_path):
     dataset = TokenDataset([token_file(tmp_path / "a", range(500, 600))], 1000)
-    inputs, targets = get_batch(dataset, 5, seed=1, step=3, rows=range(7))
+    inputs, targets = get_batch(dataset, 5, seed=1, samples=range(3, 10))
     assert inputs.shape == targets.shape == (7, 5) and inputs.dtype == torch.int64
     assert torch.equal(inputs, inputs[:, :1] + torch.arange(5))
     assert torch.equal(targets, inputs + 1) and len(inputs[:, 0].unique()) > 1
@@ -1230,28 +1231,44 @@ def test_a_batch_of_an_array_in_memory_is_that_of_the_file(tmp_path):
     ids = np.random.default_rng(1).integers(0, 1000, 300)
     dataset = TokenDataset([token_file(tmp_path / "a", ids)], 1000)
     for tokens in (ids, ids.astype(np.uint16), dataset[0:300]):
-        for one, other in zip(get_batch(tokens, 9, 1, 2, range(4)),
-                              get_batch(dataset, 9, 1, 2, range(4))):  # fmt: skip
+        for one, other in zip(get_batch(tokens, 9, 1, range(2, 6)),
+                              get_batch(dataset, 9, 1, range(2, 6))):  # fmt: skip
             assert torch.equal(one, other)
 
 
-def test_a_batch_is_a_function_of_seed_step_and_row():
-    def inputs(seed, step, rows):
-        return get_batch(np.arange(900), 5, seed, step, rows)[0]
+def test_a_batch_is_a_function_of_seed_and_window_numbers():
+    def inputs(seed, samples):
+        return get_batch(np.arange(900), 5, seed, samples)[0]
 
-    batch = inputs(3, 8, range(8))
-    assert torch.equal(batch, inputs(3, 8, range(8)))
-    assert not torch.equal(batch, inputs(3, 9, range(8)))
-    assert not torch.equal(batch, inputs(4, 8, range(8)))
+    batch = inputs(3, range(64, 72))
+    assert torch.equal(batch, inputs(3, range(64, 72)))
+    assert not torch.equal(batch, inputs(3, range(72, 80)))
+    assert not torch.equal(batch, inputs(4, range(64, 72)))
     # A row doesn't depend on how many there are before or after it.
-    assert torch.equal(batch[2:5], inputs(3, 8, range(2, 5)))
+    assert torch.equal(batch[2:5], inputs(3, range(66, 69)))
 
 
-def test_every_place_is_drawn_about_equally_often():
-    draws = np.concatenate([window_starts(1, step, range(50), 20) for step in range(400)])
-    counts = np.bincount(draws)
-    # 1,000 each, with a standard deviation of 31.
-    assert len(counts) == 20 and counts.min() > 900 and counts.max() < 1100
+@given(st.integers(2, 300), st.integers(1, 20), st.integers(0, 2**32), st.integers(0, 9))
+def test_an_epoch_has_every_window_once_end_to_end(num_tokens, T, seed, epoch):
+    assume(num_tokens > T)
+    starts = sorted(shuffle_windows(seed, epoch, num_tokens, T).tolist())
+    assert len(starts) == windows_per_epoch(num_tokens, T)
+    assert starts == list(range(starts[0], starts[0] + len(starts) * T, T))
+    assert starts[0] >= 0 and starts[-1] + T + 1 <= num_tokens
+    assert num_tokens - (len(starts) * T + 1) < 2 * T  # no more than this is left out
+
+
+def test_epochs_differ_in_order_and_offset_and_all_offsets_occur():
+    epochs = [shuffle_windows(1, epoch, 104, 10) for epoch in range(200)]
+    assert len({tuple(np.argsort(starts)) for starts in epochs}) > 190
+    assert {int(min(starts)) for starts in epochs} == set(range(14))
+
+
+def test_batches_cross_from_one_epoch_into_the_next():
+    per_epoch = windows_per_epoch(104, 10)
+    inputs, _ = get_batch(np.arange(104), 10, 1, range(per_epoch - 2, per_epoch + 2))
+    expected = [*shuffle_windows(1, 0, 104, 10)[-2:], *shuffle_windows(1, 1, 104, 10)[:2]]
+    assert inputs[:, 0].tolist() == expected
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.data())
@@ -2282,8 +2299,7 @@ def test_a_stream_of_a_billion_steps_stores_none_of_them():
 def test_the_stream_is_the_batches_in_order():
     tokens = np.arange(900)
     stream = load_batches(tokens, 5, range(4, 6), CPU, batch_size=2, grad_accum_steps=3)
-    expected = [get_batch(tokens, 5, 1, step, rows) for step in (4, 5)
-                for rows in (range(2), range(2, 4), range(4, 6))]  # fmt: skip
+    expected = [get_batch(tokens, 5, 1, range(n, n + 2)) for n in range(24, 36, 2)]
     for got, (inputs, targets) in zip(stream, expected, strict=True):
         assert torch.equal(got[0], inputs) and torch.equal(got[1], targets)
 
