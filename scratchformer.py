@@ -3280,17 +3280,6 @@ def matrix_rows(name: str, weight: Tensor) -> list[int]:
     return [rows // 2] * 2 if name.endswith("gate_up.weight") else [rows]
 
 
-def orthogonalize_by_shape(matrices: list[Tensor]) -> list[Tensor]:
-    """`orthogonalize` for each matrix, all matrices of one shape at a time."""
-    result = list(matrices)
-    for shape in {matrix.shape for matrix in matrices}:
-        places = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
-        batch = orthogonalize(torch.stack([matrices[i] for i in places]))
-        for i, matrix in zip(places, batch):
-            result[i] = matrix
-    return result
-
-
 class Muon(torch.optim.AdamW):
     """`muon_reference` for the matrices of the blocks, AdamW for all other parameters.
 
@@ -3303,74 +3292,80 @@ class Muon(torch.optim.AdamW):
         self, model: nn.Module, params: dict[Any, Any], config: OptimizerConfig,
         dtype: torch.dtype = torch.float32, fused: bool | None = None, compiled: bool = False,
     ):
-        matrices = {p: name for name, p in model.named_parameters()
-                    if p in params and p.dim() == 2 and name.startswith("blocks.")}
-        others = [params[p] for p in params if p not in matrices]
+        others: list[Any] = []
+        stacks: dict[str, Any] = {}
+        for name, p in model.named_parameters():
+            if p in params and p.dim() == 2 and name.startswith("blocks."):
+                # The same weight of all blocks, such as mlp.down.weight, is one group.
+                stack = stacks.setdefault(name.split(".", 2)[2], {
+                    "params": [], "rows": matrix_rows(name, p),
+                    "weight_decay": config.weight_decay})
+                stack["params"].append(params[p])
+            elif p in params:
+                others.append(params[p])
         groups = make_optimizer(others, config, fused).param_groups
-        groups.append({"params": [params[p] for p in matrices],
-                       "weight_decay": config.weight_decay})
-        super().__init__(groups, lr=config.lr, fused=fused)
+        super().__init__([*groups, *stacks.values()], lr=config.lr, fused=fused)
         self.dtype = dtype
-        self.rows = {params[p]: matrix_rows(name, p) for p, name in matrices.items()}
-        self.scales = {params[p]: 0.2 * math.sqrt(max(matrix_rows(name, p)[0], p.shape[1]))
-                       for p, name in matrices.items()}
         if compiled:  # fewer passes over memory
-            self.update_momenta = torch.compile(  # type: ignore[method-assign]
-                self.update_momenta)
-            self.apply_update = torch.compile(self.apply_update)  # type: ignore[method-assign]
+            compile = functools.partial(torch.compile, dynamic=False)
+            self.update_momenta = compile(self.update_momenta)  # type: ignore[method-assign]
+            self.apply_update = compile(self.apply_update)  # type: ignore[method-assign]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        group = self.param_groups[-1]
         # AdamW skips parameters without a gradient, and so do we. The matrices are among its
         # parameters: we update them, drop their gradients, and let AdamW do the rest.
-        if weights := [weight for weight in group["params"] if weight.grad is not None]:
-            self.update_matrices(weights, group["lr"], group["weight_decay"])
-        for weight in weights:
-            weight.grad = None
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if "rows" in group and weights:
+                self.update_stack(weights, group["rows"], group["lr"], group["weight_decay"])
+                for weight in weights:
+                    weight.grad = None
         super().step()
 
-    def update_matrices(self, weights: list[Tensor], lr: float, weight_decay: float) -> None:
-        """One step for these weights, as `muon_reference` does it for one matrix."""
+    def update_stack(
+        self, weights: list[Tensor], rows: list[int], lr: float, weight_decay: float
+    ) -> None:
+        """One step for N weights of one shape, as `muon_reference` does it for one matrix."""
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["exp_avg"] = torch.zeros_like(weight)
-        zero = torch.zeros((), device=weights[0].device)
-        divisor = getattr(self, "grad_scale", zero + 1)
-        found_inf = getattr(self, "found_inf", zero)
         momenta = [self.state[weight]["exp_avg"] for weight in weights]
-        grads: list[Any] = [weight.grad for weight in weights]
-        updates = self.update_momenta(grads, momenta, divisor, found_inf)
-        matrices = [matrix for weight, update in zip(weights, updates)
-                    for matrix in update.split(self.rows[weight])]
-        done = iter(self.orthogonalize_all(matrices, weights))
-        directions = [[next(done) for _ in self.rows[weight]] for weight in weights]
-        scales = [self.scales[weight] for weight in weights]
-        self.apply_update(weights, directions, scales, lr * (1 - found_inf), weight_decay)
+        zero = torch.zeros((), device=weights[0].device)
+        found_inf = getattr(self, "found_inf", zero)
+        divisor = getattr(self, "grad_scale", zero + 1)
+        updates = self.update_momenta(
+            [weight.grad for weight in weights], momenta, divisor, found_inf)
+        updates = self.orthogonalize_all(updates, rows)
+        scale = 0.2 * math.sqrt(max(rows[0], updates.shape[2]))
+        self.apply_update(weights, updates, scale, lr * (1 - found_inf), weight_decay)
 
     def update_momenta(
-        self, grads: list[Tensor], momenta: list[Tensor], divisor: Tensor, found_inf: Tensor
-    ) -> list[Tensor]:
-        """Put the gradients into the momenta. Returns what is to be orthogonalized."""
+        self, grads: list[Any], momenta: list[Tensor], divisor: Tensor, found_inf: Tensor
+    ) -> Tensor:
+        """Put the gradients into the momenta. Returns updates [N, rows, columns]."""
         updates = []
         for grad, momentum in zip(grads, momenta):
             # The mean of the momentum and itself: with found_inf the momentum stays.
             grad = torch.where(found_inf > 0, momentum, grad / divisor)
             momentum.lerp_(grad, 0.05)  # 0.95 * momentum + 0.05 * grad
             updates.append(grad.lerp(momentum, 0.95).to(self.dtype))
-        return updates
+        return torch.stack(updates)
 
-    def orthogonalize_all(self, matrices: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-        """`orthogonalize` for each of the matrices that `weights` consist of."""
-        return orthogonalize_by_shape(matrices)
+    def orthogonalize_all(self, updates: Tensor, rows: list[int]) -> Tensor:
+        """`orthogonalize` for every matrix in N weights [N, rows, columns]."""
+        if len(set(rows)) == 1:  # all at once
+            matrices = updates.reshape(-1, rows[0], updates.shape[2])
+            return orthogonalize(matrices).view_as(updates)
+        return torch.cat([orthogonalize(x) for x in updates.split(rows, dim=1)], dim=1)
 
     def apply_update(
-        self, weights: list[Tensor], directions: list[list[Tensor]], scales: list[float],
-        lr: Tensor, weight_decay: float,
+        self, weights: list[Tensor], updates: Tensor, scale: float, lr: Tensor,
+        weight_decay: float,
     ) -> None:
         """Move the weights; not at all if `lr` is 0."""
-        for weight, parts, scale in zip(weights, directions, scales):
-            weight.sub_(lr * (weight_decay * weight + scale * torch.cat(parts)))
+        for weight, update in zip(weights, updates):
+            weight.sub_(lr * (weight_decay * weight + scale * update))
 
 
 # Recomputation and compilation
@@ -3749,7 +3744,7 @@ def shard_model(
 
     The latter is HSDP, hybrid sharded data parallel: the model is sharded within a group (the
     GPUs of a node, say) and replicated across groups. The *mesh* arranges the processes in one
-    row, or for HSDP in one row per group.
+    row per group.
 
     A *unit* is what is gathered at once. The model as one unit is fastest: each unit costs the
     host some milliseconds per micro-step. Block by block, only one block's weights are whole
@@ -3757,12 +3752,11 @@ def shard_model(
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    size, make_mesh = get_world_size(), torch.distributed.init_device_mesh
-    if shard_size in (0, size):
-        mesh = make_mesh(device.type, (size,))
-    else:
-        grid = (size // shard_size, shard_size)
-        mesh = make_mesh(device.type, grid, mesh_dim_names=("replicate", "shard"))
+    size = shard_size or get_world_size()
+    mesh = torch.distributed.init_device_mesh(
+        device.type, (get_world_size() // size, size), mesh_dim_names=("replicate", "shard"))
+    if size == get_world_size():  # one row, no replicas
+        mesh = mesh["shard"]
     # Weights are gathered in `dtype`, gradients summed in float32. TRAP: by default FSDP also
     # casts what enters a unit, the float32 RoPE cache among it.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -3811,66 +3805,46 @@ def local_params(model: nn.Module) -> dict[Any, Any]:
     return {p: local_shard(p) for p in model.parameters() if p.requires_grad}
 
 
-class DistributedMuon(Muon):
-    """Muon on n processes, each of which orthogonalizes every n-th matrix.
+def shard_group(params: dict[Any, Any]) -> Any:
+    """The group of processes that hold one copy of the weights between them, None if each does.
 
-    Under FSDP a process holds some rows of every matrix, possibly none. They travel to the
-    process whose turn it is, and what becomes of them travels back. Without FSDP every process
-    has all rows of all matrices, and only the results travel.
+    `params` are `local_params`.
+    """
+    mesh = getattr(next(iter(params)), "device_mesh", None)
+    return mesh.get_group("shard") if mesh else None
+
+
+class DistributedMuon(Muon):
+    """Muon on n processes, each of which orthogonalizes the matrices of some of the blocks.
+
+    Without FSDP every process has all matrices: it takes its share of them, and an all-gather
+    collects the results. Under FSDP a process holds some rows of every matrix, possibly none.
+    In an *all-to-all* every process sends something else to every other. One makes whole
+    matrices, a share of them for each process, and another one turns them back into rows.
     """
 
     def __init__(self, model: nn.Module, params: dict[Any, Any], *args: Any):
         super().__init__(model, params, *args)
-        mesh = getattr(next(iter(params)), "device_mesh", None)
-        self.sharded = mesh is not None
-        self.group = mesh.get_group(mesh.ndim - 1) if mesh else None  # as in `gradient_norm`
-        self.rank = torch.distributed.get_rank(self.group)
-        self.size = torch.distributed.get_world_size(self.group)
-        device = next(iter(params.values())).device
-        self.empty = torch.empty(0, dtype=self.dtype, device=device)
-        # Of each weight, for each of its matrices, how many rows each process holds.
-        self.held: dict[Tensor, list[list[int]]] = {}
-        for weight, rows in self.rows.items():
-            shard = -(-sum(rows) // self.size)  # the first `shard` rows are process 0's, ...
-            ends = itertools.accumulate(rows)
-            held = [[max(0, min(end, (r + 1) * shard) - max(end - count, r * shard))
-                     if self.sharded else count for r in range(self.size)]
-                    for end, count in zip(ends, rows)]
-            self.rows[weight] = [counts[self.rank] for counts in held]
-            self.held[weight] = held
+        self.group = shard_group(params)
 
-    def orthogonalize_all(self, matrices: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-        n, processes = self.size, range(self.size)
-        held = [rows for weight in weights for rows in self.held[weight]][self.rank :: n]
-        mine = matrices[self.rank :: n]
-        if self.sharded:
-            shapes: list[list[Any]] = [
-                [(rows[r], matrix.shape[1]) for rows, matrix in zip(held, mine)]
-                for r in processes]
-            received = self.exchange([matrices[r::n] for r in processes], shapes)
-            mine = [torch.cat(parts) for parts in zip(*received)]  # whole ones
-        split = [matrix.split(rows) if self.sharded else [matrix] * n
-                 for matrix, rows in zip(orthogonalize_by_shape(mine), held)]
-        shapes = [[matrix.shape for matrix in matrices[r::n]] for r in processes]
-        received = self.exchange([[parts[r] for parts in split] for r in processes], shapes)
-        result = list(matrices)
-        for r in processes:
-            result[r::n] = received[r]
-        return result
-
-    def exchange(
-        self, parts: list[list[Tensor]], shapes: list[list[Any]]
-    ) -> list[list[Tensor]]:
-        """Collective: parts[r] go to process r. Returns what each r sends, of shapes[r]."""
-        sent = torch.cat([self.empty, *(part.flatten() for to_r in parts for part in to_r)])
-        lengths = [list(map(math.prod, of_r)) for of_r in shapes]
-        sizes = list(map(sum, lengths))
-        received = self.empty.new_empty(sum(sizes))
-        torch.distributed.all_to_all_single(  # one message between any two processes
-            received, sent, sizes, [sum(map(Tensor.numel, to_r)) for to_r in parts],
-            group=self.group)
-        return [[part.view(shape) for part, shape in zip(chunk.split(length), of_r)]
-                for chunk, length, of_r in zip(received.split(sizes), lengths, shapes)]
+    def orthogonalize_all(self, updates: Tensor, rows: list[int]) -> Tensor:
+        n, total = torch.distributed.get_world_size(self.group), sum(rows)
+        count, held, _ = updates.shape
+        size = total if self.group is None else -(-total // n)  # rows per process, at most
+        # Pad to equal shares: (n * M, size, columns) for M weights per process.
+        updates = F.pad(updates, (0, 0, 0, size - held, 0, -count % n))
+        received = torch.empty_like(updates)
+        if self.group is None:
+            share = super().orthogonalize_all(updates.chunk(n)[get_rank()], rows)
+            torch.distributed.all_gather_into_tensor(received, share)
+            return received[:count]
+        torch.distributed.all_to_all_single(received, updates, group=self.group)
+        whole = received.unflatten(0, (n, -1)).transpose(0, 1).flatten(1, 2)[:, :total]
+        whole = super().orthogonalize_all(whole, rows)  # (M, rows, columns)
+        updates = F.pad(whole, (0, 0, 0, n * size - total))
+        updates = updates.unflatten(1, (n, size)).transpose(0, 1).flatten(0, 1)
+        torch.distributed.all_to_all_single(received, updates.contiguous(), group=self.group)
+        return received[:count, :held]
 
 
 @torch.no_grad()
@@ -3886,11 +3860,9 @@ def gradient_norm(params: dict[Any, Any]) -> Tensor:
     """The norm of all gradients of the model, a scalar, the same on every process."""
     norm = torch.nn.utils.get_total_norm(
         [local.grad for local in params.values() if local.grad is not None])
-    if mesh := getattr(next(iter(params)), "device_mesh", None):
-        # FSDP: so far this is the norm of one process's shards. The last dimension of the mesh
-        # is the processes that share one model: sum their squares.
+    if group := shard_group(params):  # so far this is the norm of one process's shards
         square = norm.square()
-        torch.distributed.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))
+        torch.distributed.all_reduce(square, group=group)
         norm = square.sqrt()
     return norm
 
@@ -4150,10 +4122,11 @@ def restore_state(
     # By name; a frozen parameter has none, and a matrix of Muon's has only the first moment.
     steps = broadcast(adam["step"])
     saved_names = broadcast({key: list(adam[key]) for key in ADAM_STATE})
+    matrices = {w for g in optimizer.param_groups if "rows" in g for w in g["params"]}
     for name, p in model.named_parameters():
         copy_full(content["model"].get(name), p, from_main=True)
         local, moments = params.get(p), {}
-        by_muon = isinstance(optimizer, Muon) and local in optimizer.rows
+        by_muon = local in matrices
         keys = ADAM_STATE[:1] if by_muon else ADAM_STATE
         if local is None or any(name not in saved_names[key] for key in keys):
             continue  # the optimizer starts afresh for this one
