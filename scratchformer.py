@@ -3868,32 +3868,22 @@ def gradient_norm(params: dict[Any, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def copy_full(full: Tensor | None, target: Any, from_main: bool = False) -> None:
-    """Copy a whole tensor into `target`, of which this process may hold only a shard.
+def from_main(whole: Tensor | None, like: Any) -> Any:
+    """Collective: process 0's tensor `whole`, on every process, as a tensor like the one given.
 
-    Every process has the whole tensor, or `from_main`, only process 0, and the others None.
+    If that is sharded, so is the result.
     """
-    like = {"dtype": target.dtype, "device": target.device}
-    full = torch.empty(target.shape, **like) if full is None else full.to(**like)
-    if hasattr(target, "to_local"):
+    kind = {"dtype": like.dtype, "device": like.device}
+    if whole is None:  # not on process 0
+        whole = torch.empty(like.shape, **kind)
+    whole = whole.to(**kind, copy=True)
+    if hasattr(like, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        source = 0 if from_main else None  # None: nothing to send, everybody cuts its shard
-        full = distribute_tensor(
-            full, target.device_mesh, target.placements, src_data_rank=source)
-    elif from_main and get_world_size() > 1:
-        torch.distributed.broadcast(full, 0)
-    target.copy_(full)
-
-
-def sharded_like(p: Any, local: Tensor) -> Tensor:
-    """The tensor of which `local` is this process's shard, if it is sharded as `p` is."""
-    if not hasattr(p, "to_local"):
-        return local
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+        return distribute_tensor(whole, like.device_mesh, like.placements)
+    if get_world_size() > 1:
+        torch.distributed.broadcast(whole, 0)
+    return whole
 
 
 def build_model(
@@ -3924,7 +3914,8 @@ def build_model(
     model.to_empty(device=device)  # memory for what this process holds
     model.tie_weights()  # TRAP: to_empty gives each of two names a tensor of its own
     for name, p in model.named_parameters():
-        copy_full(initial_weight(name, p, config.num_layers, seed), p)
+        weight = initial_weight(name, p, config.num_layers, seed) if get_rank() == 0 else None
+        p.data.copy_(from_main(weight, p))
     model.init_rope()
     return model
 
@@ -4057,18 +4048,20 @@ def gather_state(
     adam: dict[str, dict] = {key: {} for key in (*ADAM_STATE, "step")}
 
     def gather(into: dict, name: str, tensor: Any) -> None:
-        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if get_rank() == 0:
-            into[name] = full.detach().to("cpu", copy=True)
+            into[name] = whole.to("cpu", copy=True)
 
     for name, p in model.named_parameters():
-        gather(weights, name, p)
+        gather(weights, name, p.detach())
         # A parameter that's frozen, or never got a gradient, has no optimizer state.
         if not weights_only and (state := optimizer.state.get(params.get(p))):
             if "step" in state:
                 adam["step"][name] = state["step"].item()
             for key in (key for key in ADAM_STATE if key in state):
-                gather(adam[key], name, sharded_like(p, state[key]))
+                moment = torch.empty_like(p)  # sharded as p is
+                local_shard(moment).copy_(state[key])
+                gather(adam[key], name, moment)
     return {"model": weights} if weights_only else {"model": weights, "optimizer": adam}
 
 
@@ -4119,22 +4112,19 @@ def restore_state(
     """
     content: dict = saved or {"model": {}}
     adam: dict = content.get("optimizer") or {key: {} for key in (*ADAM_STATE, "step")}
-    # By name; a frozen parameter has none, and a matrix of Muon's has only the first moment.
-    steps = broadcast(adam["step"])
-    saved_names = broadcast({key: list(adam[key]) for key in ADAM_STATE})
-    matrices = {w for g in optimizer.param_groups if "rows" in g for w in g["params"]}
+    steps, names = broadcast((adam["step"], {key: list(adam[key]) for key in ADAM_STATE}))
+    by_muon = {w for group in optimizer.param_groups if "rows" in group
+               for w in group["params"]}
     for name, p in model.named_parameters():
-        copy_full(content["model"].get(name), p, from_main=True)
+        p.data.copy_(from_main(content["model"].get(name), p))
         local, moments = params.get(p), {}
-        by_muon = local in matrices
-        keys = ADAM_STATE[:1] if by_muon else ADAM_STATE
-        if local is None or any(name not in saved_names[key] for key in keys):
-            continue  # the optimizer starts afresh for this one
-        if not by_muon:  # the fused kernel counts steps on the device, as float32
+        keys = ADAM_STATE[:1] if local in by_muon else ADAM_STATE
+        if local is None or any(name not in names[key] for key in keys):
+            continue  # frozen, or the optimizer starts afresh for this one
+        if local not in by_muon:  # the fused kernel counts steps on the device, as float32
             moments["step"] = torch.full((), float(steps[name]), device=p.device)
         for key in keys:
-            moments[key] = torch.zeros_like(local_shard(p))
-            copy_full(adam[key].get(name), sharded_like(p, moments[key]), from_main=True)
+            moments[key] = local_shard(from_main(adam[key].get(name), p))
         optimizer.state[local] = moments
 
 
