@@ -3274,8 +3274,9 @@ def matrix_rows(name: str, weight: Tensor) -> list[int]:
     >>> matrix_rows("blocks.0.attention.qkv.weight", torch.empty(12, 4))
     [4, 4, 4]
     """
-    rows, width = weight.shape
+    rows = len(weight)
     if name.endswith("qkv.weight"):
+        width = weight.shape[1]
         return [width, (rows - width) // 2, (rows - width) // 2]
     return [rows // 2] * 2 if name.endswith("gate_up.weight") else [rows]
 
@@ -3874,9 +3875,7 @@ def from_main(whole: Tensor | None, like: Any) -> Any:
     If that is sharded, so is the result.
     """
     kind = {"dtype": like.dtype, "device": like.device}
-    if whole is None:  # not on process 0
-        whole = torch.empty(like.shape, **kind)
-    whole = whole.to(**kind, copy=True)
+    whole = torch.empty(like.shape, **kind) if whole is None else whole.to(**kind)
     if hasattr(like, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -3892,9 +3891,8 @@ def build_model(
 ) -> TransformerWithLoss:
     """The model, with initial weights, ready to train on all processes. The order matters.
 
-    No process ever holds more than its shards and one whole tensor, so the model may be larger
-    than a device. Each tensor has its own random generator: the weights are the same for any
-    number of processes.
+    Process 0 makes one tensor at a time and hands out its shards, so the model may be larger
+    than a device.
     """
     with torch.device("meta"):  # shapes without numbers
         model = TransformerWithLoss(config)
@@ -4124,7 +4122,7 @@ def restore_state(
         if local not in by_muon:  # the fused kernel counts steps on the device, as float32
             moments["step"] = torch.full((), float(steps[name]), device=p.device)
         for key in keys:
-            moments[key] = local_shard(from_main(adam[key].get(name), p))
+            moments[key] = local_shard(from_main(adam[key].get(name), p)).clone()
         optimizer.state[local] = moments
 
 
@@ -4772,7 +4770,7 @@ HF_FIELDS = {
     "vocab_size": "vocab_size", "context_length": "max_position_embeddings",
     "num_layers": "num_hidden_layers", "d_model": "hidden_size",
     "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
-    "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps",
+    "d_ff": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
 # What config.json must say, for our architecture is nothing else.
@@ -4796,31 +4794,26 @@ def hf_names(name: str) -> list[str]:
     return [f"{prefix}{theirs}.weight" for theirs in HF_NAMES[part]]
 
 
-def interleaved_to_half_split(weight: Tensor, num_heads: int, back: bool = False) -> Tensor:
+def interleaved_to_half_split(weight: Tensor, head_dim: int, back: bool = False) -> Tensor:
     """Rows of a query or key matrix [H * K, D], reordered from our pairs to Hugging Face's.
 
     Within each head, row 2i goes to i, and row 2i + 1 to i + K/2. `back` is the inverse.
 
-    >>> interleaved_to_half_split(torch.arange(4.0)[:, None], 1)[:, 0]
+    >>> interleaved_to_half_split(torch.arange(4.0)[:, None], 4)[:, 0]
     tensor([0., 2., 1., 3.])
     """
-    shape = (num_heads, 2, -1) if back else (num_heads, -1, 2)
-    return weight.unflatten(0, shape).transpose(1, 2).flatten(0, 2)
-
-
-def hf_parts(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """Our matrix `name` cut into Hugging Face's: q, k and v, gate and up, or itself."""
-    rows = matrix_rows(name, weight) if weight.dim() == 2 else [len(weight)]
-    return dict(zip(hf_names(name), weight.split(rows)))
+    pairs = (-1, 2, head_dim // 2) if back else (-1, head_dim // 2, 2)
+    return weight.unflatten(0, pairs).transpose(1, 2).flatten(0, 2)
 
 
 def to_hf(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our weights under Hugging Face's names, with its order of rows."""
     result = {}
     for name, weight in weights.items():
-        for theirs, part in hf_parts(name, weight).items():
-            heads, rotary = len(part) // config.head_dim, theirs.endswith(ROTARY_WEIGHTS)
-            result[theirs] = interleaved_to_half_split(part, heads) if rotary else part
+        for theirs, part in zip(hf_names(name), weight.split(matrix_rows(name, weight))):
+            rotary = theirs.endswith(ROTARY_WEIGHTS)
+            result[theirs] = (
+                interleaved_to_half_split(part, config.head_dim) if rotary else part)
     return result
 
 
@@ -4831,13 +4824,12 @@ def from_hf(files: dict[str, Any], config: ModelConfig) -> dict[str, Tensor]:
     read, if these aren't exactly the weights of such a model.
     """
     with torch.device("meta"):  # only names and shapes matter
-        model = dict(Transformer(config).named_parameters())
-    parts = {name: hf_parts(name, weight) for name, weight in model.items()}
-    expected = {theirs: list(w.shape) for part in parts.values() for theirs, w in part.items()}
-    for theirs, shape in expected.items():
+        model: dict[str, Any] = dict(Transformer(config).named_parameters())
+    expected = to_hf(model, config)
+    for theirs, weight in expected.items():
         if theirs not in files:
             raise UserError(f"it has no {theirs}")
-        stored = files[theirs].get_slice(theirs)
+        stored, shape = files[theirs].get_slice(theirs), list(weight.shape)
         if stored.get_shape() != shape:
             raise UserError(f"its {theirs} is {stored.get_shape()}, where config.json needs "
                             f"{shape}")
@@ -4849,21 +4841,18 @@ def from_hf(files: dict[str, Any], config: ModelConfig) -> dict[str, Tensor]:
         raise UserError(f"its {extra[0]} has no place in our architecture")
 
     def read(theirs: str) -> Tensor:
-        weight = files[theirs].get_tensor(theirs).float()
-        if theirs.endswith(ROTARY_WEIGHTS):
-            heads = len(weight) // config.head_dim
-            return interleaved_to_half_split(weight, heads, back=True)
-        return weight
+        weight, rotary = files[theirs].get_tensor(theirs), theirs.endswith(ROTARY_WEIGHTS)
+        weight = weight.float()
+        return interleaved_to_half_split(weight, config.head_dim, True) if rotary else weight
 
-    return {name: torch.cat([read(theirs) for theirs in parts[name]]) for name in model}
+    return {name: torch.cat([read(theirs) for theirs in hf_names(name)]) for name in model}
 
 
 def config_to_hf(config: ModelConfig, special_ids: dict, dtype: str) -> dict:
     """The config.json that makes `transformers` build our architecture."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling := config.rope_scaling:
-        rope = {"rope_type": "llama3", **dict(zip(HF_ROPE_SCALING, scaling))}
-        rope[HF_ROPE_SCALING[-1]] = int(scaling[-1])
+        rope = dict(zip(HF_ROPE_SCALING, [*scaling[:3], int(scaling[3])]), rope_type="llama3")
     return {
         "architectures": ["LlamaForCausalLM"],
         **HF_REQUIRED,
@@ -4871,7 +4860,6 @@ def config_to_hf(config: ModelConfig, special_ids: dict, dtype: str) -> dict:
         "head_dim": config.head_dim,
         # For transformers from version 5, and for older ones and other programs.
         "rope_parameters": {**rope, "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,
         "rope_scaling": rope if scaling else None,
         **special_ids,
         "dtype": dtype,  # today's name
@@ -4896,7 +4884,7 @@ def config_from_hf(content: dict) -> ModelConfig:
     for name, value in required.items():
         if found.get(name, value) != value:
             raise UserError(f"its {name} is {found[name]!r}, where we have {value!r}")
-    for ours, theirs in {**HF_FIELDS, "rope_theta": "rope_theta"}.items():
+    for ours, theirs in HF_FIELDS.items():
         value, kind = found.get(theirs), typing.get_type_hints(ModelConfig)[ours]
         if type(value) is not kind and (type(value), kind) != (int, float):
             raise UserError(f"its {theirs} is {value!r}, not of type {kind.__name__}")
