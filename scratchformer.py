@@ -3293,19 +3293,18 @@ class Muon(torch.optim.AdamW):
         self, model: nn.Module, params: dict[Any, Any], config: OptimizerConfig,
         dtype: torch.dtype = torch.float32, fused: bool | None = None, compiled: bool = False,
     ):
-        others: list[Any] = []
-        stacks: dict[str, Any] = {}
+        stacks: dict[str, Any] = {}  # the same weight of all blocks, by name: mlp.down.weight
+        others = dict(params)
         for name, p in model.named_parameters():
             if p in params and p.dim() == 2 and name.startswith("blocks."):
-                # The same weight of all blocks, such as mlp.down.weight, is one group.
                 stack = stacks.setdefault(name.split(".", 2)[2], {
-                    "params": [], "rows": matrix_rows(name, p),
-                    "weight_decay": config.weight_decay})
-                stack["params"].append(params[p])
-            elif p in params:
-                others.append(params[p])
-        groups = make_optimizer(others, config, fused).param_groups
+                    "params": [], "weight_decay": config.weight_decay,
+                    "rows": matrix_rows(name, p)})
+                stack["params"].append(others.pop(p))
+        groups = make_optimizer(others.values(), config, fused).param_groups
         super().__init__([*groups, *stacks.values()], lr=config.lr, fused=fused)
+        for weight in (weight for stack in stacks.values() for weight in stack["params"]):
+            self.state[weight]["exp_avg"] = torch.zeros_like(weight)  # the momentum
         self.dtype = dtype
         if compiled:  # fewer passes over memory
             compile = functools.partial(torch.compile, dynamic=False)
@@ -3314,32 +3313,23 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        # AdamW skips parameters without a gradient, and so do we. The matrices are among its
-        # parameters: we update them, drop their gradients, and let AdamW do the rest.
         for group in self.param_groups:
+            # AdamW skips parameters without a gradient, and so do we. The matrices are among
+            # its parameters: we update them, drop their gradients, and let it do the rest.
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if "rows" in group and weights:
-                self.update_stack(weights, group["rows"], group["lr"], group["weight_decay"])
+                found_inf = getattr(self, "found_inf", weights[0].new_zeros(()))
+                divisor = getattr(self, "grad_scale", weights[0].new_ones(()))
+                rows, grads = group["rows"], [weight.grad for weight in weights]
+                momenta = [self.state[weight]["exp_avg"] for weight in weights]
+                updates = self.update_momenta(grads, momenta, divisor, found_inf)
+                updates = self.orthogonalize_all(updates, rows)
+                scale = 0.2 * math.sqrt(max(rows[0], updates.shape[2]))
+                lr = group["lr"] * (1 - found_inf)
+                self.apply_update(weights, updates, scale, lr, group["weight_decay"])
                 for weight in weights:
                     weight.grad = None
         super().step()
-
-    def update_stack(
-        self, weights: list[Tensor], rows: list[int], lr: float, weight_decay: float
-    ) -> None:
-        """One step for N weights of one shape, as `muon_reference` does it for one matrix."""
-        for weight in weights:
-            if not self.state[weight]:
-                self.state[weight]["exp_avg"] = torch.zeros_like(weight)
-        momenta = [self.state[weight]["exp_avg"] for weight in weights]
-        zero = torch.zeros((), device=weights[0].device)
-        found_inf = getattr(self, "found_inf", zero)
-        divisor = getattr(self, "grad_scale", zero + 1)
-        updates = self.update_momenta(
-            [weight.grad for weight in weights], momenta, divisor, found_inf)
-        updates = self.orthogonalize_all(updates, rows)
-        scale = 0.2 * math.sqrt(max(rows[0], updates.shape[2]))
-        self.apply_update(weights, updates, scale, lr * (1 - found_inf), weight_decay)
 
     def update_momenta(
         self, grads: list[Any], momenta: list[Tensor], divisor: Tensor, found_inf: Tensor
@@ -3618,8 +3608,7 @@ def process_group(device: torch.device) -> Iterator[None]:
             # would hang. Say why and exit; torchrun then ends the others.
             if not isinstance(error, UserError):
                 traceback.print_exc()
-            text = f"scratchformer: error: process {get_rank()}: {error}"
-            print_error(text + "\n")
+            print_error(f"scratchformer: error: process {get_rank()}: {error}\n")
             os._exit(2 if isinstance(error, UserError) else 1)
         raise
     finally:
@@ -3640,10 +3629,10 @@ def on_every_process(function: Callable[[], Any]) -> Any:
         result = function()
     except (UserError, OSError) as error:
         message = error_message(error)
-    messages: list[str | None] = [None] * get_world_size()
+    messages: list[Any] = [None] * get_world_size()
     torch.distributed.all_gather_object(messages, message)
-    if found := [text for text in messages if text]:
-        raise SharedError(found[0])
+    if any(messages):
+        raise SharedError(next(filter(None, messages)))
     return result
 
 
@@ -3807,10 +3796,7 @@ def local_params(model: nn.Module) -> dict[Any, Any]:
 
 
 def shard_group(params: dict[Any, Any]) -> Any:
-    """The group of processes that hold one copy of the weights between them, None if each does.
-
-    `params` are `local_params`.
-    """
+    """The processes that hold one copy of the weights together; None if each holds a copy."""
     mesh = getattr(next(iter(params)), "device_mesh", None)
     return mesh.get_group("shard") if mesh else None
 
@@ -3870,10 +3856,7 @@ def gradient_norm(params: dict[Any, Any]) -> Tensor:
 
 @torch.no_grad()
 def from_main(whole: Tensor | None, like: Any) -> Any:
-    """Collective: process 0's tensor `whole`, on every process, as a tensor like the one given.
-
-    If that is sharded, so is the result.
-    """
+    """Collective: process 0's tensor `whole`, on every process, sharded if `like` is."""
     kind = {"dtype": like.dtype, "device": like.device}
     whole = torch.empty(like.shape, **kind) if whole is None else whole.to(**kind)
     if hasattr(like, "device_mesh"):
@@ -3990,22 +3973,17 @@ def load_checkpoint(path: str | Path) -> dict:
         return {**migrate_checkpoint(state), "path": str(path)}
 
 
-def migrate_checkpoint(state: dict) -> dict:
+OLD_NAMES = {r"^head\.": "lm_head.", "swiglu": "mlp", "^stepper$": "scaler",
+             "^scale$": "loss_scale", "skipped_in_a_row": "consecutive_skips"}
+
+
+def migrate_checkpoint(state: Any) -> Any:
     """A checkpoint's state under today's names. Earlier versions of this file had others."""
-
-    def rename(content: dict) -> dict:
-        old_names = {r"^head\.": "lm_head.", "swiglu": "mlp", "^scale$": "loss_scale",
-                     "skipped_in_a_row": "consecutive_skips"}
-        for old, new in old_names.items():
-            content = {re.sub(old, new, name): value for name, value in content.items()}
-        return content
-
-    state = {**state, "model": rename(state["model"])}
-    if "optimizer" in state:
-        state["optimizer"] = {key: rename(value) for key, value in state["optimizer"].items()}
-    if scaler := state.pop("stepper", None) or state.get("scaler"):
-        state["scaler"] = rename(scaler)
-    return state
+    if not isinstance(state, dict):
+        return state
+    for old, new in OLD_NAMES.items():
+        state = {re.sub(old, new, name): value for name, value in state.items()}
+    return {name: migrate_checkpoint(value) for name, value in state.items()}
 
 
 def model_from_checkpoint(
@@ -4076,6 +4054,18 @@ def write_checkpoint(outdir: Path, state: dict, keep: int, name: str = "") -> No
                         f"{free:,.1f} MB free); complete ones: {complete}") from None
 
 
+def check_optimizer_state(state: dict) -> None:
+    """Raise an error if the optimizer state in a checkpoint is damaged."""
+    m, v, steps = (state["optimizer"][key] for key in (*ADAM_STATE, "step"))
+    numbers = [*steps.values(), *map(state["scaler"].get, GradScaler.STATE)]
+    good = m.keys() >= v.keys() == steps.keys()
+    good &= all(type(x) in (int, float) and abs(x) < 1e18 for x in numbers)
+    good &= all(x.shape == state["model"][name].shape and x.isfinite().all()
+                for name, x in [*m.items(), *v.items()])
+    if not good:
+        raise UserError("its optimizer state is damaged")
+
+
 def load_newest(outdir: Path) -> dict | None:
     """The newest checkpoint that isn't damaged, or None. UserError if all of them are."""
     problem = None
@@ -4083,15 +4073,9 @@ def load_newest(outdir: Path) -> dict | None:
         try:
             state = load_checkpoint(path)
             model_from_checkpoint(state)  # raises UserError if weights and shape don't match
-            with reading(path, "checkpoint"):
-                if adam := state.get("optimizer"):
-                    m, v, steps = (adam[key] for key in (*ADAM_STATE, "step"))
-                    numbers = [*steps.values(), *map(state["scaler"].get, GradScaler.STATE)]
-                    if not m.keys() >= v.keys() == steps.keys() or not all(
-                        x.shape == state["model"][name].shape and x.isfinite().all()
-                        for name, x in [*m.items(), *v.items()]
-                    ) or not all(type(x) in (int, float) and abs(x) < 1e18 for x in numbers):
-                        raise UserError("its optimizer state is damaged")
+            if "optimizer" in state:
+                with reading(path, "checkpoint"):
+                    check_optimizer_state(state)
             return state
         except UserError as error:
             log(f"{error}: trying the checkpoint before it")
@@ -4111,18 +4095,17 @@ def restore_state(
     content: dict = saved or {"model": {}}
     adam: dict = content.get("optimizer") or {key: {} for key in (*ADAM_STATE, "step")}
     steps, names = broadcast((adam["step"], {key: list(adam[key]) for key in ADAM_STATE}))
-    by_muon = {w for group in optimizer.param_groups if "rows" in group
-               for w in group["params"]}
     for name, p in model.named_parameters():
         p.data.copy_(from_main(content["model"].get(name), p))
-        local, moments = params.get(p), {}
-        keys = ADAM_STATE[:1] if local in by_muon else ADAM_STATE
+        local = params.get(p)
+        by_muon = bool(optimizer.state.get(local))  # its matrices have a state from the start
+        keys = ADAM_STATE[:1] if by_muon else ADAM_STATE
         if local is None or any(name not in names[key] for key in keys):
             continue  # frozen, or the optimizer starts afresh for this one
-        if local not in by_muon:  # the fused kernel counts steps on the device, as float32
+        # TRAP: `saved` is mapped from a file, which may be deleted.
+        moments = {key: local_shard(from_main(adam[key].get(name), p)).clone() for key in keys}
+        if not by_muon:  # the fused kernel counts steps on the device, as float32
             moments["step"] = torch.full((), float(steps[name]), device=p.device)
-        for key in keys:
-            moments[key] = local_shard(from_main(adam[key].get(name), p)).clone()
         optimizer.state[local] = moments
 
 
