@@ -401,7 +401,7 @@ class Tokenizer:
             return (self.token_to_id[word],)
         word = word.translate(None, self.missing_bytes)
         if len(word) > MAX_NAIVE:
-            return self.fast.encode_long_word(word)  # chapter 4
+            return self.fast.encode_word(word)  # chapter 4
         ids = [self.token_to_id[bytes([byte])] for byte in word]
         no_rank = len(self.merges)
         while len(ids) > 1:
@@ -573,11 +573,8 @@ import numpy as np
 CHUNK = 1 << 20  # bytes, or characters, processed at a time
 LONG_TEXT = 1 << 14  # `Tokenizer.encode` uses this chapter for texts of at least this length
 MAX_NAIVE = 256  # `Tokenizer.apply_merges` uses it for words longer than this
-
-# Merges are applied in three ways, always with the same result:
-#   apply_merges       one word in plain Python; short texts (chapter 3)
-#   encode_words       all new words of a chunk in lockstep; long texts and files
-#   encode_long_word   one very long word, such as a megabyte of base64
+MAX_BATCH = 32  # merges that `learn_merges` tries to make together
+LOW_32 = (1 << 32) - 1
 
 
 def run_starts(values: np.ndarray) -> np.ndarray:
@@ -599,121 +596,134 @@ class PairIndex:
     """Words as linked lists of tokens, and for each pair of neighbors: count and positions.
 
     In plain Python one would keep a dictionary from pair to the set of words that contain it.
-    This is the same idea in arrays, so that a merge takes a few numpy calls however often the
-    pair occurs.
+    This is the same idea in arrays, so that many merges take a few numpy calls.
 
     Every byte of every word has a position. `token[p]` is the token there, `before[p]` and
     `after[p]` are the positions of its neighbors. Merging a pair at p writes the new token to
     p and unlinks the position after it. Here are "low" and "slow", and what merging l + o into
-    token 256 leaves. A token -1 separates words; -2 marks a position that is unlinked.
+    token 256 leaves. A token -1 separates words; x marks the positions that are unlinked.
 
         p        0   1   2   3   4   5   6   7   8   9
         token   -1   l   o   w  -1   s   l   o   w  -1
-                -1 256  -2   w  -1   s 256  -2   w  -1
+                -1 256   x   w  -1   s 256   x   w  -1
 
-    Each pair has an id: `pair_at[p]` is that of the pair (token at p, token after p). Pair n
-    is (left[n], right[n]) and occurs count[n] times; `positions[start[n] : start[n + 1]]` are
-    the positions where it occurred when it was created. A pair of bytes has the id
-    256 * left + right, NO_PAIR stands for no pair, and merges create the ids above.
+    Each pair has a number: `pair_at[p]` is that of the pair (token at p, token after p), or -1
+    before and after a separator. Pair n is (left[n], right[n]) and occurs count[n] times;
+    `positions[start[n] : start[n + 1]]` are the positions where it occurred when it was new.
 
     >>> index = PairIndex([b"low", b"slow"], [5, 2])
-    >>> lo = ord("l") * 256 + ord("o")
-    >>> int(index.count[lo]), index.occurrences(lo).tolist()
+    >>> lo = int(index.pair_at[1])
+    >>> int(index.count[lo]), index.occurrences([lo])[0].tolist()
     (7, [1, 6])
-    >>> created = index.merge(lo, 256)  # now s + 256 occurs twice, 256 + w seven times
+    >>> _, created = index.merge([lo], 256)  # now s + 256 occurs twice, 256 + w seven times
     >>> [(int(index.left[n]), int(index.right[n]), int(index.count[n])) for n in created]
     [(115, 256, 2), (256, 119, 7)]
     """
 
-    NO_PAIR = 1 << 16
-
-    def __init__(
-        self, words: Sequence[bytes], counts: Iterable[int], byte_ids: Any = range(256)
-    ):
-        lengths = np.array([len(word) for word in words], np.int64)
-        # A separator stands before each word and after the last.
-        self.token = np.frombuffer(b"".join([b"\0" + word for word in words]) + b"\0", np.uint8)
-        numbers = self.token[:-1] * np.int64(256) + self.token[1:]
-        self.token = np.array(byte_ids)[self.token]
-        self.token[np.append(0, np.cumsum(lengths + 1))] = -1
-        size = len(self.token)
+    def __init__(self, words: Iterable[bytes], counts: Iterable[int]):
+        data = np.frombuffer(b"\0".join([b"", *words, b""]), np.uint8)
+        lengths = np.array([0, *map(len, words)])
+        self.token, size = data.astype(np.int64), len(data)
+        self.token[np.cumsum(lengths + 1) - 1] = -1
         self.before, self.after = np.arange(-1, size - 1), np.arange(1, size + 1)
-        self.weight = np.append(0, np.repeat(np.fromiter(counts, np.int64), lengths + 1))
-        is_pair = (self.token[:-1] >= 0) & (self.token[1:] >= 0)
-        self.pair_at = np.append(np.where(is_pair, numbers, self.NO_PAIR), self.NO_PAIR)
-        # Preallocate for all pairs. Merging at one position creates at most two pairs and
-        # unlinks one position, so `size` positions allow at most 2 * size new pairs. (The
-        # system supplies memory for np.zeros only when it is first written.)
-        self.num_pairs, capacity = self.NO_PAIR + 1, self.NO_PAIR + 2 + 2 * size
-        self.left, self.right, self.count, self.start = np.zeros((4, capacity), np.int64)
-        self.positions = np.zeros(3 * size, np.int64)
-        self.positions[:size] = self.pair_at.argsort(kind="stable")  # sorted by pair
-        per_pair = np.bincount(self.pair_at, minlength=self.num_pairs)
-        self.start[1 : self.num_pairs + 1] = np.cumsum(per_pair)
-        weights = np.bincount(self.pair_at, self.weight, self.num_pairs)
-        self.count[: self.NO_PAIR] = weights[:-1]
-        self.left[: self.NO_PAIR] = np.repeat(byte_ids, 256)
-        self.right[: self.NO_PAIR] = np.tile(byte_ids, 256)
+        self.weight = np.repeat(np.array([0, *counts]), lengths + 1)
+        # Preallocate for all pairs. There are fewer than `size` at first, and merging at one
+        # position creates at most two pairs and unlinks one position. (The system supplies
+        # memory for np.zeros only when it is first written.)
+        self.left, self.right, self.count, self.start = np.zeros((4, 3 * size + 2), np.int64)
+        self.positions, self.pair_at = np.zeros(3 * size, np.int64), np.full(size, -1)
+        self.num_pairs = 0
+        at = np.flatnonzero((self.token[:-1] >= 0) & (self.token[1:] >= 0))
+        # WHY 16 bits: numpy sorts such integers in linear time.
+        at = at[(data[at] * np.uint16(256) + data[at + 1]).argsort(kind="stable")]
+        self.add_pairs(self.token[at] << 32 | self.token[at + 1], at)
 
-    def occurrences(self, pair: int) -> np.ndarray:
-        """Where to merge `pair`, without overlaps: "aaa" has one "aa"."""
-        candidates = self.positions[self.start[pair] : self.start[pair + 1]]
-        at = candidates[self.pair_at[candidates] == pair]  # later merges may have changed some
-        if self.left[pair] == self.right[pair]:
-            # In a run of equal tokens merge every second pair: of "aaaaa" the pairs 0 and 2.
-            index = np.arange(len(at))
-            starts_run = np.append(True, self.after[at[:-1]] != at[1:])
-            first_of_run = np.maximum.accumulate(np.where(starts_run, index, 0))
-            at = at[(index - first_of_run) % 2 == 0]
-        return at
+    def add_pairs(self, pairs: np.ndarray, positions: np.ndarray) -> range:
+        """Number these pairs, each left << 32 | right, sorted. Returns the numbers."""
+        is_first = run_starts(pairs)
+        starts, first = np.flatnonzero(is_first), self.num_pairs
+        self.num_pairs += len(starts)
+        created, used = slice(first, self.num_pairs), self.start[first]
+        self.left[created], self.right[created] = pairs[starts] >> 32, pairs[starts] & LOW_32
+        self.positions[used : used + len(positions)] = positions
+        self.start[created] = used + starts
+        self.start[self.num_pairs] = used + len(positions)
+        kinds = is_first.cumsum() - 1
+        self.pair_at[positions] = first + kinds
+        self.count[created] = np.bincount(kinds, self.weight[positions], len(starts))
+        return range(first, self.num_pairs)
 
-    def merge(self, pair: int, new: int) -> range:
-        """Replace `pair` by the token `new`; returns the ids of the pairs this creates."""
-        at = self.occurrences(pair)
-        right, weight = self.after[at], self.weight[at]
+    def occurrences(self, pairs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Where these pairs occur, without overlaps, and which one: an index into `pairs`."""
+        numbers = np.array(pairs)
+        first, lengths = self.start[numbers], self.start[numbers + 1] - self.start[numbers]
+        at = self.positions[ragged_indices(first, lengths)]
+        which = np.repeat(np.arange(len(pairs)), lengths)
+        unchanged = self.pair_at[at] == numbers[which]  # earlier merges have changed some
+        at, which = at[unchanged], which[unchanged]
+        keep = without_overlaps(at, self.after[at])
+        return at[keep], which[keep]
+
+    def pairs_around(
+        self, at: np.ndarray, after: np.ndarray, tokens: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs of new `tokens`, at `at`, with their neighbors, sorted; and positions.
+
+        A new neighbor in front is left out: for it, this pair is the one behind.
+        """
+        before = self.before[at]
+        x, y = self.token[before], self.token[after]
+        is_left, is_right = (x >= 0) & (x < tokens[0]), y >= 0
+        pairs = np.concatenate([(x << 32 | tokens)[is_left], (tokens << 32 | y)[is_right]])
+        order = pairs.argsort(kind="stable")
+        return pairs[order], np.concatenate([before[is_left], at[is_right]])[order]
+
+    def merge(self, pairs: Sequence[int], new: int) -> tuple[int, range]:
+        """Replace pairs[0] by the token `new`, pairs[1] by `new` + 1, and so on.
+
+        `pairs` have the highest counts, in descending order. They are merged together, as far
+        as this equals one merge after the other: up to a pair that overlaps an earlier
+        one, or that a pair just created might precede, because its count is not lower.
+        Returns how many pairs were merged, and the numbers of the pairs created.
+        """
+        left, right = self.left[pairs], self.right[pairs]
+        overlaps = np.triu((left[:, None] == right) | (right[:, None] == left), 1).any(axis=0)
+        pairs = pairs[: int(np.append(overlaps, True).argmax())]
+        at, which = self.occurrences(pairs)
+        # Of the pairs that each merge would create, the highest count.
+        created, positions = self.pairs_around(at, self.after[self.after[at]], new + which)
+        is_first, highest = run_starts(created), np.zeros(len(pairs))
+        maker = np.maximum(created >> 32, created & LOW_32)[is_first] - new
+        counts = np.bincount(is_first.cumsum() - 1, self.weight[positions])
+        np.maximum.at(highest, maker, counts)
+        is_next = self.count[pairs[1:]] > np.maximum.accumulate(highest)[:-1]
+        num_merged = 1 + int(np.append(is_next, False).argmin())
+        at, tokens = at[which < num_merged], new + which[which < num_merged]
         # The pairs on both sides disappear. (In "abab" both are the same pair: count it once.)
+        right, weight = self.after[at], self.weight[at]
         np.subtract.at(self.count, self.pair_at[right], weight)
-        self.pair_at[right] = self.NO_PAIR
+        self.pair_at[right] = -1
         np.subtract.at(self.count, self.pair_at[self.before[at]], weight)
-        self.count[pair] = 0
-        # Write the new token and unlink the right one.
-        self.token[at], self.token[right] = new, -2
+        self.count[pairs[:num_merged]] = 0
+        # Write the new tokens and unlink the right ones.
+        self.token[at], self.pair_at[at] = tokens, -1
         self.after[at] = self.after[right]
         self.before[self.after[at]] = at
-        # New pairs: (x, new), but (new, new) only once, and (new, y).
-        before, after = self.before[at], self.after[at]
-        x, y = self.token[before], self.token[after]
-        is_left, is_right = (x >= 0) & (x != new), y >= 0
-        self.pair_at[at] = self.NO_PAIR
-        return self.add_pairs(
-            new,
-            np.concatenate([before[is_left], at[is_right]]),
-            # The neighbor and its side in one integer: even on the left, odd on the right.
-            np.concatenate([2 * x[is_left], 2 * y[is_right] + 1]),
-            np.concatenate([weight[is_left], weight[is_right]]),
-        )
+        return num_merged, self.add_pairs(*self.pairs_around(at, self.after[at], tokens))
 
-    def add_pairs(
-        self, new: int, positions: np.ndarray, neighbors: np.ndarray, weights: np.ndarray
-    ) -> range:
-        """Assign ids to the pairs of the token `new` with its neighbors, and count them."""
-        if not len(positions):
-            return range(0)
-        order = neighbors.argsort(kind="stable")  # equal pairs side by side
-        positions, neighbors = positions[order], neighbors[order]
-        is_first = run_starts(neighbors)
-        starts = is_first.nonzero()[0]
-        first, self.num_pairs = self.num_pairs, self.num_pairs + len(starts)
-        created, used = slice(first, self.num_pairs), self.start[first]
-        self.positions[used : used + len(order)] = positions
-        self.start[created] = used + starts
-        self.start[self.num_pairs] = used + len(order)
-        self.count[created] = np.add.reduceat(weights[order], starts)
-        self.pair_at[positions] = first - 1 + is_first.cumsum()
-        other, is_right = np.divmod(neighbors[starts], 2)
-        self.left[created] = np.where(is_right, new, other)
-        self.right[created] = np.where(is_right, other, new)
-        return range(first, self.num_pairs)
+
+def without_overlaps(at: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Which pairs to merge, of those whose tokens are at at[i] and right[i], ascending.
+
+    Pairs overlap in a run of equal tokens. "aaaa" has three: merge the first and the third.
+
+    >>> without_overlaps(np.array([0, 1, 2, 7]), np.array([1, 2, 3, 8])).tolist()
+    [True, False, True, True]
+    """
+    index, starts_run = np.arange(len(at)), np.ones(len(at), bool)
+    starts_run[1:] = right[:-1] != at[1:]
+    first_of_run = np.maximum.accumulate(np.where(starts_run, index, 0))
+    return (index - first_of_run) % 2 == 0
 
 
 def tie_break_key(token: bytes) -> tuple[int, ...]:
@@ -732,44 +742,48 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
     consumes some of the pair's occurrences; then it is put back with its current count. (A
     count never grows: a pair contains the newest token when it is created, and later merges
     only take occurrences away.) Most pairs are rare and are never merged. So the heap holds
-    only pairs above a threshold, which is halved whenever the heap is empty.
+    only pairs above a threshold, which is halved whenever the heap is empty. The top pairs of
+    the heap are merged together, as many as `PairIndex.merge` allows.
 
     >>> words = {b"low": 5, b"lower": 2, b"newest": 6, b"widest": 3, b"slow": 1}
     >>> learn_merges(words, 4)
     [(b's', b't'), (b'e', b'st'), (b'o', b'w'), (b'l', b'ow')]
     """
-    index = PairIndex(list(pretoken_counts), pretoken_counts.values())
+    index = PairIndex(pretoken_counts, pretoken_counts.values())
     tokens = [bytes([byte]) for byte in range(256)]
     tie_keys = [tie_break_key(token) for token in tokens]
     merges: list[Merge] = []
     heap: list[tuple] = []
-    threshold = int(index.count.max()) + 1
+    threshold = int(index.count[: index.num_pairs].max(initial=0)) + 1
 
-    def push(pair: int) -> None:
-        keys = tie_keys[index.left[pair]], tie_keys[index.right[pair]]
-        heapq.heappush(heap, (-int(index.count[pair]), *keys, pair))
+    def push(pairs: Iterable[int]) -> None:
+        for pair in pairs:
+            if (count := int(index.count[pair])) >= threshold:
+                keys = tie_keys[index.left[pair]], tie_keys[index.right[pair]]
+                heapq.heappush(heap, (-count, *keys, pair))
 
     progress = Progress("merging", num_merges, "merges")
     while len(merges) < num_merges and (heap or threshold > 1):
         if not heap:
             above, threshold = threshold, max(1, threshold // 2)
             counts = index.count[: index.num_pairs]
-            for pair in np.flatnonzero((counts >= threshold) & (counts < above)).tolist():
-                push(pair)
-            continue
-        negative_count, *_, pair = heapq.heappop(heap)
-        if index.count[pair] != -negative_count:
-            if index.count[pair] >= threshold:
-                push(pair)
-            continue
-        left, right = tokens[index.left[pair]], tokens[index.right[pair]]
-        merges.append((left, right))
-        created = index.merge(pair, len(tokens))
-        tokens.append(left + right)
-        tie_keys.append(tie_break_key(left + right))
-        counts = index.count[created.start : created.stop]
-        for i in (counts >= threshold).nonzero()[0].tolist():
-            push(created.start + i)
+            push(np.flatnonzero((counts >= threshold) & (counts < above)).tolist())
+        batch: list[int] = []
+        while heap and len(batch) < min(MAX_BATCH, num_merges - len(merges)):
+            negative_count, *_, pair = heapq.heappop(heap)
+            if index.count[pair] == -negative_count:
+                batch.append(pair)
+            else:
+                push([pair])
+        if batch:
+            num_merged, created = index.merge(batch, len(tokens))
+            for pair in batch[:num_merged]:
+                merges.append((tokens[index.left[pair]], tokens[index.right[pair]]))
+                tokens.append(b"".join(merges[-1]))
+                tie_keys.append(tie_break_key(tokens[-1]))
+            counts = index.count[created.start : created.stop]
+            push(created.start + np.flatnonzero(counts >= threshold))
+            push(batch[num_merged:])
         progress.update(len(merges))
     progress.close()
     return merges
@@ -854,6 +868,11 @@ class Pretokens(typing.NamedTuple):
     starts: np.ndarray  # where each starts in `data`; int64 [N]
     lengths: np.ndarray  # in bytes; int64 [N]
     specials: list[tuple[int, str]]  # which of them are special tokens: (index, token)
+
+    def cut(self, which: np.ndarray) -> list[bytes]:
+        """The pre-tokens with these indices."""
+        spans = zip(self.starts[which].tolist(), self.lengths[which].tolist())
+        return [self.data[start : start + length] for start, length in spans]
 
 
 def find_pretokens(text: str, pattern: str, special_pattern: re.Pattern) -> Pretokens:
@@ -955,8 +974,8 @@ class WordTable:
         self.numbers[slots[new]] = numbers[new]
         self.size += len(new)
         new_long: list[int] = []
-        for i in np.flatnonzero(is_long).tolist():
-            word = words.data[words.starts[i] : words.starts[i] + words.lengths[i]]
+        at = np.flatnonzero(is_long)
+        for i, word in zip(at.tolist(), words.cut(at)):
             if word not in self.long_words:
                 self.long_words[word] = self.size + len(new_long)
                 new_long.append(i)
@@ -968,7 +987,34 @@ class WordTable:
 # Encoding
 # --------
 
-NO_RANK = np.iinfo(np.int64).max  # the rank of a pair that has no merge
+NO_LEVEL = np.iinfo(np.int64).max  # of a pair that has no merge
+
+
+def merge_levels(id_merges: Sequence[tuple[tuple[int, int], int]]) -> list[int]:
+    """Numbers consecutive merges alike if making them together equals making them in turn.
+
+    That's so if none begins with a token that another ends with, since then they can't
+    overlap, and if none uses a token that another makes. So "th" and "in" may be made together,
+    but "th" and "he" may not, nor may "th" and "the". Tens of merges share a level.
+
+    >>> th, the = 256, 257  # as in chapter 3, and then i + n
+    >>> merges = [((116, 104), th), ((th, 101), the), ((104, 101), 258), ((105, 110), 259)]
+    >>> merge_levels(merges)
+    [0, 1, 1, 1]
+    """
+    first_use: dict[int, int] = {}  # the rank of the first merge that uses a token
+    for rank, (pair, _) in enumerate(id_merges):
+        for token in pair:
+            first_use.setdefault(token, rank)
+    levels, level, end, lefts, rights = list[int](), -1, 0, set[int](), set[int]()
+    for rank, ((left, right), merged) in enumerate(id_merges):
+        if rank >= end or left in rights or right in lefts:
+            level, end, lefts, rights = level + 1, len(id_merges), set(), set()
+        lefts.add(left)
+        rights.add(right)
+        end = min(end, first_use.get(merged, end))
+        levels.append(level)
+    return levels
 
 
 class FastEncoder:
@@ -977,12 +1023,14 @@ class FastEncoder:
     MAX_WORDS, MAX_IDS = 1 << 18, 1 << 21  # beyond this, the cache is cleared
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        pairs = np.array([pair for pair, _ in tokenizer.id_merges], np.int64).reshape(-1, 2)
+        self.tokenizer, merges = tokenizer, tokenizer.id_merges
+        pairs = np.array([pair for pair, _ in merges], np.int64).reshape(-1, 2)
         # Both ids of a pair in one integer, sorted for binary search. The last is a sentinel.
         keys = np.append(pairs[:, 0] << 32 | pairs[:, 1], np.iinfo(np.int64).max)
         self.rank_of_pair, self.pairs = keys.argsort(), np.sort(keys)
-        self.merged_ids = np.array([merged for _, merged in tokenizer.id_merges], np.int64)
+        self.merged_ids = np.array([merged for _, merged in merges], np.int64)
+        # The rank of a pair that has no merge is len(merges), and its level is NO_LEVEL.
+        self.levels = np.array([*merge_levels(merges), NO_LEVEL])
         id_of = tokenizer.token_to_id
         self.byte_ids = np.array([id_of.get(bytes([b]), -1) for b in range(256)])
         self.clear()
@@ -1025,38 +1073,33 @@ class FastEncoder:
         """The ids of some words, concatenated, and how many each has.
 
         The ids of all words are in one flat array, and `word` tells which word each belongs
-        to. In every round each word applies its merge of lowest rank, once, at its leftmost
-        occurrence. A word without any merge left is done. With the merges th, the, he:
+        to. In every round each word makes all its merges of the lowest level. A word without
+        any merge left is done. With the merges th, the, he:
 
             ids    t h e n t h      word    0 0 0 0 1 1      before the first round
                    th e n th                0 0 0 1          word 1 is done
                    the n                    0 0              word 0 is done
-
-        Very long words are encoded one by one.
         """
-        lengths = words.lengths[which]
-        one_by_one = lengths > MAX_NAIVE
+        whole: dict[int, int] = {}  # words that are one token without any merge
         if self.tokenizer.ignore_merges:
-            one_by_one[:] = True
-        done = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]  # (ids, words they belong to)
-        for n in np.flatnonzero(one_by_one).tolist():
-            start = words.starts[which[n]]
-            found = self.tokenizer.apply_merges(words.data[start : start + lengths[n]])
-            done.append((np.array(found), np.full(len(found), n)))
-        lengths = np.where(one_by_one, 0, lengths)
+            id_of = self.tokenizer.token_to_id
+            whole = {n: id_of[word] for n, word in enumerate(words.cut(which)) if word in id_of}
+        done = [(np.array([*whole.values()], np.int64), np.array([*whole], np.int64))]
+        lengths = words.lengths[which]
+        lengths[done[0][1]] = 0
         word = np.repeat(np.arange(len(which)), lengths)
         data = np.frombuffer(words.data, np.uint8)
         ids = self.byte_ids[data[ragged_indices(words.starts[which], lengths)]]
         ids, word = ids[ids >= 0], word[ids >= 0]  # without bytes that have no token
         ranks = self.pair_ranks(ids, word, np.arange(len(ids)))
         while len(ids):
-            starts = np.flatnonzero(run_starts(word))
-            lowest = np.minimum.reduceat(ranks, starts)
+            levels, starts = self.levels[ranks], np.flatnonzero(run_starts(word))
+            lowest = np.minimum.reduceat(levels, starts)
             lowest = np.repeat(lowest, np.diff(starts, append=len(ids)))
-            is_done = lowest == NO_RANK
+            is_done = lowest == NO_LEVEL
             done.append((ids[is_done], word[is_done]))
-            at = np.flatnonzero((ranks == lowest) & ~is_done)
-            at = at[run_starts(word[at])]  # the leftmost one of each word
+            at = np.flatnonzero((levels == lowest) & ~is_done)
+            at = at[without_overlaps(at, at + 1)]
             ids[at] = self.merged_ids[ranks[at]]
             keep = ~is_done
             keep[at + 1] = False
@@ -1068,34 +1111,18 @@ class FastEncoder:
         order = all_words.argsort(kind="stable")
         return all_ids[order], np.bincount(all_words, minlength=len(which))
 
+    def encode_word(self, word: bytes) -> tuple[int, ...]:
+        """The ids of one word."""
+        words = Pretokens(word, np.array([0]), np.array([len(word)]), [])
+        return tuple(self.encode_words(words, np.array([0]))[0].tolist())
+
     def pair_ranks(self, ids: np.ndarray, word: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """The rank of each pair (at, at + 1); NO_RANK at the end of a word."""
+        """The rank of each pair (at, at + 1); len(merges) if it has no merge."""
         after = np.minimum(at + 1, len(ids) - 1)
         pairs = ids[at] << 32 | ids[after]
         found = self.pairs.searchsorted(pairs)
         has_rank = (self.pairs[found] == pairs) & (word[at] == word[after]) & (at != after)
-        return np.where(has_rank, self.rank_of_pair[found], NO_RANK)
-
-    def encode_long_word(self, word: bytes) -> tuple[int, ...]:
-        """The ids of one word, in time nearly proportional to its length.
-
-        Merges all occurrences of a pair together, as `learn_merges` does, and finds the next
-        pair with a heap.
-        """
-        index = PairIndex([word], [1], self.byte_ids)
-        rank_of, heap = self.tokenizer.merge_rank, list[tuple[int, int]]()
-
-        def push(pairs: Iterable[int]) -> None:
-            for pair in pairs:
-                rank = rank_of.get((int(index.left[pair]), int(index.right[pair])))
-                if rank is not None:
-                    heapq.heappush(heap, (rank, pair))
-
-        push(np.flatnonzero(index.count[: index.num_pairs]).tolist())
-        while heap:
-            rank, pair = heapq.heappop(heap)
-            push(index.merge(pair, int(self.merged_ids[rank])))
-        return tuple(index.token[index.token >= 0].tolist())
+        return np.where(has_rank, self.rank_of_pair[found], len(self.merged_ids))
 
 
 # Files larger than memory
@@ -1311,8 +1338,7 @@ def count_span(
     for span in split_file(whole, pattern, special_tokens):
         words = find_pretokens(span.read(), pattern, special_pattern)
         numbers, new = table.lookup(words)
-        for start, length in zip(words.starts[new].tolist(), words.lengths[new].tolist()):
-            seen.append(words.data[start : start + length])
+        seen += words.cut(new)
         numbers = np.delete(numbers, [i for i, _ in words.specials])
         counts = np.append(counts, np.zeros(len(new), np.int64))
         counts += np.bincount(numbers, minlength=len(counts))
