@@ -4196,136 +4196,107 @@ class RunConfig(Config):
 # ----------
 
 
-def evaluation_windows(num_tokens: int, context_length: int, limit: int = 0) -> np.ndarray:
-    """Where the windows to evaluate on begin: all, end to end, or `limit` spread evenly.
+class ValidationSet:
+    """Windows of tokens to evaluate models on, and what a loss on them means.
 
-    The last one may be shorter, so that all tokens but the first are predicted once.
-
-    >>> evaluation_windows(12, 2).tolist(), evaluation_windows(12, 2, 3).tolist()
-    ([0, 2, 4, 6, 8, 10], [0, 4, 10])
+    All windows, end to end, or `limit` of them, spread evenly. The last may be shorter, so that
+    all tokens but the first are predicted once. By hand, of 12 tokens and with a context of 2,
+    they begin at 0, 2, 4, 6, 8 and 10; three of them at 0, 4 and 10. Raises UserError if there
+    are fewer than two tokens, or ids that `tokenizer` lacks.
     """
-    starts = np.arange(0, num_tokens - 1, context_length)
-    if limit and limit < len(starts):
-        starts = starts[np.linspace(0, len(starts) - 1, limit).round().astype(int)]
-    return starts
+
+    def __init__(
+        self, tokens: TokenDataset, context_length: int, limit: int = 0,
+        tokenizer: Tokenizer | None = None,
+    ):
+        tokens.check_length(1)
+        self.tokens, self.T, self.text = tokens, min(context_length, len(tokens) - 1), b""
+        self.starts = np.arange(0, len(tokens) - 1, self.T)
+        if limit and limit < len(self.starts):
+            at = np.linspace(0, len(self.starts) - 1, limit).round().astype(int)
+            self.starts = self.starts[at]
+        ids = np.concatenate([self.tokens[i + 1 : i + self.T + 1] for i in self.starts])
+        if tokenizer:
+            with reading(tokens.paths[0], "token file of this tokenizer"):
+                self.text = tokenizer.decode_bytes(ids[ids != tokenizer.eot_id].tolist())
+        self.bytes_per_token = len(self.text) / len(ids)  # 0 if unknown
+        counts = np.bincount(ids)
+        shares = counts[counts > 0] / len(ids)
+        self.unigram_loss = -float((shares * np.log(shares)).sum())
+
+    @torch.no_grad()
+    def loss(
+        self, model: TransformerWithLoss, batch_size: int, autocast: Any = None,
+        stop: Sequence[int] = (),
+    ) -> float | None:
+        """Collective: the mean loss of all tokens, in nats; None if `stop` isn't empty.
+
+        It doesn't depend on batch_size or the number of processes.
+        """
+        rank, world_size, training = get_rank(), get_world_size(), model.training
+        sums, stopped = torch.zeros(2, dtype=torch.float64), False  # nats, tokens
+        model.eval()  # switches off dropout, if somebody adds it
+        for first in range(0, len(self.starts), batch_size * world_size):
+            # Every process must take part in every forward pass, with tensors of the same
+            # shape. What no window fills stays -100, which the loss skips.
+            windows = torch.full((batch_size, self.T + 1), -100)
+            mine = self.starts[first + rank : first + batch_size * world_size : world_size]
+            for row, start in zip(windows, mine):
+                ids = torch.from_numpy(self.tokens[start : start + self.T + 1])
+                row[: len(ids)] = ids
+            windows = windows.to(model.rope_cache.device)
+            inputs, targets = windows[:, :-1].clamp(min=0), windows[:, 1:]  # (B, T) each
+            with autocast or contextlib.nullcontext(), without_compiling():
+                loss = model(inputs, targets)
+            count = int((targets >= 0).sum())
+            sums += torch.tensor([loss.item() * count, count])
+            if stopped := any_process(stop):
+                break
+        reshard(model)
+        model.train(training)
+        nats, count = sum_over_processes(sums).tolist()
+        return None if stopped else nats / count
+
+    def report(self, loss: float, compare: bool = False) -> tuple[dict[str, float], str]:
+        """A loss per token in other units, by name and as a text.
+
+        WHY per byte: a small vocabulary has short tokens that are easy to guess, so losses per
+        token can't be compared between tokenizers. Bytes are the same for all.
+
+        If `compare`, also what two simple models of this text reach. A unigram model knows how
+        often each token occurs in it and nothing else. lzma, the method of xz, finds
+        repetitions. A language model that has learned something beats the first clearly; one
+        that beats the second knows more than this text's own repetitions.
+        """
+        result = {"valid_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        text = f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}"
+        if self.text:
+            nats, bits = loss / self.bytes_per_token, loss / self.bytes_per_token / math.log(2)
+            result |= {"nats_per_byte": nats, "bits_per_byte": bits}
+            text += f", {nats:.4f} nats = {bits:.4f} bits per byte"
+            if floor := self.tokens.floor:
+                result["floor_nats_per_byte"] = floor
+                text += f"; the floor is {floor:.4f} nats, this is {nats / floor - 1:+.1%}"
+        if compare:
+            result["unigram_loss"] = self.unigram_loss
+            text += f"\nto compare: token frequencies alone {self.unigram_loss:.4f} nats"
+        if compare and self.text:
+            bits = self.unigram_loss / self.bytes_per_token / math.log(2)
+            # Preset 9 is 6 with a larger dictionary: no gain below 8 MiB, and more memory.
+            size = len(lzma.compress(self.text, preset=6 | lzma.PRESET_EXTREME))
+            lzma_bits = 8 * size / len(self.text)
+            result |= {"unigram_bits_per_byte": bits, "lzma_bits_per_byte": lzma_bits}
+            text += f" = {bits:.4f} bits per byte, lzma {lzma_bits:.4f} bits per byte"
+        return result, text
 
 
-@torch.no_grad()
-def evaluate(
-    model: TransformerWithLoss,
-    tokens: TokenDataset,
-    batch_size: int,
-    limit: int = 0,
-    autocast: Any = None,
-    token_bytes: np.ndarray | None = None,
-    stop: StopSignal | None = None,
-) -> dict[str, float]:
-    """Collective: the loss per token, and per byte if `token_bytes` has each token's length.
-
-    WHY per byte: a small vocabulary has short tokens that are easy to guess, so losses per
-    token can't be compared between tokenizers. Bytes are the same for all. The result doesn't
-    depend on batch_size or the number of processes. It's empty if `stop` has a signal.
-    """
-    tokens.check_length(1)
-    training = model.training
-    model.eval()  # switches off dropout, if somebody adds it
-    T, device = min(model.config.context_length, len(tokens) - 1), model.rope_cache.device
-    rank, world_size = get_rank(), get_world_size()
-    starts = evaluation_windows(len(tokens), T, limit)
-    sums, stopped = torch.zeros(3, dtype=torch.float64), False  # nats, tokens, bytes
-    for first in range(0, len(starts), batch_size * world_size):
-        # Every process must take part in every forward pass, with tensors of the same shape.
-        # What no window fills stays -100, which the loss skips.
-        windows = torch.full((batch_size, T + 1), -100)
-        mine = starts[first + rank : first + batch_size * world_size : world_size]
-        for row, start in zip(windows, mine):
-            ids = torch.from_numpy(tokens[start : start + T + 1])
-            row[: len(ids)] = ids
-        inputs, targets = windows[:, :-1].clamp(min=0), windows[:, 1:]  # (B, T) each
-        with autocast or contextlib.nullcontext(), without_compiling():
-            loss = model(inputs.to(device), targets.to(device))
-        seen = targets[targets >= 0].numpy()
-        num_bytes = 0
-        if token_bytes is not None:
-            if len(unknown := np.setdiff1d(seen, np.flatnonzero(token_bytes >= 0))):
-                raise UserError(f"{tokens.paths[0]} holds the id {unknown[0]}, which the "
-                                f"tokenizer doesn't have")
-            num_bytes = token_bytes[seen].sum()
-        sums += torch.tensor([loss.item() * len(seen), len(seen), num_bytes])
-        if stop and (stopped := any_process(stop.number)):
-            break
-    reshard(model)
-    model.train(training)
-    if stopped:
-        return {}
-    nats, count, num_bytes = sum_over_processes(sums).tolist()
-    result = {"valid_loss": nats / count, "perplexity": math.exp(min(nats / count, 700.0))}
-    if num_bytes:
-        nats_per_byte = nats / num_bytes
-        result |= {"nats_per_byte": nats_per_byte, "bits_per_byte": nats_per_byte / math.log(2)}
-        if tokens.floor:
-            result["floor_nats_per_byte"] = tokens.floor
-    return result
-
-
-def format_evaluation(result: dict[str, float]) -> str:
-    """The result of `evaluate`, human-readable; with `baselines` on a second line."""
-    loss, perplexity = result["valid_loss"], result["perplexity"]
-    text = f"loss {loss:.4f} nats per token, perplexity {perplexity:.2f}"
-    if nats := result.get("nats_per_byte"):
-        text += f", {nats:.4f} nats = {result['bits_per_byte']:.4f} bits per byte"
-        if floor := result.get("floor_nats_per_byte"):
-            text += f"; the floor is {floor:.4f} nats, this is {nats / floor - 1:+.1%}"
-    if "unigram_loss" in result:
-        text += f"\nto compare: token frequencies alone {result['unigram_loss']:.4f} nats"
-    if "lzma_bits_per_byte" in result:
-        text += f" = {result['unigram_bits_per_byte']:.4f} bits per byte, "
-        text += f"lzma {result['lzma_bits_per_byte']:.4f} bits per byte"
-    return text
-
-
-def baselines(
-    tokens: TokenDataset, context_length: int, limit: int, tokenizer: Tokenizer | None
-) -> dict[str, float]:
-    """What `evaluate` can be compared with: two simple models of the tokens that it predicts.
-
-    A unigram model knows how often each token occurs in this text and nothing else. lzma, the
-    method of xz, finds repetitions. A language model that has learned something beats the
-    first clearly; one that beats the second knows more than this text's own repetitions.
-    Without a tokenizer the text is unknown, and only the loss per token can be compared.
-    """
-    T = min(context_length, len(tokens) - 1)
-    starts = evaluation_windows(len(tokens), T, limit)
-    ids = np.concatenate([tokens[start + 1 : start + T + 1] for start in starts])
-    counts = np.unique(ids, return_counts=True)[1]
-    nats = math.log(len(ids)) - (counts * np.log(counts)).sum() / len(ids)  # per token
-    if tokenizer is None:
-        return {"unigram_loss": float(nats)}
-    text = tokenizer.decode_bytes(ids[ids != tokenizer.eot_id].tolist()) or b"\n"
-    # Preset 9 is 6 with a larger dictionary: no gain below 8 MiB, and much more memory.
-    compressed = lzma.compress(text, preset=6 | lzma.PRESET_EXTREME)
-    return {"unigram_loss": float(nats),
-            "unigram_bits_per_byte": float(nats) * len(ids) / len(text) / math.log(2),
-            "lzma_bits_per_byte": 8 * len(compressed) / len(text)}
-
-
-def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
-    """The length in bytes of each token, [V]; end-of-text isn't text: 0; unknown ids: -1."""
-    sizes = {i: len(token) for i, token in tokenizer.vocab.items()} | {tokenizer.eot_id: 0}
-    return np.array([sizes.get(i, -1) for i in range(tokenizer.vocab_size)])
-
-
-def missing_ids(token_bytes: np.ndarray, vocab_size: int) -> np.ndarray:
+def unknown_ids(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
     """Ids of the model that the tokenizer lacks: nothing to write if they are drawn.
 
     A vocabulary is often rounded up, for matmuls of a better size.
-    By hand: id 1 is unknown, and the tokenizer ends at 3.
-
-    >>> missing_ids(np.array([1, -1, 2]), 5).tolist()
-    [1, 3, 4]
     """
-    padded = np.pad(token_bytes, (0, vocab_size), constant_values=-1)
-    return np.flatnonzero(padded[:vocab_size] < 0)
+    ids = [i for i in range(vocab_size) if i not in tokenizer.vocab]
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 # Logging
@@ -4358,23 +4329,22 @@ PEAK_TFLOPS = {
 }
 
 
-def measure_speed(
-    tokens: int, seconds: float, config: ModelConfig, device: torch.device, dtype: torch.dtype
+def gpu_usage(
+    tokens_per_second: float, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Tokens per second of all processes; on a GPU also memory, and MFU if its peak is known.
+    """On a GPU, its memory; and MFU if its peak is known.
 
     MFU (model FLOPs utilization) is the share of the devices' peak that the model's formulas
     need.
     """
-    rate = tokens / max(seconds, 1e-9)
-    result = {"tokens_per_second": round(rate, 1)}
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = [gpu for gpu in PEAK_TFLOPS if re.search(rf"\b{gpu}\b", name)]
-        if known and dtype != torch.float32:
-            peak = PEAK_TFLOPS[known[0]] * 1e12 * get_world_size()
-            result["mfu"] = round(rate * flops_per_token(config) / peak, 4)
-        result["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    if device.type != "cuda":
+        return {}
+    result = {"memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+    name = torch.cuda.get_device_name(device)
+    known = [gpu for gpu in PEAK_TFLOPS if re.search(rf"\b{gpu}\b", name)]
+    if known and dtype != torch.float32:
+        peak = PEAK_TFLOPS[known[0]] * 1e12 * get_world_size()
+        result["mfu"] = round(tokens_per_second * flops_per_token(config) / peak, 4)
     return result
 
 
@@ -4393,9 +4363,9 @@ def format_step(record: dict, max_steps: int, tokens_per_step: int) -> str:
 
 def flags_to_save(*configs: Config) -> dict:
     """Flags as plain values with absolute paths, for a checkpoint, by name."""
-    flags = {field.name: getattr(config, field.name)
-             for config in configs for field in dataclasses.fields(config)  # type: ignore
-             if field.name not in ("outdir", "resume", "tokenizer_path")}  # outdir has a copy
+    omitted = ("given", "outdir", "resume", "tokenizer_path")  # outdir has a copy of the last
+    flags = {name: value for config in configs for name, value in vars(config).items()
+             if name not in omitted}
     return json.loads(json.dumps(flags, default=lambda path: str(path.absolute())))
 
 
@@ -4403,14 +4373,12 @@ def restore_flags(state: dict, *configs: Config) -> None:
     """Give the flags that weren't written the values that they had in a checkpoint's run."""
     saved = state.get("run", {})
     with reading(state["path"], "checkpoint"):
+        check_types(saved, dict.fromkeys(("train_tokens", "valid_tokens"), list | None))
         for config in configs:
-            written = set(saved if config.given is None else config.given)
+            written = {"given", *(saved if config.given is None else config.given)}
             if "lr" in written:
                 written.add("min_lr")  # a tenth of it
-            names = {field.name for field in dataclasses.fields(config)}  # type: ignore
-            for name in names & saved.keys() - written:
-                if name.endswith("_tokens") and not isinstance(saved[name], list | None):
-                    raise UserError(f"{name} is {saved[name]!r}")
+            for name in vars(config).keys() & saved.keys() - written:
                 setattr(config, name, saved[name])
             config.__post_init__()
 
@@ -4457,45 +4425,47 @@ class Metrics:
             self.board.flush()
 
 
-class StopSignal:
-    """Remembers Ctrl-C, SIGTERM or SIGHUP until the loop asks. A second Ctrl-C exits."""
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """The numbers of signals received: Ctrl-C, SIGTERM, SIGHUP. A second Ctrl-C exits."""
+    received: list[int] = []
 
-    def __enter__(self) -> StopSignal:
-        self.number, self.when = 0, 0.0
-        known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-        # What is ignored stays ignored: that's how nohup works.
-        numbers = [n for n in known if n and signal.getsignal(n) != signal.SIG_IGN]
-        self.before = {number: signal.signal(number, lambda *_: None) for number in numbers}
-        # WHY a thread: Python runs a handler between two of its own instructions, and one
-        # backward pass can take a minute. The number of the signal arrives here at once.
-        reader, self.writer = os.pipe()
-        os.set_blocking(self.writer, False)
-        signal.set_wakeup_fd(self.writer)
-        threading.Thread(target=self.listen, args=(reader,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        signal.set_wakeup_fd(-1)
-        os.close(self.writer)
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def listen(self, reader: int) -> None:
+    def listen(reader: int) -> None:
         with open(reader, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
-                self.handle(number[0])
+                if not received:
+                    start = time.monotonic()
+                    log("stopping after this step; Ctrl-C again to leave without saving")
+                # torchrun and the terminal may both pass on one Ctrl-C: hence one second.
+                elif number[0] == signal.SIGINT and time.monotonic() - start > 1:
+                    os._exit(128 + number[0])
+                received.append(number[0])
 
-    def handle(self, number: int) -> None:
-        # torchrun and the terminal may both pass on one Ctrl-C: hence the second of grace.
-        if self.number and number == signal.SIGINT and time.monotonic() - self.when > 1:
-            os._exit(128 + number)
-        if not self.number:
-            self.number, self.when = number, time.monotonic()
-            log("stopping after this step; Ctrl-C again to leave without saving")
+    # What is ignored stays ignored: that's how nohup works.
+    before = {number: signal.signal(number, lambda *_: None) for number in signal.Signals
+              if number.name in ("SIGINT", "SIGTERM", "SIGHUP")
+              and signal.getsignal(number) != signal.SIG_IGN}
+    # WHY a thread: Python runs a handler between two of its own instructions, and one
+    # backward pass can take a minute. The number of the signal arrives in the pipe at once.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    threading.Thread(target=listen, args=(reader,), daemon=True).start()
+    try:
+        yield received
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(writer)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # The run
 # -------
+
+# What a resumed run must know to log as if it had never stopped: the sum of the losses since
+# the last line of the log, and the best validation loss.
+PROGRESS = {"loss_sum": 0.0, "num_losses": 0, "best_loss": math.inf, "best_step": 0}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -4510,8 +4480,8 @@ class Trainer:
     device: torch.device
     dtype: torch.dtype
     tokens: TokenDataset
-    valid: TokenDataset | None = None
-    tokenizer: Tokenizer | None = None  # on process 0 only
+    valid: ValidationSet | None = None
+    tokenizer: Tokenizer | None = None
 
     def __post_init__(self) -> None:
         data = self.data
@@ -4533,12 +4503,9 @@ class Trainer:
         self.tokens_per_step = rows * self.model_config.context_length
         self.run_flags = {"rows_per_step": rows, "dtype": str(self.dtype)[6:]}
         self.run_flags |= flags_to_save(self.processes, data, self.optim, self.flags)
-        # The sum of the losses since the last line of the log, and the best validation loss.
-        self.loss_sum, self.num_losses = torch.zeros((), device=self.device), 0
-        self.best_loss, self.best_step = math.inf, 0
-        self.tokenizer_sha256 = self.tokens.tokenizer_sha256 or (
-            self.tokenizer and self.tokenizer.fingerprint())
-        self.token_bytes = broadcast(self.tokenizer and bytes_per_token(self.tokenizer))
+        self.progress: dict[str, Any] = dict(PROGRESS)
+        self.writer = ThreadPoolExecutor(1)
+        self.written: Future | None = None
 
     def step(self, number: int, batches: Iterator) -> tuple[Tensor, Tensor]:
         """One update of the weights, number 1, 2, ...; the loss and the gradient norm."""
@@ -4564,79 +4531,110 @@ class Trainer:
         model.zero_grad()  # under FSDP these aren't the optimizer's
         return total_loss, grad_norm
 
-    def progress(self) -> dict:
-        """Collective: what a resumed run must know to log as if it had never stopped."""
-        mean = sum_over_processes(self.loss_sum).item() / get_world_size()
-        return {"loss_sum": mean, "num_losses": self.num_losses,
-                "best_loss": self.best_loss, "best_step": self.best_step}
+    def save(self, step: int, due: bool, best: bool) -> None:
+        """Collective: write a checkpoint if `due`, the weights as BEST if `best`, or both.
 
-    def restore_progress(self, state: dict) -> None:
-        """Undo `progress`, with the `state` of a checkpoint."""
-        if saved := state.get("progress"):
-            with reading(state["path"], "checkpoint"):
-                self.loss_sum += float(saved["loss_sum"])
-                self.num_losses, self.best_step = (
-                    int(saved[name]) for name in ("num_losses", "best_step"))
-                self.best_loss = float(saved["best_loss"])
-
-    def log_step(self, step: int, norm: Tensor, tokens: int, seconds: float) -> dict:
-        """A row of metrics.jsonl, after a line of the log. Waits for the GPU.
-
-        Raises UserError if too many updates in a row were skipped.
+        Only the copy to host memory happens here; a thread of process 0 writes the files.
         """
-        scaler, lr = self.scaler, self.optimizer.param_groups[0]["lr"]
-        if (skips := int(scaler.consecutive_skips)) >= scaler.MAX_CONSECUTIVE_SKIPS:
-            raise SharedError(f"loss or gradients are not finite since step "
-                              f"{step - skips + 1}: the weights are as they were then; try a "
-                              f"smaller --lr or another --dtype")
-        mean_loss = self.progress()["loss_sum"] / self.num_losses
-        self.loss_sum, self.num_losses = torch.zeros_like(self.loss_sum), 0
-        seen = step * self.tokens_per_step
+        flags = self.flags
+        weights_only = not due or flags.weights_only and step == self.optim.max_steps
+        state = gather_state(self.model, self.params, self.optimizer, weights_only)
+        state |= {"model_config": vars(self.model_config), "step": step,
+                  "scaler": self.scaler.state_dict(), "run": self.run_flags,
+                  "progress": {**self.progress, "loss_sum": self.mean_loss_sum()},
+                  "tokenizer_sha256": self.tokens.tokenizer_sha256 or (
+                      self.tokenizer and self.tokenizer.fingerprint())}
+
+        def write() -> None:
+            if best:
+                weights = {name: x for name, x in state.items() if name != "optimizer"}
+                write_checkpoint(flags.outdir, weights, flags.keep_checkpoints, BEST)
+            if due:
+                write_checkpoint(flags.outdir, state, flags.keep_checkpoints)
+
+        wait_for_main(self.written)  # at most one copy of the state waits for the disk
+        if is_main_process():
+            self.written = self.writer.submit(write)
+
+    def restore(self, saved: dict, start: dict) -> None:
+        """Collective: continue from a checkpoint, or start with its weights.
+
+        Only process 0 has it all, in `saved`; `start` is the same without tensors.
+        """
+        restore_state(saved, self.model, self.params, self.optimizer)
+        if "scaler" in start:
+            self.scaler.load_state_dict(start["scaler"])
+        with reading(start["path"], "checkpoint"):
+            self.progress |= {name: type(PROGRESS[name])(value)
+                              for name, value in start.get("progress", {}).items()}
+        old, new = {"optimizer": "adamw", **start.get("run", {})}, self.run_flags
+        changed = [f"{name} {old[name]} -> {new[name]}" for name in new
+                   if name in old and str(old[name]) != str(new[name])]
+        if changed:
+            log("changed since the checkpoint: " + ", ".join(changed))
+
+    def find_problem(self, step: int, logged: bool) -> BaseException | None:
+        """What must end the run, if anything: a failed save, or too many skipped updates."""
+        if self.written and self.written.done() and (error := self.written.exception()):
+            return error
+        # Asking the scaler waits for the GPU; a step that is logged has waited already.
+        skips = int(self.scaler.consecutive_skips) if logged else 0
+        if skips < self.scaler.MAX_CONSECUTIVE_SKIPS:
+            return None
+        return UserError(f"loss or gradients are not finite since step {step - skips + 1}: the "
+                         "weights are as they were then; try a smaller --lr or another --dtype")
+
+    def mean_loss_sum(self) -> float:
+        """Collective: the sum of the losses since the last log, the mean of all processes."""
+        loss_sum = torch.as_tensor(self.progress["loss_sum"], device=self.device)
+        return sum_over_processes(loss_sum).item() / get_world_size()
+
+    def log_step(self, step: int, grad_norm: Tensor, steps: int, seconds: float) -> dict:
+        """A row of metrics.jsonl, after a line of the log, about the last `steps`."""
+        rate = steps * self.tokens_per_step / max(seconds, 1e-9)
+        seen, mean_loss = step * self.tokens_per_step, self.mean_loss_sum()
         record = {"step": step, "tokens_seen": seen, "epochs": seen / len(self.tokens),
-                  "train_loss": mean_loss, "lr": lr, "grad_norm": norm.item()}
-        record |= measure_speed(tokens, seconds, self.model_config, self.device, self.dtype)
-        record["skipped_steps"] = int(scaler.skipped)
+                  "train_loss": mean_loss / self.progress["num_losses"],
+                  "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
+                  "tokens_per_second": round(rate, 1),
+                  **gpu_usage(rate, self.model_config, self.device, self.dtype),
+                  "skipped_steps": int(self.scaler.skipped)}
+        self.progress |= {"loss_sum": 0.0, "num_losses": 0}
         log(format_step(record, self.optim.max_steps, self.tokens_per_step))
         return record
 
-    def evaluate(self, step: int, stop: StopSignal) -> dict:
-        """The loss on valid_tokens, after the last step also what to compare it with; {} if
-        `stop` has a signal.
-        """
-        valid, flags, T = self.valid, self.flags, self.model_config.context_length
-        assert valid
-        result = evaluate(self.model, valid, self.data.batch_size, flags.eval_windows,
-                          self.autocast, self.token_bytes, stop)
-        if not result:
+    def evaluate(self, step: int, stop: list[int]) -> dict:
+        """A row with the loss on valid_tokens; {} if a signal has come."""
+        flags, progress = self.flags, self.progress
+        assert self.valid
+        loss = self.valid.loss(self.model, self.data.batch_size, self.autocast, stop)
+        if loss is None:
             return {}
-        if step == self.optim.max_steps and is_main_process():
-            result |= baselines(valid, T, flags.eval_windows, self.tokenizer)
-        log(f"step {step}: valid {format_evaluation(result)}")
-        if result["valid_loss"] < self.best_loss:
-            self.best_loss, self.best_step = result["valid_loss"], step
-        elif step - self.best_step == 3 * flags.eval_interval:
-            log(f"the validation loss has not fallen since step {self.best_step}: the model "
-                "may be memorizing; more text, fewer steps or a smaller model would help"
+        compare = step == self.optim.max_steps and is_main_process()
+        report, text = self.valid.report(loss, compare)
+        log(f"step {step}: valid {text}")
+        if loss < progress["best_loss"]:
+            progress |= {"best_loss": loss, "best_step": step}
+        elif step - progress["best_step"] == 3 * flags.eval_interval:
+            log(f"the validation loss has not fallen since step {progress['best_step']}: the "
+                "model may be memorizing; more text, fewer steps or a smaller model would help"
                 f"{'' if flags.keep_best else ', and --keep_best keeps the best weights'}")
-        return {"step": step, **result, "best_valid_loss": self.best_loss}
+        return {"step": step, **report, "best_valid_loss": progress["best_loss"]}
 
     def log_sample(self, step: int) -> None:
         """Collective: a short text by the model as it is now."""
-        tokenizer = self.tokenizer
-        eot = broadcast(tokenizer and tokenizer.eot_id)
-        eot_ids = [] if eot is None else [eot]
-        start = eot_ids or broadcast(tokenizer and tokenizer.encode("\n"))
-        generator = torch.Generator(self.device).manual_seed(1)
-        banned = missing_ids(self.token_bytes, self.model_config.vocab_size)
+        assert (tokenizer := self.tokenizer)
+        eot_ids = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
+        self.model.eval()
         with self.autocast, without_compiling():
-            self.model.eval()
             # No cache: under FSDP only a call of the model gathers its weights.
             ids = list(generate_naive(
-                self.model, start, 100, eot_ids, temperature=0.8, generator=generator,
-                banned=torch.from_numpy(banned).to(self.device)))
+                self.model, eot_ids or tokenizer.encode("\n"), 100, eot_ids, temperature=0.8,
+                generator=torch.Generator(self.device).manual_seed(1),
+                banned=unknown_ids(tokenizer, self.model_config.vocab_size).to(self.device)))
         reshard(self.model)
         self.model.train()
-        log(f"--- sample at step {step} ---\n{tokenizer.decode(ids)}\n---" if tokenizer else "")
+        log(f"--- sample at step {step} ---\n{tokenizer.decode(ids)}\n---")
 
     def log_setup(self, first_step: int) -> None:
         """Two lines about the run."""
@@ -4648,91 +4646,66 @@ class Trainer:
         log(f"{name}, {str(self.dtype)[6:]}{', compiled' * self.processes.compile}, "
             f"{how if size > 1 else 'one process'}: {num_weights:,} weights in "
             f"{self.flags.outdir}, steps {first_step} to {self.optim.max_steps}")
-        rows = self.run_flags["rows_per_step"]
-        log(f"{rows} sequences = {self.tokens_per_step:,} tokens per step: batch_size "
-            f"{data.batch_size} x grad_accum_steps {data.grad_accum_steps} x processes {size}")
+        log(f"{self.run_flags['rows_per_step']} sequences = {self.tokens_per_step:,} tokens "
+            f"per step: batch_size {data.batch_size} x grad_accum_steps "
+            f"{data.grad_accum_steps} x processes {size}")
 
-    def run(self, first_step: int, stop: StopSignal) -> int:
+    def run(self, first_step: int, stop: list[int]) -> int:
         """Train from `first_step` to the last step or a signal; the exit status."""
         flags, data, max_steps = self.flags, self.data, self.optim.max_steps
-        if first_step >= max_steps:
-            log(f"nothing left to do: {flags.outdir} holds a checkpoint of step {first_step}, "
-                f"and --max_steps is {max_steps}")
-            return 0
         self.log_setup(first_step)
-        main = is_main_process()
-        metrics = Metrics(flags.outdir, first_step, flags.tensorboard) if main else None
-        writer, written = ThreadPoolExecutor(1), None
-        problem: BaseException | None = None
+        metrics = is_main_process() and Metrics(flags.outdir, first_step, flags.tensorboard)
         batches = load_batches(
             self.tokens, self.model_config.context_length, range(first_step, max_steps),
             self.device, data.batch_size, data.grad_accum_steps, data.seed, get_rank(),
             get_world_size())
         # Speed is measured since step `timed_from`, without evaluation and saving. The first
         # step compiles and allocates, so the clock starts again after it.
-        start, timed_from = time.monotonic(), first_step
+        seconds, timed_from = 0.0, first_step
         for step in range(first_step + 1, max_steps + 1):
+            start, last, record = time.monotonic(), step == max_steps, {}
             loss, grad_norm = self.step(step, batches)
-            self.loss_sum += loss
-            self.num_losses += 1
-            last, record = step == max_steps, {}
+            self.progress["loss_sum"] += loss
+            self.progress["num_losses"] += 1
             logged = last or step == 1 or step % flags.log_interval == 0
             if logged or step <= first_step + 2:
                 loss.item()  # wait for the GPU before looking at the clock
-            now = time.monotonic()
-            hours = (now - start) * (max_steps - step) / 3600
-            if step == first_step + 2 and hours > 24:
+            seconds += time.monotonic() - start
+            if step == first_step + 2 and (hours := seconds * (max_steps - step) / 3600) > 24:
                 log(f"at this speed the run takes {hours:,.0f} hours; smaller --num_layers, "
                     "--d_model, --d_ff, --context_length or --batch_size or fewer --max_steps "
                     "shorten it")
             if logged:
-                tokens = (step - timed_from) * self.tokens_per_step
-                try:
-                    record = self.log_step(step, grad_norm, tokens, now - start)
-                except UserError as error:
-                    problem = error
+                record = self.log_step(step, grad_norm, step - timed_from, seconds)
             if logged or step == first_step + 1:
-                start, timed_from = now, step
+                seconds, timed_from = 0.0, step
             if self.valid and (last or step % flags.eval_interval == 0):
                 record |= self.evaluate(step, stop)
-            sampling = flags.sample_interval and step % flags.sample_interval == 0
-            if sampling and self.token_bytes is not None:
+            if flags.sample_interval and step % flags.sample_interval == 0:
                 self.log_sample(step)
-            if record and metrics:
+            if metrics and record:
                 metrics.write(record)
-            if written and written.done():
-                problem = problem or written.exception()
             # Whatever ends the run on one process ends it on all, and the weights are saved.
-            stopping = any_process(stop.number or problem)
+            problem = self.find_problem(step, logged)
+            stopping = any_process(stop or problem)
             due = last or stopping or step % flags.save_interval == 0
-            best = flags.keep_best and self.best_step == step
-            for name in [BEST] * best + [""] * due:
-                state = gather_state(self.model, self.params, self.optimizer,
-                                     weights_only=bool(name) or flags.weights_only and last)
-                state |= {"model_config": vars(self.model_config), "step": step,
-                          "scaler": self.scaler.state_dict(), "run": self.run_flags,
-                          "progress": self.progress(),
-                          "tokenizer_sha256": self.tokenizer_sha256}
-                wait_for_main(written)  # at most one copy of the state waits for the disk
-                if main:
-                    written = writer.submit(
-                        write_checkpoint, flags.outdir, state, flags.keep_checkpoints, name)
-            start += time.monotonic() - now
+            best = flags.keep_best and self.progress["best_step"] == step
+            if due or best:
+                self.save(step, due, best)
             if stopping:
                 break
         batches.close()
-        wait_for_main(written)
+        wait_for_main(self.written)
+        problem = problem or self.find_problem(step, logged=False)
 
-        def report() -> None:
-            if written:
-                written.result()  # raises if that checkpoint could not be written
+        def check() -> None:
             if problem:
                 raise problem
 
-        on_every_process(report)
+        on_every_process(check)
         if step < max_steps:
             log(f"stopped by a signal after step {step}; continue with --resume")
-            return 128 + (stop.number or signal.SIGTERM)
+            return 128 + (stop[0] if stop else signal.SIGTERM)
         return 0
 
 
@@ -4994,8 +4967,46 @@ class ModelFlags(ModelConfig):
         self.given = given
 
 
-def load_initial_state(run: RunConfig, optim: LearningConfig) -> dict | None:
-    """What training starts from: a state to resume, a model's weights, or None. Process 0 only.
+# Vocabulary and model for a text: the last line whose MB of text, and minutes on a CPU or on a
+# GPU, are reached. A larger model learns more from a token and takes longer for it; on little
+# text it memorizes.
+SIZES = """
+MB   CPU  GPU  vocab_size context_length num_layers d_model num_heads d_ff batch_size lr
+0    0    0    1024       256            2          128     4         352  8          1e-2
+1    0    0    2048       256            4          128     4         352  8          1e-2
+3    20   0    4096       256            4          256     8         704  16         6e-3
+10   180  0    8192       512            6          384     6         1024 16         4e-3
+50   inf  5    16384      512            8          512     8         1408 32         3e-3
+200  inf  20   32768      512            8          768     12        2048 64         2e-3
+"""
+
+
+def choose_size(megabytes: float, minutes: float, device: str) -> dict[str, str]:
+    """The line of SIZES for so much text and time, by name.
+
+    >>> choose_size(4.0, 60, "cpu")["d_model"], choose_size(4.0, 5, "cpu")["d_model"]
+    ('256', '128')
+    """
+    names, *lines = (line.split() for line in SIZES.strip().splitlines())
+    sizes = [dict(zip(names, line)) for line in lines]
+    column = "GPU" if device == "cuda" else "CPU"
+    return [size for size in sizes
+            if float(size["MB"]) <= megabytes and float(size[column]) <= minutes][-1]
+
+
+def small_defaults(given: Collection[str]) -> dict[str, int]:
+    """Shape and batch size for a CPU, too slow for the usual ones; {} if any is `given`.
+
+    >>> small_defaults(["vocab_size"])["num_layers"], small_defaults(["num_layers"])
+    (4, {})
+    """
+    size = choose_size(1.0, 0.0, "cpu")
+    small = {name: int(size[name]) for name in list(size)[4:-1]}  # context_length to batch_size
+    return {} if {*small, "num_kv_heads"} & {*given} else small
+
+
+def load_start(run: RunConfig) -> dict:
+    """What training starts from: a state to resume, a model's weights, or {}. Process 0 only.
 
     Raises UserError rather than mix a fresh run with the files of another.
     """
@@ -5005,56 +5016,57 @@ def load_initial_state(run: RunConfig, optim: LearningConfig) -> dict | None:
                         f"choose another --outdir")
     if run.resume:
         if state := load_newest(run.outdir):
-            restore_flags(state, optim)
-            if "optimizer" not in state and state["step"] < optim.max_steps:
-                raise UserError(f"{state['path']} has no optimizer state (--weights_only): "
-                                "start from it with --init_from, or remove it")
-            return {**state, "resuming": True}
+            return {**state, "resumable": "optimizer" in state}
         log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
     if not run.init_from:
-        return None
+        return {}
     state = load_any_checkpoint(run.init_from)
     model_from_checkpoint(state)  # raises UserError if weights and shape don't match
-    return {**state, "optimizer": None, "resuming": False}
+    kept = {"model", "model_config", "path", "tokenizer_sha256"} & state.keys()
+    return {"step": 0, **{name: state[name] for name in kept}}
 
 
-def resolve_model_config(written: dict, given: dict | None) -> ModelConfig:
-    """The shape in `written`, the user's flags, or the model's in `given`, if they agree.
+def resolve_model_config(written: dict, start: dict) -> ModelConfig:
+    """The shape in `written`, the user's flags, or the model's in `start`, if they agree.
 
     context_length may differ for --init_from, because no weight depends on it.
 
-    >>> given = {"model_config": vars(ModelConfig(500, 64, 2, 32, 2, 64)), "resuming": False}
-    >>> config = resolve_model_config({"context_length": 128, "num_layers": 2}, given)
+    >>> start = {"model_config": vars(ModelConfig(500, 64, 2, 32, 2, 64)), "step": 0}
+    >>> config = resolve_model_config({"context_length": 128, "num_layers": 2}, start)
     >>> config.context_length, config.d_model
     (128, 32)
     """
     automatic = (("vocab_size", 0), ("num_kv_heads", 0))
     written = {k: v for k, v in written.items() if (k, v) not in automatic}
-    if given is None:
+    if not start:
         return ModelConfig(**written)
-    shape = vars(ModelConfig(**given["model_config"]))  # old checkpoints lack newer fields
+    shape = vars(ModelConfig(**start["model_config"]))  # old checkpoints lack newer fields
     for name, value in written.items():
-        if value != shape[name] and (name != "context_length" or given["resuming"]):
-            raise UserError(f"--{name} is {value}, but the model in {given['path']} has "
+        if value != shape[name] and (name != "context_length" or start["step"]):
+            raise UserError(f"--{name} is {value}, but the model in {start['path']} has "
                             f"{shape[name]}")
     return ModelConfig(**{**shape, **written})
 
 
-def prepare_outdir(
-    outdir: Path, path: Path | None, tokens: TokenDataset, stack: contextlib.ExitStack
-) -> Tokenizer | None:
-    """Make outdir with a copy of the tokenizer at `path`, and return it. Process 0 only.
+def load_tokenizer(path: Path | None, hashes: dict, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer at `path`, if any. Raises UserError if another made what has `hashes`."""
+    tokenizer = Tokenizer.load(path) if path else None
+    check_same_tokenizer({**hashes, path: tokenizer.fingerprint() if tokenizer else None})
+    if tokenizer and tokenizer.vocab_size > vocab_size:
+        raise UserError(f"{path} has more ids than the model: {tokenizer.vocab_size}, not "
+                        f"{vocab_size}")
+    return tokenizer
 
-    Raises UserError unless this tokenizer encoded `tokens`, or if another run uses outdir; no
-    other can until `stack` is closed.
+
+def prepare_outdir(
+    outdir: Path, tokenizer: Tokenizer | None, stack: contextlib.ExitStack
+) -> None:
+    """Make outdir, with a copy of the tokenizer; process 0 does.
+
+    Raises UserError if another run uses outdir; no other can until `stack` is closed.
     """
-    tokenizer = None
-    if path:
-        tokenizer = Tokenizer.load(path)
-        check_same_tokenizer({path: tokenizer.fingerprint(),
-                              tokens.paths[0]: tokens.tokenizer_sha256})
-        if tokenizer.vocab_size > tokens.vocab_size:
-            raise UserError(f"{tokens.paths[0]} belongs to another tokenizer than {path}")
+    if not is_main_process():
+        return
     outdir.mkdir(parents=True, exist_ok=True)
     if os.name == "posix":
         import fcntl
@@ -5070,76 +5082,88 @@ def prepare_outdir(
         left_over.unlink()
     if tokenizer:
         tokenizer.save(outdir / "tokenizer.json")
-    return tokenizer
+
+
+def open_run(
+    start: dict, data: DataConfig, model_flags: ModelFlags, optim: LearningConfig,
+    run: RunConfig, device: torch.device,
+) -> tuple[ModelConfig, TokenDataset, ValidationSet | None, Tokenizer | None]:
+    """Settle the flags and open the files: shape, training data, validation data, tokenizer.
+
+    Only process 0 gets the tokenizer. Raises UserError unless all of them fit each other.
+    """
+    written, small = model_flags.given or {}, dict[str, int]()
+    if start.get("step"):
+        restore_flags(start, data, optim, run)
+        if not start["resumable"] and start["step"] < optim.max_steps:
+            raise UserError(f"{start['path']} has no optimizer state (--weights_only): start "
+                            "from it with --init_from, or remove it")
+    elif not start and device.type == "cpu":
+        small = small_defaults({*written, *(data.given or ())})
+        data.batch_size = small.pop("batch_size", data.batch_size)
+    config = resolve_model_config({**written, **small}, start)
+    if not data.train_tokens:
+        raise UserError("--train_tokens is required: token files to learn from")
+    tokens, valid, tokenizer = TokenDataset(data.train_tokens, config.vocab_size), None, None
+    tokens.check_length(config.context_length)
+    config.vocab_size = tokens.vocab_size
+    datasets = [tokens]
+    if data.valid_tokens:
+        datasets.append(TokenDataset(data.valid_tokens, config.vocab_size))
+    for dataset in datasets:
+        dataset.check_ids(get_rank(), get_world_size())
+    if is_main_process():
+        path = data.tokenizer_path or (start and tokenizer_beside(Path(start["path"])))
+        if run.sample_interval and not path:
+            raise UserError("--sample_interval needs --tokenizer_path")
+        hashes: dict[Any, Any] = {x.paths[0]: x.tokenizer_sha256 for x in datasets}
+        hashes[start.get("path")] = start.get("tokenizer_sha256")
+        tokenizer = load_tokenizer(path or None, hashes, config.vocab_size)
+    if data.valid_tokens:
+        valid = ValidationSet(
+            datasets[1], config.context_length, run.eval_windows, tokenizer)
+    if small:
+        flags = " ".join(f"--{name} {value}" for name, value in small.items())
+        log(f"on a CPU the defaults are small: {flags} --batch_size {data.batch_size}")
+    return config, tokens, valid, tokenizer
 
 
 def train(
     data: DataConfig, model_flags: ModelFlags, optim: LearningConfig, run: RunConfig,
     devices: DeviceConfig, processes: ProcessConfig,
 ) -> int:
-    """Train a Transformer on token files. Under torchrun, on many devices."""
+    """Train a Transformer on token files. Under torchrun, on many devices.
+
+    On a CPU, if neither the model's shape nor --batch_size is given, both are small.
+    """
     use_cuda = devices.device != "cpu" and torch.cuda.is_available()
     with (
         process_group(torch.device("cuda" if use_cuda else "cpu")),
-        StopSignal() as stop,
+        catch_signals() as stop,
         contextlib.ExitStack() as stack,
     ):
         on_every_process(processes.check)
         device = on_every_process(lambda: pick_device(devices.device))
         dtype = on_every_process(lambda: pick_dtype(devices.dtype, device))
-        # Process 0 alone reads and writes outdir and init_from, and tells the others what it
-        # found. Token files are read by all.
-        main = is_main_process()
-        saved = on_every_process(
-            lambda: load_initial_state(run, optim) if main else None)
-        tensors = ("model", "optimizer")
-        given = broadcast(saved and {k: saved[k] for k in saved if k not in tensors})
-
-        if resuming := bool(given and given["resuming"]):
-            restore_flags(given, data, optim, run)
-
-        def open_tokens() -> tuple[ModelConfig, TokenDataset, TokenDataset | None]:
-            config = resolve_model_config(model_flags.given or {}, given)
-            if not data.train_tokens:
-                raise UserError("--train_tokens is required: token files to learn from")
-            tokens = TokenDataset(data.train_tokens, config.vocab_size)
-            tokens.check_length(config.context_length)
-            config.vocab_size, valid = tokens.vocab_size, None
-            if data.valid_tokens:
-                valid = TokenDataset(data.valid_tokens, tokens.vocab_size)
-                valid.check_length(1)
-            check_same_tokenizer({
-                tokens.paths[0]: tokens.tokenizer_sha256,
-                valid.paths[0] if valid else "": valid.tokenizer_sha256 if valid else None,
-                **({given["path"]: given.get("tokenizer_sha256")} if given else {})})
-            for dataset in (tokens, valid):
-                if dataset:
-                    dataset.check_ids(get_rank(), get_world_size())
-            return config, tokens, valid
-
-        config, tokens, valid = on_every_process(open_tokens)
-        path = data.tokenizer_path or (given and tokenizer_beside(Path(given["path"])))
-        if run.sample_interval and not path:
-            raise SharedError("--sample_interval needs --tokenizer_path")
-        tokenizer = on_every_process(
-            lambda: prepare_outdir(run.outdir, path, tokens, stack) if main else None)
+        # Process 0 alone reads and writes outdir, and reads init_from and the tokenizer; it
+        # tells the others what it found. Token files are read by all.
+        saved = on_every_process(lambda: load_start(run) if is_main_process() else {})
+        start = broadcast({k: x for k, x in saved.items() if k not in ("model", "optimizer")})
+        config, tokens, valid, tokenizer = on_every_process(
+            lambda: open_run(start, data, model_flags, optim, run, device))
+        if (first_step := start.get("step", 0)) >= optim.max_steps:
+            log(f"nothing left to do: {run.outdir} holds a checkpoint of step {first_step}, "
+                f"and --max_steps is {optim.max_steps}")
+            return 0
+        on_every_process(lambda: prepare_outdir(run.outdir, tokenizer, stack))
         trainer = Trainer(
             model_config=config, data=data, optim=optim, flags=run, processes=processes,
-            device=device, dtype=dtype, tokens=tokens, valid=valid, tokenizer=tokenizer)
-        if given:
-            restore_state(saved, trainer.model, trainer.params, trainer.optimizer)
+            device=device, dtype=dtype, tokens=tokens, valid=valid,
+            tokenizer=broadcast(tokenizer))
+        if start:
+            trainer.restore(saved, start)
         saved = None  # frees its tensors
-        if not resuming:
-            return trainer.run(0, stop)
-        trainer.restore_progress(given)
-        if "scaler" in given:
-            trainer.scaler.load_state_dict(given["scaler"])
-        old, new = {"optimizer": "adamw", **given.get("run", {})}, trainer.run_flags
-        changed = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and
-                   str(old[k]) != str(new[k])]
-        if changed:
-            log("changed since the checkpoint: " + ", ".join(changed))
-        return trainer.run(given["step"], stop)
+        return trainer.run(first_step, stop)
 
 
 # eval, generate, export
@@ -5154,22 +5178,17 @@ class SavedModelConfig(Config):
         ..., "a checkpoint, a run's directory, or a Hugging Face Llama directory")
     tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
 
-    def tokenizer(self, state: dict, required: bool = True) -> Any:
-        """The tokenizer that was named, or else the one beside the checkpoint, if any.
-
-        Raises UserError if the model in `state` was trained with another.
-        """
+    def load(
+        self, *how: Any, need_tokenizer: bool = True
+    ) -> tuple[dict, TransformerWithLoss, Any]:
+        """The checkpoint; its model, made as `how` says; and the tokenizer, perhaps None."""
+        state = load_any_checkpoint(self.checkpoint)
+        model = model_from_checkpoint(state, *how)
         path = self.tokenizer_path or tokenizer_beside(self.checkpoint)
-        if required and not path:
+        if need_tokenizer and not path:
             raise UserError(f"no tokenizer beside {self.checkpoint}: give --tokenizer_path")
-        if not path:
-            return None
-        tokenizer = Tokenizer.load(path)
-        check_same_tokenizer({path: tokenizer.fingerprint(),
-                              self.checkpoint: state.get("tokenizer_sha256")})
-        if tokenizer.vocab_size > state["model_config"]["vocab_size"]:
-            raise UserError(f"{path} has more ids than the model in {self.checkpoint}")
-        return tokenizer
+        hashes = {self.checkpoint: state.get("tokenizer_sha256")}
+        return state, model, load_tokenizer(path, hashes, model.config.vocab_size)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -5189,24 +5208,23 @@ def evaluate_command(config: EvalConfig, devices: DeviceConfig) -> None:
         raise UserError("give either --valid_tokens or --text_path")
     device = pick_device(devices.device)
     autocast = make_autocast(device, pick_dtype(devices.dtype, device))
-    state = load_any_checkpoint(config.checkpoint)
-    model = model_from_checkpoint(state, device, context_length=config.context_length)
-    tokenizer = config.tokenizer(state, required=bool(config.text_path))
+    state, model, tokenizer = config.load(
+        device, torch.float32, config.context_length, need_tokenizer=bool(config.text_path))
     with tempfile.TemporaryDirectory() as directory:
         paths = config.valid_tokens or [Path(directory) / "text.bin"]
-        if config.text_path and tokenizer:
+        if config.text_path:
             encode_file(tokenizer, config.text_path, paths[0])
         tokens = TokenDataset(paths, model.config.vocab_size)
         check_same_tokenizer({tokens.paths[0]: tokens.tokenizer_sha256,
-                              config.checkpoint: state.get("tokenizer_sha256")
-                              or (tokenizer.fingerprint() if tokenizer else None)})
-        token_bytes = bytes_per_token(tokenizer) if tokenizer else None
-        result = evaluate(model, tokens, config.batch_size, config.eval_windows, autocast,
-                          token_bytes)
-        result |= baselines(
+                              config.checkpoint: state.get("tokenizer_sha256"),
+                              "the tokenizer": tokenizer and tokenizer.fingerprint()})
+        valid = ValidationSet(
             tokens, model.config.context_length, config.eval_windows, tokenizer)
-    log(format_evaluation(result))
-    print(json_line(result))
+        loss = valid.loss(model, config.batch_size, autocast)
+        assert loss is not None  # no signal stops it
+        report, text = valid.report(loss, compare=True)
+    log(text)
+    print(json_line(report))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -5249,18 +5267,16 @@ def generate_command(config: GenerateConfig, devices: DeviceConfig) -> None:
     """Write text with a trained model."""
     device = pick_device(devices.device)
     dtype = pick_dtype(devices.dtype, device)
-    state = load_any_checkpoint(config.checkpoint)
-    model = model_from_checkpoint(state, device, dtype, config.context_length)
+    state, model, tokenizer = config.load(device, dtype, config.context_length)
     use_all_cores(model)
     decoder = CUDAGraphDecoder if device.type == "cuda" else CachedModel
-    tokenizer = config.tokenizer(state)
     eot = tokenizer.eot_id
     eos = state.get("special_ids", {}).get("eos_token_id", eot)  # a number, a list or None
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    banned = missing_ids(bytes_per_token(tokenizer), model.config.vocab_size)
     how: dict[str, Any] = {
         "eos_ids": eos_ids, "temperature": config.temperature, "top_k": config.top_k,
-        "top_p": config.top_p, "banned": torch.from_numpy(banned).to(device)}
+        "top_p": config.top_p,
+        "banned": unknown_ids(tokenizer, model.config.vocab_size).to(device)}
     seeds = itertools.count(torch.seed() % 2**32 if config.seed is None else config.seed)
     for prompts in read_prompts(config):
         texts = [prompt for prompt in prompts for _ in range(config.num_samples)]
@@ -5297,9 +5313,8 @@ def export(config: ExportConfig) -> None:
     if checkpoints_in(config.outdir) or config.outdir.resolve() == config.checkpoint.resolve():
         raise UserError(f"{config.outdir} holds a model that the export would hide: choose "
                         f"another --outdir")
-    state = load_any_checkpoint(config.checkpoint)
-    model_from_checkpoint(state)  # raises UserError if weights and shape don't match
-    save_hf_model(state, config.tokenizer(state), config.outdir, config.dtype)
+    state, _, tokenizer = config.load()
+    save_hf_model(state, tokenizer, config.outdir, config.dtype)
     log(f"{config.outdir}: load it with AutoModelForCausalLM.from_pretrained")
 
 
@@ -5364,63 +5379,9 @@ class DemoConfig(Config):
         None, "optimizer steps (default: 1200, or as many as --minutes allow)", 1)
 
 
-TOKENIZE = """
-bpe-train --file_path {train_text} --special_tokens_path {special} --vocab_size {vocab_size}
-    --tokenizer_out_path {out}/tokenizer.json
-bpe-encode --dataset_path {train_text} --tokenizer_path {out}/tokenizer.json
-    --out_path {out}/train.bin --append_eot
-bpe-encode --dataset_path {valid_text} --tokenizer_path {out}/tokenizer.json
-    --out_path {out}/valid.bin --append_eot
-"""
-TRAIN = """
-train --train_tokens {out}/train.bin --valid_tokens {out}/valid.bin --outdir {run}
-    --tokenizer_path {out}/tokenizer.json {shape} --max_steps {max_steps}
-"""
-EVALUATE_AND_WRITE = """
-eval --checkpoint {model} --valid_tokens {out}/valid.bin
-generate --checkpoint {model} --prompt {prompt} --seed 1
-"""
-DEMO_SHAPE = (
+DEMO_FLAGS = (
     "--context_length 512 --num_layers 2 --d_model 128 --num_heads 4 --d_ff 256 --batch_size 4 "
     "--optimizer muon --lr 1e-2 --min_lr 1e-5 --log_interval 50 --eval_interval 400")
-# Vocabulary and model for one's own text: the last line whose MB of text, and minutes on a CPU
-# or on a GPU, are reached. A larger model learns more from a token and takes longer for it; on
-# little text it memorizes.
-SIZES = """
-MB   CPU  GPU  vocab_size context_length num_layers d_model num_heads d_ff batch_size lr
-0    0    0    1024       256            2          128     4         352  8          1e-2
-1    0    0    2048       256            4          128     4         352  8          1e-2
-3    20   0    4096       256            4          256     8         704  16         6e-3
-10   180  0    8192       512            6          384     6         1024 16         4e-3
-50   inf  5    16384      512            8          512     8         1408 32         3e-3
-200  inf  20   32768      512            8          768     12        2048 64         2e-3
-"""
-
-
-def choose_size(megabytes: float, minutes: float, device: str) -> dict[str, str]:
-    """The line of SIZES for so much text and time, by name.
-
-    >>> choose_size(4.0, 60, "cpu")["d_model"], choose_size(4.0, 5, "cpu")["d_model"]
-    ('256', '128')
-    """
-    names, *lines = (line.split() for line in SIZES.strip().splitlines())
-    sizes = [dict(zip(names, line)) for line in lines]
-    column = "GPU" if device == "cuda" else "CPU"
-    return [size for size in sizes
-            if float(size["MB"]) <= megabytes and float(size[column]) <= minutes][-1]
-
-
-def show_and_run(commands: str, **values: Any) -> int:
-    """Run commands, one a line, showing each, until one fails; its exit status, or 0."""
-    quiet = ["--quiet"] * (not Progress.enabled)
-    words = {name: shlex.quote(str(value)) if isinstance(value, Path) else value
-             for name, value in values.items()}
-    for command in filter(None, commands.replace("\n    ", " ").splitlines()):
-        argv = shlex.split(command.format(**words))
-        log("\n$ python scratchformer.py " + shlex.join(argv))
-        if status := main(argv + quiet):
-            return status
-    return 0
 
 
 def demo(config: DemoConfig) -> int:
@@ -5438,45 +5399,59 @@ def demo(config: DemoConfig) -> int:
     for old in (out / "run", out / "trial"):
         for path in (*checkpoints_in(old), old / BEST, old / "metrics.jsonl"):
             path.unlink(missing_ok=True)
-    if config.text_path:
-        return demo_on_own_text(config, out)
-    data, steps = Path(__file__).parent / "data", config.max_steps or 1200
-    if not data.is_dir():
-        raise UserError("the demo's stories aren't installed: run it in a clone of the source")
-    return show_and_run(
-        TOKENIZE + TRAIN + EVALUATE_AND_WRITE, out=out, vocab_size=1536,
-        train_text=data / "stories-train.txt", valid_text=data / "stories-valid.txt",
-        special=data / "special_tokens.txt", model=out / "run", prompt="Once",
-        run=out / "run", shape=f"{DEMO_SHAPE} --warmup_steps {steps // 40}", max_steps=steps)
+    quiet = ["--quiet"] * (not Progress.enabled)
+    for command in demo_commands(config, out):
+        argv = shlex.split(command)
+        log("\n$ python scratchformer.py " + shlex.join(argv))
+        if status := main(argv + quiet):
+            return status
+    return 0
 
 
-def demo_on_own_text(config: DemoConfig, out: Path) -> int:
-    """Split, tokenize, choose a size, measure its speed, train for `minutes`, try the model."""
-    minutes, device = config.minutes or 5.0, pick_device("auto").type
-    text = shlex.join(map(str, config.text_path or []))
-    if status := show_and_run("split --text_path {text} --outdir {out}", text=text,
-                              out=out):
-        return status
-    megabytes = (out / "train.txt").stat().st_size / 1e6
-    size = choose_size(megabytes, minutes, device)
-    shape = " ".join(f"--{name} {value}" for name, value in list(size.items())[4:])
-    shape += " --optimizer muon"
-    log(f"\n{megabytes:.1f} MB, {minutes:g} minutes, {device}: {size['num_layers']} blocks of "
-        f"width {size['d_model']}; a few steps show how fast it is")
-    values = {"out": out, "train_text": out / "train.txt", "valid_text": out / "valid.txt",
-              "special": out / "special_tokens.txt", "vocab_size": size["vocab_size"]}
-    if status := show_and_run(TOKENIZE + TRAIN, run=out / "trial", max_steps=8,
-                              shape=shape + " --eval_windows 8", **values):
-        return status
-    last = json.loads((out / "trial" / "metrics.jsonl").read_text().splitlines()[-1])
-    tokens = 60 * minutes * last["tokens_per_second"] * 0.9  # the rest is for evaluation
-    # More than some 16 epochs teach little (Muennighoff et al. 2023, arXiv 2305.16264, 6).
-    tokens = min(tokens, 16 * last["tokens_seen"] / last["epochs"])
-    steps = config.max_steps or round(tokens * last["step"] / last["tokens_seen"]) or 1
-    shape += f" --keep_best --eval_windows 128 --eval_interval {steps // 10 or 1}"
-    return show_and_run(TRAIN + EVALUATE_AND_WRITE, run=out / "run", max_steps=steps,
-                        shape=f"{shape} --log_interval {steps // 40 or 1}",
-                        model=out / "run" / BEST, prompt="''", **values)
+def demo_commands(config: DemoConfig, out: Path) -> Iterator[str]:
+    """The demo's commands, in order. Each has run when the next one is asked for."""
+    here, own = shlex.quote(str(out)), config.text_path
+    if own:
+        yield f"split --text_path {shlex.join(map(str, own))} --outdir {here}"
+        minutes, device = config.minutes or 5.0, pick_device("auto").type
+        megabytes = (out / "train.txt").stat().st_size / 1e6
+        size = choose_size(megabytes, minutes, device)
+        log(f"\n{megabytes:.1f} MB, {minutes:g} minutes, {device}: {size['num_layers']} blocks "
+            f"of width {size['d_model']}; a few steps show how fast it is")
+        flags = " ".join(f"--{name} {value}" for name, value in list(size.items())[4:])
+        flags, vocab_size = f"{flags} --optimizer muon", size["vocab_size"]
+        folder, texts, model, prompt = here, f"{here}/", f"{here}/run/{BEST}", "''"
+    else:
+        data = Path(__file__).parent / "data"
+        if not data.is_dir():
+            raise UserError("the demo's stories aren't installed: run it in a clone of the "
+                            "source")
+        folder, flags, vocab_size = shlex.quote(str(data)), DEMO_FLAGS, "1536"
+        texts, model, prompt = f"{folder}/stories-", f"{here}/run", "Once"
+    tokenizer = f"{here}/tokenizer.json"
+    yield (f"bpe-train --file_path {texts}train.txt --vocab_size {vocab_size} "
+           f"--special_tokens_path {folder}/special_tokens.txt "
+           f"--tokenizer_out_path {tokenizer}")
+    for part in ("train", "valid"):
+        yield (f"bpe-encode --dataset_path {texts}{part}.txt --tokenizer_path {tokenizer} "
+               f"--out_path {here}/{part}.bin --append_eot")
+    train = (f"train --train_tokens {here}/train.bin --valid_tokens {here}/valid.bin "
+             f"--tokenizer_path {tokenizer} {flags}")
+    if own:
+        yield f"{train} --outdir {here}/trial --max_steps 8 --eval_windows 8"
+        last = json.loads((out / "trial" / "metrics.jsonl").read_text().splitlines()[-1])
+        tokens = 60 * minutes * last["tokens_per_second"] * 0.9  # the rest is for evaluation
+        # More than some 16 epochs teach little (Muennighoff et al. 2023, arXiv 2305.16264, 6).
+        tokens = min(tokens, 16 * last["tokens_seen"] / last["epochs"])
+        steps = config.max_steps or round(tokens * last["step"] / last["tokens_seen"]) or 1
+        train += (f" --keep_best --eval_windows 128 --eval_interval {steps // 10 or 1} "
+                  f"--log_interval {steps // 40 or 1}")
+    else:
+        steps = config.max_steps or 1200
+        train += f" --warmup_steps {steps // 40}"
+    yield f"{train} --outdir {here}/run --max_steps {steps}"
+    yield f"eval --checkpoint {model} --valid_tokens {here}/valid.bin"
+    yield f"generate --checkpoint {model} --prompt {prompt} --seed 1"
 
 
 COMMANDS |= {"train": train, "eval": evaluate_command, "generate": generate_command,

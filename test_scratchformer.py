@@ -73,21 +73,19 @@ from scratchformer import (
     Transformer,
     TransformerWithLoss,
     UserError,
+    ValidationSet,
     adamw_reference,
     apply_rope,
     atomic_write,
     attention_reference,
-    baselines,
     build_model,
     build_vocab,
-    bytes_per_token,
     bytes_to_text,
     checkpoints_in,
     count_files,
     count_pretokens,
     cross_entropy,
     encode_file,
-    evaluate,
     find_pretokens,
     gather_state,
     generate,
@@ -3111,6 +3109,30 @@ def test_resume_needs_no_other_flag(toy, tmp_path, capsys):
     assert "--num_layers is 3, but the model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags, small", [
+    ("", True),
+    ("--vocab_size 300 --tie_embeddings", True),
+    ("--batch_size 1 --context_length 4 --num_layers 1", False),  # the rest is large
+    ("--init_from {toy}/run --context_length 8", False),
+])  # fmt: skip
+def test_a_cpu_gets_a_small_model_unless_shape_or_batch_are_given(
+    toy, tmp_path, capsys, flags, small
+):
+    do(f"train --train_tokens {toy / 'train.bin'} --outdir {tmp_path} --device cpu "
+       "--max_steps 1", flags.format(toy=toy))  # fmt: skip
+    error, state = capsys.readouterr().err, load_checkpoint(tmp_path)
+    shape = {name: state["model_config"][name] for name in ("num_layers", "d_model", "d_ff")}
+    batch_size = 1 if "--batch_size" in flags else 8 if small else 64
+    assert state["run"]["batch_size"] == batch_size
+    assert small == ("--num_layers 4 --d_model 128 --num_heads 4 --d_ff 352 --b" in error)
+    assert small == (shape == {"num_layers": 4, "d_model": 128, "d_ff": 352})
+    if small:  # and resumes with them
+        do(f"train --resume --outdir {tmp_path} --device cpu --max_steps 2")
+        error = capsys.readouterr().err
+        assert "batch_size 8 x" in error and "defaults are" not in error
+        assert "batch_size 8 ->" not in error
+
+
 def test_train_without_tokens_says_what_is_missing(tmp_path, capsys):
     assert "--train_tokens is required" in refused(capsys, tmp_path, "train --device cpu")
 
@@ -3172,10 +3194,11 @@ def test_evaluation_and_samples_are_without_dropout_and_training_is_with_it(toy,
 
     modes, tokens = [], TokenDataset([toy / "valid.bin"])
     model = Dropping(dataclasses.replace(TINY_MODEL, vocab_size=280))
-    evaluate(model, tokens, 16, limit=4)
+    valid = ValidationSet(tokens, model.config.context_length, limit=4)
+    valid.loss(model, 16)
     validation_loss(model, tokens[:100])
     assert modes and not any(modes) and model.training
-    evaluate(model.eval(), tokens, 16, limit=4)
+    valid.loss(model.eval(), 16)
     assert not model.training
 
 
@@ -3183,11 +3206,32 @@ def test_baselines_by_hand(tmp_path):
     """Four tokens, half of them one and a quarter each of two others: 1.5 bits per token."""
     tokenizer = tokenizer_from("", 0)
     tokens = TokenDataset([token_file(tmp_path / "t.bin", [9, *b"aabc" * 500])], 256)
-    result = baselines(tokens, 16, 0, tokenizer)
+    valid = ValidationSet(tokens, 16, 0, tokenizer)
+    result, text = valid.report(loss=math.log(2), compare=True)
+    assert (result["perplexity"], result["bits_per_byte"]) == pytest.approx((2, 1))
     assert result["unigram_loss"] == pytest.approx(1.5 * math.log(2))
     assert result["unigram_bits_per_byte"] == pytest.approx(1.5)
     assert result["lzma_bits_per_byte"] < 0.5  # some 80 bytes of header and little else
-    assert baselines(tokens, 16, 0, None) == {"unigram_loss": result["unigram_loss"]}
+    assert "alone 1.0397 nats = 1.5000 bits per byte, lzma 0." in text
+    assert valid.report(1.0)[0].keys().isdisjoint({"unigram_loss", "lzma_bits_per_byte"})
+    without_text, _ = ValidationSet(tokens, 16, 0, None).report(1.0, compare=True)
+    assert without_text.keys() == {"valid_loss", "perplexity", "unigram_loss"}
+
+
+def test_windows_to_evaluate_on_are_end_to_end_or_spread_evenly(tmp_path):
+    tokens = TokenDataset([token_file(tmp_path / "t.bin", range(12))], 12)
+    assert ValidationSet(tokens, 2).starts.tolist() == [0, 2, 4, 6, 8, 10]
+    assert ValidationSet(tokens, 2, 3).starts.tolist() == [0, 4, 10]
+
+
+def test_ids_that_the_tokenizer_lacks_are_refused_before_the_run(toy, tmp_path, capsys):
+    """As of a vocabulary that was rounded up: how many bytes would they be?"""
+    for name, last in (("train", 7), ("valid", 290)):
+        token_file(tmp_path / f"{name}.bin", [*GOOD, *range(99), last])
+    argv = ["train", *TINY, f"--tokenizer_path {toy / 'tokenizer.json'} --vocab_size 300",
+            f"--train_tokens {tmp_path / 'train.bin'} --valid_tokens {tmp_path / 'valid.bin'}",
+            f"--outdir {tmp_path / 'run'} --max_steps 9"]  # fmt: skip
+    assert "id 290 is not in the vocabulary of 280" in refused(capsys, tmp_path, *argv)
 
 
 def losses_of_windows(model, tokens, T):
@@ -3210,10 +3254,11 @@ def test_the_loss_is_the_mean_over_all_tokens(toy, tmp_path, length):
     expected = losses_of_windows(model, tokens, 64)
     assert sum(count for _, count in expected) == len(ids) - 1
     mean = sum(loss * count for loss, count in expected) / (len(ids) - 1)
-    token_bytes = bytes_per_token(tokenizer := Tokenizer.load(toy / "tokenizer.json"))
+    tokenizer = Tokenizer.load(toy / "tokenizer.json")
+    valid = ValidationSet(tokens, 64, 0, tokenizer)
     size = len(tokenizer.decode_bytes(ids[1:].tolist()).replace(END_OF_TEXT.encode(), b""))
     for batch_size in (1, 3, 16):
-        result = evaluate(model, tokens, batch_size, token_bytes=token_bytes)
+        result, _ = valid.report(valid.loss(model, batch_size))
         assert result["valid_loss"] == pytest.approx(mean, rel=1e-5)
         assert result["nats_per_byte"] == pytest.approx(mean * (len(ids) - 1) / size, rel=1e-5)
 
@@ -3230,7 +3275,8 @@ def test_evaluation_never_holds_all_logits(toy):
     """1,000 rows of 280 logits are taken in parts of 512."""
     config = ModelConfig(3000, 64, num_layers=1, d_model=8, num_heads=2, d_ff=8)
     with Sizes() as seen:
-        evaluate(TransformerWithLoss(config), TokenDataset([toy / "valid.bin"], 3000), 16)
+        valid = ValidationSet(TokenDataset([toy / "valid.bin"], 3000), 64)
+        valid.loss(TransformerWithLoss(config), 16)
     assert max(seen.sizes) == 512 * 3000
 
 
