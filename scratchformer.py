@@ -529,7 +529,7 @@ def bytes_to_unicode() -> dict[int, str]:
 
 
 BYTE_TO_UNICODE = bytes_to_unicode()
-UNICODE_TO_BYTE = {ord(character): byte for byte, character in BYTE_TO_UNICODE.items()}
+UNICODE_TO_BYTE = {character: byte for byte, character in BYTE_TO_UNICODE.items()}
 
 
 def token_to_unicode(token: bytes) -> str:
@@ -543,9 +543,11 @@ def token_to_unicode(token: bytes) -> str:
 
 def unicode_to_token(name: str) -> bytes:
     """The inverse of `token_to_unicode`."""
-    if not set(map(ord, name)) <= UNICODE_TO_BYTE.keys():
-        raise UserError(f"token {name!r} has characters outside GPT-2's byte alphabet")
-    return name.translate(UNICODE_TO_BYTE).encode("latin-1")
+    try:
+        return bytes([UNICODE_TO_BYTE[character] for character in name])
+    except KeyError:
+        message = f"token {name!r} has characters outside GPT-2's byte alphabet"
+        raise UserError(message) from None
 
 
 # Exercises
@@ -929,10 +931,9 @@ def word_keys(words: Pretokens) -> tuple[np.ndarray, np.ndarray]:
 class WordTable:
     """Gives each distinct word a number, the next free one when it is first seen.
 
-    A word's hash names two slots where it may be stored. If other words occupy both, one of
-    them is overwritten; when it reappears, it gets another number. So a word can have several
-    numbers, but a number always means one word, and memory is fixed. Words longer than 15
-    bytes are rare; they are kept in a dictionary.
+    A word's hash names the slot where it is stored. A word that's already there is overwritten;
+    when it reappears, it gets another number. So a word can have several numbers, but a number
+    always means one word. Words longer than 15 bytes are rare: they're kept in a dictionary.
     """
 
     BITS = 19
@@ -952,25 +953,17 @@ class WordTable:
         low, high = word_keys(words)
         hashes = (low * HASH_FACTORS[0] ^ high) * HASH_FACTORS[1]
         slots = (hashes >> np.uint64(64 - self.BITS)).astype(np.int64)
-        missing = np.arange(len(slots))
-        for _ in range(2):  # flipping the last bit gives the second slot, and then the first
-            found = self.low.take(slots[missing]) == low[missing]
-            found &= self.high.take(slots[missing]) == high[missing]
-            missing = missing[~found]
-            slots[missing] ^= 1
-        numbers = self.numbers.take(slots)
-        is_long = words.lengths > MAX_SHORT
-        missing = missing[~is_long[missing]]
+        numbers, is_long = self.numbers.take(slots), words.lengths > MAX_SHORT
+        is_known = (self.low.take(slots) == low) & (self.high.take(slots) == high)
+        missing = np.flatnonzero(~(is_known | is_long))
         # Sorting by hash puts equal words side by side; each group gets the next number. (If
         # two words have the same hash, one may get two numbers: harmless.)
-        order = missing[hashes[missing].argsort()]
-        low, high = low[order], high[order]
-        is_first = run_starts(low) | run_starts(high)
-        new = order[is_first]
-        numbers[order] = self.size - 1 + np.cumsum(is_first)
-        slots[new] ^= self.high.take(slots[new]) != 0  # the first slot, or the second
+        missing = missing[hashes[missing].argsort()]
+        is_first = run_starts(low[missing]) | run_starts(high[missing])
+        numbers[missing] = self.size - 1 + np.cumsum(is_first)
+        new = missing[is_first]
         # TRAP: new words may share a slot. The last one wins, the same in all three arrays.
-        self.low[slots[new]], self.high[slots[new]] = low[is_first], high[is_first]
+        self.low[slots[new]], self.high[slots[new]] = low[new], high[new]
         self.numbers[slots[new]] = numbers[new]
         self.size += len(new)
         new_long: list[int] = []
@@ -1020,7 +1013,7 @@ def merge_levels(id_merges: Sequence[tuple[tuple[int, int], int]]) -> list[int]:
 class FastEncoder:
     """Encodes long texts: the ids of `Tokenizer.encode`, by looking up whole words."""
 
-    MAX_WORDS, MAX_IDS = 1 << 18, 1 << 21  # beyond this, the cache is cleared
+    MAX_IDS = 1 << 20  # when the cache holds more, it is cleared
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, merges = tokenizer, tokenizer.id_merges
@@ -1052,7 +1045,7 @@ class FastEncoder:
 
     def encode_piece(self, text: str, special_pattern: re.Pattern) -> np.ndarray:
         """The ids of a text that is not too large to be processed in one go."""
-        if self.table.size > self.MAX_WORDS or len(self.pool) > self.MAX_IDS:
+        if len(self.pool) > self.MAX_IDS:
             self.clear()
         words = find_pretokens(text, self.tokenizer.pattern, special_pattern)
         numbers, new = self.table.lookup(words)
@@ -1273,8 +1266,13 @@ def bounded_map(
         yield pending.popleft().result()
 
 
-def start_worker(setup: Callable | None, argument: Any) -> None:
-    """What a worker process does first."""
+worker_function: Callable  # in a worker process, what to call for every task
+
+
+def start_worker(function: Callable) -> None:
+    """What a worker process does first. It gets the function once, with all that it needs."""
+    global worker_function
+    worker_function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     parent = multiprocessing.parent_process()
     assert parent
@@ -1284,21 +1282,20 @@ def start_worker(setup: Callable | None, argument: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
-    if setup:
-        setup(argument)
+
+
+def call_worker_function(task: Any) -> Any:
+    """What a worker process does for every task."""
+    return worker_function(task)
 
 
 def map_on_cores(
-    function: Callable,
-    spans: Sequence[FileSpan],
-    num_workers: int | None,
-    setup: Callable | None = None,
-    argument: Any = None,
+    function: Callable, spans: Sequence[FileSpan], num_workers: int | None
 ) -> Iterator[Any]:
     """Yields `function(span)` for each span, in order, computed in several processes.
 
-    Each process calls `setup(argument)` first. None means one process per core, or no extra
-    process for less than 8 MB, which would be done before another process is ready.
+    None means one process per core, or no extra process for less than 8 MB, which would be
+    done before another process is ready.
     """
     if num_workers is None:
         large = sum(span.end - span.start for span in spans) >= 8 * CHUNK
@@ -1307,8 +1304,6 @@ def map_on_cores(
         raise UserError(f"num_workers must be at least 1, not {num_workers}")
     num_workers = min(num_workers, len(spans))
     if num_workers == 1:
-        if setup:
-            setup(argument)
         yield from map(function, spans)
         return
     # WHY fork: the new process starts at once and shares our memory. TRAP: forking is unsafe on
@@ -1316,9 +1311,8 @@ def map_on_cores(
     fork = sys.platform == "linux" and "torch" not in sys.modules
     context = multiprocessing.get_context("fork" if fork else "spawn")
     try:
-        initialization = start_worker, (setup, argument)
-        with ProcessPoolExecutor(num_workers, context, *initialization) as pool:
-            yield from bounded_map(pool, function, spans, 2 * num_workers)
+        with ProcessPoolExecutor(num_workers, context, start_worker, (function,)) as pool:
+            yield from bounded_map(pool, call_worker_function, spans, 2 * num_workers)
     except BrokenExecutor:
         raise UserError("a worker process died: is there enough memory?") from None
 
@@ -1326,26 +1320,19 @@ def map_on_cores(
 def count_span(
     whole: FileSpan, pattern: str, special_tokens: Sequence[str]
 ) -> dict[bytes, int]:
-    """How often each pre-token occurs in a part of a file. `counts[n]` belongs to `seen[n]`."""
+    """How often each pre-token occurs in a part of a file."""
     special_pattern = special_token_pattern(special_tokens)
-    totals: Counter[bytes] = Counter()
     table, seen, counts = WordTable(), list[bytes](), np.zeros(0, np.int64)
-
-    def add_to_totals() -> None:
-        for word, count in zip(seen, counts.tolist()):
-            totals[word] += count
-
     for span in split_file(whole, pattern, special_tokens):
         words = find_pretokens(span.read(), pattern, special_pattern)
         numbers, new = table.lookup(words)
-        seen += words.cut(new)
+        seen += words.cut(new)  # seen[n] is the word with number n
         numbers = np.delete(numbers, [i for i, _ in words.specials])
         counts = np.append(counts, np.zeros(len(new), np.int64))
         counts += np.bincount(numbers, minlength=len(counts))
-        if len(seen) > FastEncoder.MAX_WORDS:
-            add_to_totals()
-            table, seen, counts = WordTable(), list[bytes](), np.zeros(0, np.int64)
-    add_to_totals()
+    totals: Counter[bytes] = Counter()
+    for word, count in zip(seen, counts.tolist()):
+        totals[word] += count
     return {word: count for word, count in totals.items() if count}
 
 
@@ -1457,18 +1444,9 @@ def train_bpe(
     return build_vocab(merges, special_tokens), merges
 
 
-worker_tokenizer: Tokenizer  # the tokenizer of `encode_span`, in each process
-
-
-def set_worker_tokenizer(tokenizer: Tokenizer) -> None:
-    """Give this process the tokenizer that `encode_span` uses."""
-    global worker_tokenizer
-    worker_tokenizer = tokenizer
-
-
-def encode_span(span: FileSpan) -> bytes:
+def encode_span(span: FileSpan, tokenizer: Tokenizer) -> bytes:
     """The ids of a part of a file, as they are stored in a token file."""
-    return worker_tokenizer.fast.encode(span.read()).astype(worker_tokenizer.dtype).tobytes()
+    return tokenizer.fast.encode(span.read()).astype(tokenizer.dtype).tobytes()
 
 
 def encode_file(
@@ -1491,7 +1469,8 @@ def encode_file(
     dtype = np.dtype(tokenizer.dtype)
     eot = np.array([eot_id], dtype).tobytes() if append_eot else b""
     spans = [s for file in files for s in split_file(file, tokenizer.pattern, specials)]
-    results = map_on_cores(encode_span, spans, num_workers, set_worker_tokenizer, tokenizer)
+    encode = functools.partial(encode_span, tokenizer=tokenizer)
+    results = map_on_cores(encode, spans, num_workers)
     progress = Progress("encoding", sum(file.end for file in files) / 1e6, "MB")
     ends, done, num_tokens = {(file.path, file.end) for file in files}, 0.0, 0
     text_bytes = sum(file.end for file in files)  # without end-of-text tokens
@@ -1601,29 +1580,25 @@ def tokenizer_from_json(content: Any, path: str | Path) -> Tokenizer:
 
 def pattern_from_json(content: dict) -> str:
     """The pattern of a tokenizer.json. Raises UserError if it isn't one regular expression."""
-    steps = content.get("pre_tokenizer") or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    *before, last = steps or [{}]
-    if last.get("type") != "ByteLevel":
-        raise UserError(f"its pre-tokenizer is {last.get('type')}, not ByteLevel")
-    if last.get("add_prefix_space"):
+    whole = content.get("pre_tokenizer") or {}
+    steps = whole.get("pretokenizers") or [whole]
+    kinds, use_regex = [step.get("type") for step in steps], steps[-1].get("use_regex", True)
+    if steps[-1].get("add_prefix_space"):
         raise UserError("its pre-tokenizer adds a space before the text")
-    kinds, use_regex = [step.get("type") for step in before], last.get("use_regex", True)
-    if not kinds and use_regex:
+    if kinds == ["ByteLevel"] and use_regex:
         return PRETOKEN_PATTERN
-    if kinds == ["Split"] and not use_regex:
-        split = before[0]
-        pieces_stay = split["behavior"] == "Isolated" and not split.get("invert")
-        if pieces_stay and "Regex" in split["pattern"]:
-            return split["pattern"]["Regex"]
-    if kinds == ["Digits"] and use_regex:
+    if kinds == ["Split", "ByteLevel"] and not use_regex:
+        pieces_stay = steps[0]["behavior"] == "Isolated" and not steps[0].get("invert")
+        if pieces_stay and "Regex" in steps[0]["pattern"]:
+            return steps[0]["pattern"]["Regex"]
+    if kinds == ["Digits", "ByteLevel"] and use_regex:
         # Digits are split off first, one by one or as a run; then GPT-2's pattern sees each
         # piece alone, so whitespace before a digit behaves like whitespace at the end.
-        digits = r"\p{N}" if before[0].get("individual_digits") else r"\p{N}+"
+        digits = r"\p{N}" if steps[0].get("individual_digits") else r"\p{N}+"
         return PRETOKEN_PATTERN.replace(r" ?\p{N}+", digits).replace(
             r"\s+(?!\S)", r"\s+(?![^\s\p{N}])")
-    raise UserError(f"its pre-tokenizer is {steps}: expected ByteLevel, alone or after one "
-                    "Split on a regular expression or Digits")
+    raise UserError(f"its pre-tokenizer is {whole}, not ByteLevel, alone or after one Split on "
+                    "a regular expression or Digits")
 
 
 def check_supported(content: Any) -> None:
