@@ -108,6 +108,7 @@ from scratchformer import (
     make_optimizer,
     matrix_rows,
     model_from_checkpoint,
+    momentum_decay,
     muon_reference,
     orthogonalize,
     pick_device,
@@ -2136,12 +2137,15 @@ def test_muon_is_its_formula_in_the_blocks_and_adamw_elsewhere(clip_grad, scaled
     rest = [p for p in theirs.parameters() if not any(p is q for q in in_blocks.values())]
     adamw = make_optimizer(rest, config)
     for seed in range(4):
+        decay = momentum_decay(100 * seed)  # 0.85 to 0.95
+        for group in optimizer.param_groups:
+            group["momentum"] = decay
         backward(ours, seed, scale=scaler.loss_scale)
         backward(theirs, seed)
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip_grad or math.inf)
         for name, p in in_blocks.items():
             rows = matrix_rows(name, p)
-            updated = [muon_reference(*matrices, lr=0.01, weight_decay=0.1) for matrices in zip(
+            updated = [muon_reference(*matrices, 0.01, 0.1, decay) for matrices in zip(
                 p.data.split(rows), p.grad.split(rows), momenta[name].split(rows))]  # fmt: skip
             p.data, momenta[name] = map(torch.cat, zip(*updated))
         adamw.step()
@@ -2170,17 +2174,17 @@ def test_muon_leaves_what_is_frozen_or_has_no_gradient(frozen, how):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
-@pytest.mark.parametrize("rows, columns", [(8, 8), (6, 20), (20, 6)])
-def test_the_formula_of_muon_is_torchs(rows, columns):
+@pytest.mark.parametrize("rows, columns, decay", [(8, 8, 0.95), (6, 20, 0.95), (20, 6, 0.85)])
+def test_the_formula_of_muon_is_torchs(rows, columns, decay):
     generator = torch.Generator().manual_seed(rows)
     ours = torch.randn(rows, columns, generator=generator)
     theirs, momentum = torch.nn.Parameter(ours.clone()), torch.zeros(rows, columns)
     optimizer = torch.optim.Muon(
-        [theirs], lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        [theirs], lr=0.1, weight_decay=0.2, momentum=decay, adjust_lr_fn="match_rms_adamw")
     for _ in range(6):
         theirs.grad = torch.randn(rows, columns, generator=generator)
         before = theirs.data.clone()
-        expected, momentum = muon_reference(before, theirs.grad, momentum, 0.1, 0.2)
+        expected, momentum = muon_reference(before, theirs.grad, momentum, 0.1, 0.2, decay)
         optimizer.step()
         # Theirs orthogonalizes in bfloat16.
         assert (theirs - expected).norm() < 0.05 * (expected - before).norm()
