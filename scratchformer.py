@@ -575,7 +575,6 @@ import numpy as np
 CHUNK = 1 << 20  # bytes, or characters, processed at a time
 LONG_TEXT = 1 << 14  # `Tokenizer.encode` uses this chapter for texts of at least this length
 MAX_NAIVE = 256  # `Tokenizer.apply_merges` uses it for words longer than this
-MAX_BATCH = 32  # merges that `learn_merges` tries to make together
 LOW_32 = (1 << 32) - 1
 
 
@@ -610,8 +609,9 @@ class PairIndex:
                 -1 256   x   w  -1   s 256   x   w  -1
 
     Each pair has a number: `pair_at[p]` is that of the pair (token at p, token after p), or -1
-    before and after a separator. Pair n is (left[n], right[n]) and occurs count[n] times;
+    if one of them is a separator. Pair n is (left[n], right[n]) and occurs count[n] times;
     `positions[start[n] : start[n + 1]]` are the positions where it occurred when it was new.
+    (count[-1] is written like other counts, and never read.)
 
     >>> index = PairIndex([b"low", b"slow"], [5, 2])
     >>> lo = int(index.pair_at[1])
@@ -669,9 +669,9 @@ class PairIndex:
     def pairs_around(
         self, at: np.ndarray, after: np.ndarray, tokens: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The pairs of new `tokens`, at `at`, with their neighbors, sorted; and positions.
+        """The pairs of new `tokens`, at `at`, with their neighbors, sorted; and where they are.
 
-        A new neighbor in front is left out: for it, this pair is the one behind.
+        If the left neighbor is new as well, the pair is found there, with its right neighbor.
         """
         before = self.before[at]
         x, y = self.token[before], self.token[after]
@@ -683,16 +683,19 @@ class PairIndex:
     def merge(self, pairs: Sequence[int], new: int) -> tuple[int, range]:
         """Replace pairs[0] by the token `new`, pairs[1] by `new` + 1, and so on.
 
-        `pairs` have the highest counts, in descending order. They are merged together, as far
-        as this equals one merge after the other: up to a pair that overlaps an earlier
-        one, or that a pair just created might precede, because its count is not lower.
-        Returns how many pairs were merged, and the numbers of the pairs created.
+        `pairs` are those with the highest counts, in descending order. They are merged
+        together as far as this equals merging one after the other. It stops before a pair
+        that can overlap an earlier one: one begins with the token that the other ends with.
+        And it stops where a pair that the merges create has as high a count as the next pair,
+        so that it might come first. Returns how many pairs were merged, and the numbers of the
+        pairs created.
         """
         left, right = self.left[pairs], self.right[pairs]
         overlaps = np.triu((left[:, None] == right) | (right[:, None] == left), 1).any(axis=0)
         pairs = pairs[: int(np.append(overlaps, True).argmax())]
         at, which = self.occurrences(pairs)
-        # Of the pairs that each merge would create, the highest count.
+        # The highest count of the pairs that each merge creates, if it's the only one. (Merging
+        # neighbors too can only lower these counts.)
         created, positions = self.pairs_around(at, self.after[self.after[at]], new + which)
         is_first, highest = run_starts(created), np.zeros(len(pairs))
         maker = np.maximum(created >> 32, created & LOW_32)[is_first] - new
@@ -745,7 +748,7 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
     count never grows: a pair contains the newest token when it is created, and later merges
     only take occurrences away.) Most pairs are rare and are never merged. So the heap holds
     only pairs above a threshold, which is halved whenever the heap is empty. The top pairs of
-    the heap are merged together, as many as `PairIndex.merge` allows.
+    the heap are merged together, as many as `PairIndex.merge` allows: on gigabytes, tens.
 
     >>> words = {b"low": 5, b"lower": 2, b"newest": 6, b"widest": 3, b"slow": 1}
     >>> learn_merges(words, 4)
@@ -756,7 +759,7 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
     tie_keys = [tie_break_key(token) for token in tokens]
     merges: list[Merge] = []
     heap: list[tuple] = []
-    threshold = int(index.count[: index.num_pairs].max(initial=0)) + 1
+    threshold, num_merged = int(index.count[: index.num_pairs].max(initial=0)) + 1, 1
 
     def push(pairs: Iterable[int]) -> None:
         for pair in pairs:
@@ -770,8 +773,9 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
             above, threshold = threshold, max(1, threshold // 2)
             counts = index.count[: index.num_pairs]
             push(np.flatnonzero((counts >= threshold) & (counts < above)).tolist())
-        batch: list[int] = []
-        while heap and len(batch) < min(MAX_BATCH, num_merges - len(merges)):
+        # Twice as many as went together last time.
+        batch, limit = list[int](), min(2 * num_merged, num_merges - len(merges))
+        while heap and len(batch) < limit:
             negative_count, *_, pair = heapq.heappop(heap)
             if index.count[pair] == -negative_count:
                 batch.append(pair)
@@ -980,8 +984,6 @@ class WordTable:
 # Encoding
 # --------
 
-NO_LEVEL = np.iinfo(np.int64).max  # of a pair that has no merge
-
 
 def merge_levels(id_merges: Sequence[tuple[tuple[int, int], int]]) -> list[int]:
     """Numbers consecutive merges alike if making them together equals making them in turn.
@@ -1022,18 +1024,18 @@ class FastEncoder:
         keys = np.append(pairs[:, 0] << 32 | pairs[:, 1], np.iinfo(np.int64).max)
         self.rank_of_pair, self.pairs = keys.argsort(), np.sort(keys)
         self.merged_ids = np.array([merged for _, merged in merges], np.int64)
-        # The rank of a pair that has no merge is len(merges), and its level is NO_LEVEL.
-        self.levels = np.array([*merge_levels(merges), NO_LEVEL])
+        self.no_merge = len(merges)  # the rank and the level of a pair that has no merge
+        self.levels = np.array([*merge_levels(merges), self.no_merge])
         id_of = tokenizer.token_to_id
         self.byte_ids = np.array([id_of.get(bytes([b]), -1) for b in range(256)])
         self.clear()
 
     def clear(self) -> None:
-        """Forget all words. Word number n has the ids pool[offsets[n] :][: lengths[n]]."""
+        """Forget all words. Word number n has the ids pool[start[n] : start[n + 1]]."""
         specials = list(self.tokenizer.special_tokens.values())
         self.table = WordTable(size=len(specials))  # the first numbers are special tokens
         self.pool = np.array(specials, np.int32)
-        self.offsets, self.lengths = np.arange(len(specials)), np.ones(len(specials), int)
+        self.start = np.arange(len(specials) + 1)
         self.special_numbers = {s: n for n, s in enumerate(self.tokenizer.special_tokens)}
 
     def encode(self, text: str, special: bool = True) -> np.ndarray:
@@ -1051,14 +1053,12 @@ class FastEncoder:
         numbers, new = self.table.lookup(words)
         if len(new):
             ids, lengths = self.encode_words(words, new)
-            offsets = len(self.pool) + np.cumsum(lengths) - lengths
-            self.offsets = np.append(self.offsets, offsets)
-            self.lengths = np.append(self.lengths, lengths)
+            self.start = np.append(self.start, len(self.pool) + np.cumsum(lengths))
             self.pool = np.append(self.pool, ids.astype(np.int32))
         for i, token in words.specials:
             numbers[i] = self.special_numbers[token]
-        offsets, lengths = self.offsets.take(numbers), self.lengths.take(numbers)
-        return self.pool.take(ragged_indices(offsets, lengths))
+        starts, ends = self.start.take(numbers), self.start.take(numbers + 1)
+        return self.pool.take(ragged_indices(starts, ends - starts))
 
     def encode_words(
         self, words: Pretokens, which: np.ndarray
@@ -1089,7 +1089,7 @@ class FastEncoder:
             levels, starts = self.levels[ranks], np.flatnonzero(run_starts(word))
             lowest = np.minimum.reduceat(levels, starts)
             lowest = np.repeat(lowest, np.diff(starts, append=len(ids)))
-            is_done = lowest == NO_LEVEL
+            is_done = lowest == self.no_merge
             done.append((ids[is_done], word[is_done]))
             at = np.flatnonzero((levels == lowest) & ~is_done)
             at = at[without_overlaps(at, at + 1)]
@@ -1110,12 +1110,12 @@ class FastEncoder:
         return tuple(self.encode_words(words, np.array([0]))[0].tolist())
 
     def pair_ranks(self, ids: np.ndarray, word: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """The rank of each pair (at, at + 1); len(merges) if it has no merge."""
+        """The rank of each pair (at, at + 1); never a pair of two words."""
         after = np.minimum(at + 1, len(ids) - 1)
         pairs = ids[at] << 32 | ids[after]
         found = self.pairs.searchsorted(pairs)
         has_rank = (self.pairs[found] == pairs) & (word[at] == word[after]) & (at != after)
-        return np.where(has_rank, self.rank_of_pair[found], len(self.merged_ids))
+        return np.where(has_rank, self.rank_of_pair[found], self.no_merge)
 
 
 # Files larger than memory
