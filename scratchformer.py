@@ -4313,44 +4313,13 @@ def flops_per_token(config: ModelConfig) -> float:
     return 6 * (c.num_layers * block + c.vocab_size * c.d_model + attention)
 
 
-# Peak TFLOP/s of dense bfloat16 matmuls, from the vendors' data sheets.
+# Peak TFLOP/s of dense bfloat16 matmuls, from the vendors' data sheets. The log shows which
+# share of it the formulas of the model need: MFU, model FLOPs utilization.
 PEAK_TFLOPS = {
     "A100": 312, "A10G": 70, "A40": 150, "B200": 2250, "H100 NVL": 835, "H100 PCIe": 756,
     "H100": 989, "H200": 989, "L4": 121, "L40": 181, "L40S": 362, "RTX 3090": 71,
     "RTX 4090": 165, "RTX 5090": 210,
 }
-
-
-def gpu_usage(
-    tokens_per_second: float, config: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> dict[str, float]:
-    """On a GPU, its memory; and MFU if its peak is known.
-
-    MFU (model FLOPs utilization) is the share of the devices' peak that the model's formulas
-    need.
-    """
-    if device.type != "cuda":
-        return {}
-    result = {"memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
-    name = torch.cuda.get_device_name(device)
-    known = [gpu for gpu in PEAK_TFLOPS if re.search(rf"\b{gpu}\b", name)]
-    if known and dtype != torch.float32:
-        peak = PEAK_TFLOPS[known[0]] * 1e12 * get_world_size()
-        result["mfu"] = round(tokens_per_second * flops_per_token(config) / peak, 4)
-    return result
-
-
-def format_step(record: dict, max_steps: int, tokens_per_step: int) -> str:
-    """One line of the log."""
-    rate = record["tokens_per_second"]
-    line = f"step {record['step']:>6}/{max_steps}  {record['tokens_seen'] / 1e6:,.1f}M tokens, "
-    line += f"{record['epochs']:.2f} epochs  loss {record['train_loss']:.4f}  "
-    line += f"lr {record['lr']:.2e}  norm {record['grad_norm']:.3f}  {rate:,.0f} tok/s"
-    line += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
-    line += f"  {record['memory_gib']:.1f} GiB" if "memory_gib" in record else ""
-    line += f"  {record['skipped_steps']} skipped" if record["skipped_steps"] else ""
-    time_left = format_duration((max_steps - record["step"]) * tokens_per_step / max(rate, 0.1))
-    return f"{line}  {time_left} left"
 
 
 def flags_to_save(*configs: Config) -> dict:
@@ -4577,23 +4546,53 @@ class Trainer:
         return UserError(f"loss or gradients are not finite since step {step - skips + 1}: the "
                          "weights are as they were then; try a smaller --lr or another --dtype")
 
+    def finish(self, problem: BaseException | None) -> None:
+        """Collective: wait for the last save, and raise what has ended the run, if anything."""
+        wait_for_main(self.written)
+
+        def check() -> None:
+            if self.written:
+                self.written.result()
+            if problem:
+                raise problem
+
+        on_every_process(check)
+
     def mean_loss_sum(self) -> float:
         """Collective: the sum of the losses since the last log, the mean of all processes."""
         loss_sum = torch.as_tensor(self.progress["loss_sum"], device=self.device)
         return sum_over_processes(loss_sum).item() / get_world_size()
 
     def log_step(self, step: int, grad_norm: Tensor, steps: int, seconds: float) -> dict:
-        """A row of metrics.jsonl, after a line of the log, about the last `steps`."""
+        """A row of metrics.jsonl, after a line of the log, about the last `steps` steps."""
+        seen = step * self.tokens_per_step
+        seconds_left = seconds / steps * (self.optim.max_steps - step)
         rate = steps * self.tokens_per_step / max(seconds, 1e-9)
-        seen, mean_loss = step * self.tokens_per_step, self.mean_loss_sum()
         record = {"step": step, "tokens_seen": seen, "epochs": seen / len(self.tokens),
-                  "train_loss": mean_loss / self.progress["num_losses"],
+                  "train_loss": self.mean_loss_sum() / self.progress["num_losses"],
                   "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
                   "tokens_per_second": round(rate, 1),
-                  **gpu_usage(rate, self.model_config, self.device, self.dtype),
                   "skipped_steps": int(self.scaler.skipped)}
         self.progress |= {"loss_sum": 0.0, "num_losses": 0}
-        log(format_step(record, self.optim.max_steps, self.tokens_per_step))
+        line = (f"step {step:>6}/{self.optim.max_steps}  {seen / 1e6:,.1f}M tokens, "
+                f"{record['epochs']:.2f} epochs  loss {record['train_loss']:.4f}  "
+                f"lr {record['lr']:.2e}  norm {record['grad_norm']:.3f}  {rate:,.0f} tok/s")
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+            peaks = [PEAK_TFLOPS[gpu] for gpu in PEAK_TFLOPS if re.search(rf"\b{gpu}\b", name)]
+            if peaks and self.dtype != torch.float32:
+                tflops = rate * flops_per_token(self.model_config) / 1e12
+                record["mfu"] = round(tflops / peaks[0] / get_world_size(), 4)
+                line += f"  MFU {record['mfu']:.1%}"
+            record["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            line += f"  {record['memory_gib']:.1f} GiB"
+        if record["skipped_steps"]:
+            line += f"  {record['skipped_steps']} skipped"
+        log(f"{line}  {format_duration(seconds_left)} left")
+        if step == 2 and seconds_left > 24 * 3600:
+            log(f"at this speed the run takes {seconds_left / 3600:,.0f} hours; smaller "
+                "--num_layers, --d_model, --d_ff, --context_length or --batch_size or fewer "
+                "--max_steps shorten it")
         return record
 
     def evaluate(self, step: int, stop: list[int]) -> dict:
@@ -4660,14 +4659,10 @@ class Trainer:
             loss, grad_norm = self.step(step, batches)
             self.progress["loss_sum"] += loss
             self.progress["num_losses"] += 1
-            logged = last or step == 1 or step % flags.log_interval == 0
-            if logged or step <= first_step + 2:
+            logged = last or step <= 2 or step % flags.log_interval == 0
+            if logged or step == first_step + 1:
                 loss.item()  # wait for the GPU before looking at the clock
             seconds += time.monotonic() - start
-            if step == first_step + 2 and (hours := seconds * (max_steps - step) / 3600) > 24:
-                log(f"at this speed the run takes {hours:,.0f} hours; smaller --num_layers, "
-                    "--d_model, --d_ff, --context_length or --batch_size or fewer --max_steps "
-                    "shorten it")
             if logged:
                 record = self.log_step(step, grad_norm, step - timed_from, seconds)
             if logged or step == first_step + 1:
@@ -4688,14 +4683,7 @@ class Trainer:
             if stopping:
                 break
         batches.close()
-        wait_for_main(self.written)
-        problem = problem or self.find_problem(step, logged=False)
-
-        def check() -> None:
-            if problem:
-                raise problem
-
-        on_every_process(check)
+        self.finish(problem)
         if step < max_steps:
             log(f"stopped by a signal after step {step}; continue with --resume")
             return 128 + (stop[0] if stop else signal.SIGTERM)

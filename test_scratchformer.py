@@ -3147,7 +3147,7 @@ def test_the_log_shows_the_mean_loss_since_the_last_line(toy, tmp_path, capsys):
     argv = [word for word in training(toy, tmp_path / "mean") if word != "--quiet"]
     do("train", *argv, "--max_steps 7 --log_interval 3")
     each = [loss for (loss,) in metrics(tmp_path / "each", "train_loss")]
-    expected = [each[0], sum(each[1:3]) / 2, sum(each[3:6]) / 3, each[6]]
+    expected = [*each[:2], each[2], sum(each[3:6]) / 3, each[6]]
     found = [loss for (loss,) in metrics(tmp_path / "mean", "train_loss")]
     assert found == pytest.approx(expected, rel=1e-5)
     seen, epochs = metrics(tmp_path / "mean", "tokens_seen", "epochs")[-1]
@@ -3304,11 +3304,16 @@ def test_what_is_no_number_is_null_in_json():
         "step": 1, "loss": None, "norm": None, "x": None}  # fmt: skip
 
 
-def test_a_rate_of_nearly_nothing_is_a_line_of_the_log():
-    record = {"step": 1, "train_loss": 1.0, "lr": 1.0, "grad_norm": 1.0,
-              "tokens_per_second": 0.0, "skipped_steps": 0, "epochs": 1.0,
-              "tokens_seen": 64}  # fmt: skip
-    assert "0 tok/s" in scratchformer.format_step(record, 10, 64)
+def test_a_rate_of_nearly_nothing_is_a_line_of_the_log(toy, tmp_path, capsys):
+    trainer = scratchformer.Trainer(
+        model_config=dataclasses.replace(TINY_MODEL, vocab_size=280),
+        data=scratchformer.DataConfig(), optim=scratchformer.LearningConfig(),
+        flags=scratchformer.RunConfig(outdir=tmp_path), processes=ProcessConfig(),
+        device=CPU, dtype=torch.float32, tokens=TokenDataset([toy / "train.bin"]))  # fmt: skip
+    for seconds, line in ((1e12, "  0 tok/s"), (0.0, " 0:00 left")):
+        trainer.progress["num_losses"] += 1
+        trainer.log_step(1, torch.ones(()), 1, seconds)
+        assert line in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("length", [7, 64, 200])
