@@ -5076,9 +5076,6 @@ def open_run(
     written, small = model_flags.given or {}, dict[str, int]()
     if start.get("step"):
         restore_flags(start, data, optim, run)
-        if not start["resumable"] and start["step"] < optim.max_steps:
-            raise UserError(f"{start['path']} has no optimizer state (--weights_only): start "
-                            "from it with --init_from, or remove it")
     elif not start and device.type == "cpu":
         small = small_defaults({*written, *(data.given or ())})
         data.batch_size = small.pop("batch_size", data.batch_size)
@@ -5093,6 +5090,8 @@ def open_run(
         datasets.append(TokenDataset(data.valid_tokens, config.vocab_size))
     for dataset in datasets:
         dataset.check_ids(get_rank(), get_world_size())
+    # Process 0 alone reads and writes outdir, and reads init_from and the tokenizer; it tells
+    # the others what it found. Token files are read by all.
     if is_main_process():
         path = data.tokenizer_path or (start and tokenizer_beside(Path(start["path"])))
         if run.sample_interval and not path:
@@ -5101,8 +5100,7 @@ def open_run(
         hashes[start.get("path")] = start.get("tokenizer_sha256")
         tokenizer = load_tokenizer(path or None, hashes, config.vocab_size)
     if data.valid_tokens:
-        valid = ValidationSet(
-            datasets[1], config.context_length, run.eval_windows, tokenizer)
+        valid = ValidationSet(datasets[1], config.context_length, run.eval_windows, tokenizer)
     if small:
         flags = " ".join(f"--{name} {value}" for name, value in small.items())
         log(f"on a CPU the defaults are small: {flags} --batch_size {data.batch_size}")
@@ -5126,8 +5124,6 @@ def train(
         on_every_process(processes.check)
         device = on_every_process(lambda: pick_device(devices.device))
         dtype = on_every_process(lambda: pick_dtype(devices.dtype, device))
-        # Process 0 alone reads and writes outdir, and reads init_from and the tokenizer; it
-        # tells the others what it found. Token files are read by all.
         saved = on_every_process(lambda: load_start(run) if is_main_process() else {})
         start = broadcast({k: x for k, x in saved.items() if k not in ("model", "optimizer")})
         config, tokens, valid, tokenizer = on_every_process(
@@ -5136,6 +5132,9 @@ def train(
             log(f"nothing left to do: {run.outdir} holds a checkpoint of step {first_step}, "
                 f"and --max_steps is {optim.max_steps}")
             return 0
+        if first_step and not start["resumable"]:
+            raise SharedError(f"{start['path']} has no optimizer state (--weights_only): start "
+                              "from it with --init_from, or remove it")
         on_every_process(lambda: prepare_outdir(run.outdir, tokenizer, stack))
         trainer = Trainer(
             model_config=config, data=data, optim=optim, flags=run, processes=processes,
