@@ -770,9 +770,8 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
     progress = Progress("merging", num_merges, "merges")
     while len(merges) < num_merges and (heap or threshold > 1):
         if not heap:
-            above, threshold = threshold, max(1, threshold // 2)
-            counts = index.count[: index.num_pairs]
-            push(np.flatnonzero((counts >= threshold) & (counts < above)).tolist())
+            threshold = max(1, threshold // 2)
+            push(np.flatnonzero(index.count[: index.num_pairs] >= threshold).tolist())
         # Twice as many as went together last time.
         batch, limit = list[int](), min(2 * num_merged, num_merges - len(merges))
         while heap and len(batch) < limit:
