@@ -5194,9 +5194,9 @@ def evaluate_command(config: EvalConfig, devices: DeviceConfig) -> None:
         if config.text_path:
             encode_file(tokenizer, config.text_path, paths[0])
         tokens = TokenDataset(paths, model.config.vocab_size)
-        check_same_tokenizer({tokens.paths[0]: tokens.tokenizer_sha256,
-                              config.checkpoint: state.get("tokenizer_sha256"),
-                              "the tokenizer": tokenizer and tokenizer.fingerprint()})
+        made_by = state.get("tokenizer_sha256") or (tokenizer and tokenizer.fingerprint())
+        check_same_tokenizer(
+            {tokens.paths[0]: tokens.tokenizer_sha256, config.checkpoint: made_by})
         valid = ValidationSet(
             tokens, model.config.context_length, config.eval_windows, tokenizer)
         loss = valid.loss(model, config.batch_size, autocast)
