@@ -564,10 +564,11 @@ def unicode_to_token(name: str) -> bytes:
 # gigabytes of text. (Its last third is files, processes, progress and flags, none of it about
 # language: the tokenizer's commands need that before PyTorch is imported.)
 #
-# Three ideas make it fast. Learn merges without recounting: a merge changes only the words
-# that contain the pair. Do the work once per *distinct* word, since text repeats itself. And
-# process a megabyte at a time with numpy, instead of a word at a time in Python. Tests check
-# that the results equal those of chapters 1 to 3, on arbitrary bytes. "Word" means pre-token.
+# Four ideas make it fast. Learn merges without recounting: a merge changes only the words
+# that contain the pair. Make merges together that can't affect each other. Do the work once
+# per *distinct* word, since text repeats itself. And process a megabyte at a time with numpy,
+# instead of a word at a time in Python. Tests check that the results equal those of chapters
+# 1 to 3, on arbitrary bytes. "Word" means pre-token.
 # ----------------------------------------------------------------------------------------
 
 import numpy as np

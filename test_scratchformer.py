@@ -770,6 +770,19 @@ def test_long_words_are_encoded_like_short_ones(text):
     assert OURS.fast.encode_word(word) == expected
 
 
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=30), st.text("ab "))
+def test_merges_written_by_hand_in_any_order_give_the_plain_ids(choices, text):
+    """Unlike learned merges, several may make the same token, and later ones earlier pairs."""
+    tokens, merges = [b"a", b"b"], []
+    for left, right in choices:
+        pair = tokens[left % len(tokens)], tokens[right % len(tokens)]
+        if pair not in merges and len(b"".join(pair)) < 12:
+            merges.append(pair)
+            tokens.append(b"".join(pair))
+    tokenizer = Tokenizer(build_vocab(merges, []), merges)
+    assert tokenizer.fast.encode(text).tolist() == tokenizer.encode(text)
+
+
 @pytest.mark.parametrize(
     "text", ["a" * 30_001, "ab" * 9_999 + "b", "漢" * 9_999, " " * 30_000, "\n" * 30_000 + "x"]
 )
