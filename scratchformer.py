@@ -986,28 +986,22 @@ class WordTable:
 
 
 def merge_levels(id_merges: Sequence[tuple[tuple[int, int], int]]) -> list[int]:
-    """Numbers consecutive merges alike if making them together equals making them in turn.
+    """Numbers consecutive merges alike if their order makes no difference.
 
-    That's so if none begins with a token that another ends with, since then they can't
-    overlap, and if none uses a token that another makes. So "th" and "in" may be made together,
-    but "th" and "he" may not, nor may "th" and "the". Tens of merges share a level.
+    It makes none if no merge begins with a token that another ends with: then no two of them
+    ever compete for a token. So "th" + "e" may be in the same level as "t" + "h", but "h" + "e"
+    may not, since "the" has only one h. Tens of merges share a level.
 
-    >>> th, the = 256, 257  # as in chapter 3, and then i + n
-    >>> merges = [((116, 104), th), ((th, 101), the), ((104, 101), 258), ((105, 110), 259)]
-    >>> merge_levels(merges)
-    [0, 1, 1, 1]
+    >>> th, the, he = 256, 257, 258  # as in chapter 3, and then i + n
+    >>> merge_levels([((116, 104), th), ((th, 101), the), ((104, 101), he), ((105, 110), 259)])
+    [0, 0, 1, 1]
     """
-    first_use: dict[int, int] = {}  # the rank of the first merge that uses a token
-    for rank, (pair, _) in enumerate(id_merges):
-        for token in pair:
-            first_use.setdefault(token, rank)
-    levels, level, end, lefts, rights = list[int](), -1, 0, set[int](), set[int]()
-    for rank, ((left, right), merged) in enumerate(id_merges):
-        if rank >= end or left in rights or right in lefts:
-            level, end, lefts, rights = level + 1, len(id_merges), set(), set()
+    levels, level, lefts, rights = list[int](), 0, set[int](), set[int]()
+    for (left, right), _ in id_merges:
+        if left in rights or right in lefts:
+            level, lefts, rights = level + 1, set(), set()
         lefts.add(left)
         rights.add(right)
-        end = min(end, first_use.get(merged, end))
         levels.append(level)
     return levels
 
