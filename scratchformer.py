@@ -3312,8 +3312,9 @@ class Muon(torch.optim.AdamW):
                 stack["params"].append(others.pop(p))
         groups = make_optimizer(others.values(), config, fused).param_groups
         super().__init__([*groups, *stacks.values()], lr=config.lr, fused=fused)
-        for weight in (weight for stack in stacks.values() for weight in stack["params"]):
-            self.state[weight]["exp_avg"] = torch.zeros_like(weight)  # the momentum
+        for stack in stacks.values():
+            for weight in stack["params"]:
+                self.state[weight]["exp_avg"] = torch.zeros_like(weight)  # the momentum
         self.dtype = dtype
         if compiled:  # fewer passes over memory
             compile = functools.partial(torch.compile, dynamic=False)
@@ -3830,7 +3831,7 @@ class DistributedMuon(Muon):
         n, total = torch.distributed.get_world_size(self.group), sum(rows)
         count, held, _ = updates.shape
         size = total if self.group is None else -(-total // n)  # rows per process, at most
-        # Pad to equal shares: (n * M, size, columns) for M weights per process.
+        # Pad to equal shares of M weights each: (n * M, size, columns).
         updates = F.pad(updates, (0, 0, 0, size - held, 0, -count % n))
         received = torch.empty_like(updates)
         if self.group is None:
@@ -3838,11 +3839,13 @@ class DistributedMuon(Muon):
             torch.distributed.all_gather_into_tensor(received, share)
             return received[:count]
         torch.distributed.all_to_all_single(received, updates, group=self.group)
+        # What came is (n, M, size, columns): from each process, its rows of our M weights.
         whole = received.unflatten(0, (n, -1)).transpose(0, 1).flatten(1, 2)[:, :total]
         whole = super().orthogonalize_all(whole, rows)  # (M, rows, columns)
-        updates = F.pad(whole, (0, 0, 0, n * size - total))
-        updates = updates.unflatten(1, (n, size)).transpose(0, 1).flatten(0, 1)
-        torch.distributed.all_to_all_single(received, updates.contiguous(), group=self.group)
+        # And the same way back.
+        whole = F.pad(whole, (0, 0, 0, n * size - total)).unflatten(1, (n, size))
+        updates = whole.transpose(0, 1).flatten(0, 1).contiguous()  # (n * M, size, columns)
+        torch.distributed.all_to_all_single(received, updates, group=self.group)
         return received[:count, :held]
 
 
