@@ -3747,7 +3747,7 @@ def shard_model(
 
     The latter is HSDP, hybrid sharded data parallel: the model is sharded within a group (the
     GPUs of a node, say) and replicated across groups. The *mesh* arranges the processes in one
-    row per group.
+    row, or for HSDP in one row per group.
 
     A *unit* is what is gathered at once. The model as one unit is fastest: each unit costs the
     host some milliseconds per micro-step. Block by block, only one block's weights are whole
@@ -3755,11 +3755,12 @@ def shard_model(
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    size = shard_size or get_world_size()
-    mesh = torch.distributed.init_device_mesh(
-        device.type, (get_world_size() // size, size), mesh_dim_names=("replicate", "shard"))
-    if size == get_world_size():  # one row, no replicas
-        mesh = mesh["shard"]
+    size, make_mesh = get_world_size(), torch.distributed.init_device_mesh
+    if shard_size in (0, size):
+        mesh = make_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    else:
+        grid = (size // shard_size, shard_size)
+        mesh = make_mesh(device.type, grid, mesh_dim_names=("replicate", "shard"))
     # Weights are gathered in `dtype`, gradients summed in float32. TRAP: by default FSDP also
     # casts what enters a unit, the float32 RoPE cache among it.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
