@@ -4772,9 +4772,9 @@ def to_hf(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     result = {}
     for name, weight in weights.items():
         for theirs, part in zip(hf_names(name), weight.split(matrix_rows(name, weight))):
-            rotary = theirs.endswith(ROTARY_WEIGHTS)
-            result[theirs] = (
-                interleaved_to_half_split(part, config.head_dim) if rotary else part)
+            if theirs.endswith(ROTARY_WEIGHTS):
+                part = interleaved_to_half_split(part, config.head_dim)
+            result[theirs] = part
     return result
 
 
@@ -4802,9 +4802,10 @@ def from_hf(files: dict[str, Any], config: ModelConfig) -> dict[str, Tensor]:
         raise UserError(f"its {extra[0]} has no place in our architecture")
 
     def read(theirs: str) -> Tensor:
-        weight, rotary = files[theirs].get_tensor(theirs), theirs.endswith(ROTARY_WEIGHTS)
-        weight = weight.float()
-        return interleaved_to_half_split(weight, config.head_dim, True) if rotary else weight
+        weight = files[theirs].get_tensor(theirs).float()
+        if theirs.endswith(ROTARY_WEIGHTS):
+            weight = interleaved_to_half_split(weight, config.head_dim, back=True)
+        return weight
 
     return {name: torch.cat([read(theirs) for theirs in hf_names(name)]) for name in model}
 
