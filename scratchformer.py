@@ -1066,6 +1066,9 @@ class FastEncoder:
             ids    t h e n t h      word    0 0 0 0 1 1      before the first round
                    th e n th                0 0 0 1          word 1 is done
                    the n                    0 0              word 0 is done
+
+        The number of rounds is at most the number of levels, but each passes over whole words:
+        a single word of a megabyte takes seconds.
         """
         whole: dict[int, int] = {}  # words that are one token without any merge
         if self.tokenizer.ignore_merges:
