@@ -1067,8 +1067,8 @@ class FastEncoder:
                    th e n th                0 0 0 1          word 1 is done
                    the n                    0 0              word 0 is done
 
-        The number of rounds is at most the number of levels, but each passes over whole words:
-        a single word of a megabyte takes seconds.
+        Each round passes over whole words, so a single word of a megabyte, which takes
+        hundreds of rounds, takes seconds.
         """
         whole: dict[int, int] = {}  # words that are one token without any merge
         if self.tokenizer.ignore_merges:
