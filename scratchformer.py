@@ -3760,6 +3760,8 @@ def shard_model(
 
     size, make_mesh = get_world_size(), torch.distributed.init_device_mesh
     if shard_size in (0, size):
+        # TRAP: not two dimensions, one of size 1. Their extra process groups seemed to make
+        # some CPU runs end abnormally.
         mesh = make_mesh(device.type, (size,), mesh_dim_names=("shard",))
     else:
         grid = (size // shard_size, shard_size)
