@@ -3876,15 +3876,20 @@ def gradient_norm(params: dict[Any, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def from_main(whole: Tensor | None, like: Any) -> Any:
-    """Collective: process 0's tensor `whole`, on every process, sharded if `like` is."""
+def distribute(whole: Tensor | None, like: Any, from_main: bool = False) -> Any:
+    """The tensor `whole` as this process holds it: sharded, if the parameter `like` is.
+
+    Every process has the whole tensor. Or with `from_main` only process 0 has it and sends it
+    to the others: they give None, and this is a collective.
+    """
     kind = {"dtype": like.dtype, "device": like.device}
     whole = torch.empty(like.shape, **kind) if whole is None else whole.to(**kind)
     if hasattr(like, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(whole, like.device_mesh, like.placements)
-    if get_world_size() > 1:
+        return distribute_tensor(whole, like.device_mesh, like.placements,
+                                 src_data_rank=0 if from_main else None)
+    if from_main and get_world_size() > 1:
         torch.distributed.broadcast(whole, 0)
     return whole
 
@@ -3895,8 +3900,9 @@ def build_model(
 ) -> TransformerWithLoss:
     """The model, with initial weights, ready to train on all processes. The order matters.
 
-    Process 0 makes one tensor at a time and hands out its shards, so the model may be larger
-    than a device.
+    No process ever holds more than its shards and one whole tensor, so the model may be larger
+    than a device. Each tensor has its own random generator: the weights are the same for any
+    number of processes.
     """
     with torch.device("meta"):  # shapes without numbers
         model = TransformerWithLoss(config)
@@ -3916,8 +3922,7 @@ def build_model(
     model.to_empty(device=device)  # memory for what this process holds
     model.tie_weights()  # TRAP: to_empty gives each of two names a tensor of its own
     for name, p in model.named_parameters():
-        weight = initial_weight(name, p, config.num_layers, seed) if get_rank() == 0 else None
-        p.data.copy_(from_main(weight, p))
+        p.data.copy_(distribute(initial_weight(name, p, config.num_layers, seed), p))
     model.init_rope()
     return model
 
@@ -4117,14 +4122,16 @@ def restore_state(
     adam: dict = content.get("optimizer") or {key: {} for key in (*ADAM_STATE, "step")}
     steps, names = broadcast((adam["step"], {key: list(adam[key]) for key in ADAM_STATE}))
     for name, p in model.named_parameters():
-        p.data.copy_(from_main(content["model"].get(name), p))
+        p.data.copy_(distribute(content["model"].get(name), p, from_main=True))
         local = params.get(p)
         by_muon = bool(optimizer.state.get(local))  # its matrices have a state from the start
         keys = ADAM_STATE[:1] if by_muon else ADAM_STATE
         if local is None or any(name not in names[key] for key in keys):
             continue  # frozen, or the optimizer starts afresh for this one
-        # TRAP: `saved` is mapped from a file, which may be deleted.
-        moments = {key: local_shard(from_main(adam[key].get(name), p)).clone() for key in keys}
+        # TRAP: `saved` is mapped from a file, which may be deleted: hence clone.
+        moments = {
+            key: local_shard(distribute(adam[key].get(name), p, from_main=True)).clone()
+            for key in keys}
         if not by_muon:  # the fused kernel counts steps on the device, as float32
             moments["step"] = torch.full((), float(steps[name]), device=p.device)
         optimizer.state[local] = moments
