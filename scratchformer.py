@@ -13,7 +13,7 @@ The demo trains a tokenizer and a small model on the bundled stories, evaluates
 the model, and lets it write a story. `demo --text_path DIR` does the same with
 your own text. It runs these commands, and shows each one:
 
-    split        set aside text (your own) for evaluation      chapter 14
+    split        hold out part of your own text for evaluation chapter 14
     bpe-train    learn a vocabulary from text                  chapters 1 to 4
     bpe-encode   turn text into a file of token ids            chapters 3 and 4
     train        train a Transformer on token files            chapters 5 to 12
@@ -29,6 +29,7 @@ Every command explains its flags: python scratchformer.py COMMAND --help
 # From top to bottom. Chapters marked * tell the whole story, each idea in its plainest form:
 # text becomes numbers, a model learns to predict the next number, and the model writes text.
 # The other chapters make it fast, distributed and convenient; skip them the first time.
+# (Search for "# 5. " to find chapter 5.)
 #
 #   PART ONE: TEXT
 #    1 * Pre-tokenization      splitting text into words before anything is learned
@@ -53,6 +54,7 @@ Every command explains its flags: python scratchformer.py COMMAND --help
 #   B batch (sequences)    T time (position in the sequence)    D model width (d_model)
 #   H attention heads      K width of one head, D / H           F MLP width (d_ff)
 #   V vocabulary size      G heads of keys and values, often H
+# (In code, F is PyTorch's module of functions, as in F.softmax.)
 #
 # A comment that starts with WHY gives the reason for a choice; TRAP marks something that
 # breaks when changed, and how. Lines that start with >>> are examples; the tests run them.
@@ -164,7 +166,7 @@ def pretokenize(text: str, pattern: str = PRETOKEN_PATTERN) -> list[str]:
 
 
 def text_to_bytes(text: str) -> bytes:
-    """The UTF-8 bytes of `text`.
+    """The UTF-8 bytes of `text`. Raises UserError for half a surrogate pair: no character.
 
     >>> list(text_to_bytes("aé"))
     [97, 195, 169]
@@ -260,7 +262,7 @@ def merge_pair(tokens: list, pair: tuple, merged: Any) -> list:
     result: list = []
     for token in tokens:
         if token == right and result and result[-1] == left:
-            result[-1] = merged  # not `left`, so this can't start another merge
+            result[-1] = merged  # not `left`, so the third "a" of "aaab" stays alone
         else:
             result.append(token)
     return result
@@ -336,10 +338,11 @@ class Tokenizer:
 
     `vocab` maps ids to bytes. `merges` are pairs of tokens in the order learned. Special
     tokens that are not in `vocab` get the next free ids. `pattern` splits text into
-    pre-tokens. With `ignore_merges`, a pre-token that is in the vocabulary takes its id
-    without any merges, as in Llama 3. Bytes missing from a vocabulary are skipped. (Ours have
-    all 256, but SmolLM's, say, lacks some control characters.) Raises UserError if the
-    arguments contradict each other.
+    pre-tokens. Raises UserError if the arguments contradict each other.
+
+    Two things exist only for tokenizers made by others. With `ignore_merges`, as in Llama 3, a
+    pre-token that is in the vocabulary takes its id without any merges. And bytes that a
+    vocabulary lacks are skipped; ours have all 256.
 
     A worked example with three merges. "then" starts as the bytes t, h, e, n. Merge 0
     makes th, e, n; merge 1 makes the, n; merge 2 looks for h + e and finds none.
@@ -369,7 +372,8 @@ class Tokenizer:
         check_merges(self.merges, self.token_to_id)
         self.special_tokens: dict[str, int] = {}
         for token in special_tokens or []:
-            data = text_to_bytes(token)  # below: its id, or the next free one
+            data = text_to_bytes(token)
+            # Its id if it has one, else the next free one.
             i = self.token_to_id.setdefault(data, max(self.vocab) + 1)
             self.vocab[i], self.special_tokens[token] = data, i
         self.vocab_size = max(self.vocab) + 1
@@ -392,16 +396,15 @@ class Tokenizer:
     def apply_merges(self, word: bytes) -> tuple[int, ...]:
         """The ids of one pre-token: apply the merge of lowest rank until none applies.
 
-        This replays learning. Can the merge of rank r create a pair of lower rank? No: the
-        pair contains the token made at rank r, and pairs with that token were learned after
-        it. (A list of merges made by hand may differ; then the lowest rank decides, as in other
-        libraries.)
+        This replays learning. Ranks only rise on the way, since a pair that contains "th" was
+        learned after "th" itself. (In a list of merges made by hand it may be otherwise; then
+        the lowest rank decides, as in other libraries.)
         """
         if self.ignore_merges and word in self.token_to_id:
             return (self.token_to_id[word],)
         word = word.translate(None, self.missing_bytes)
         if len(word) > MAX_NAIVE:
-            return self.fast.encode_word(word)  # chapter 4
+            return self.fast.encode_word(word)  # chapter 4, for words above 256 bytes
         ids = [self.token_to_id[bytes([byte])] for byte in word]
         no_rank = len(self.merges)
         while len(ids) > 1:
@@ -415,7 +418,7 @@ class Tokenizer:
     def encode_ordinary(self, text: str) -> list[int]:
         """The ids of `text`. Special tokens in it are treated like any other text."""
         if len(text) >= LONG_TEXT:
-            return self.fast.encode(text, special=False).tolist()  # chapter 4
+            return self.fast.encode(text, special=False).tolist()  # chapter 4, from 16 kB on
         ids: list[int] = []
         for pretoken in pretokenize(text, self.pattern):
             ids += self.encode_pretoken(text_to_bytes(pretoken))
@@ -561,7 +564,7 @@ def unicode_to_token(name: str) -> bytes:
 # 4. Tokenizing corpora
 #
 # This chapter can wait; go on at "5. Data". It computes what chapters 1 to 3 compute, on
-# gigabytes of text. (Its last third is files, processes, progress and flags, none of it about
+# gigabytes of text. (Its second half is files, processes, progress and flags, none of it about
 # language: the tokenizer's commands need that before PyTorch is imported.)
 #
 # Four ideas make it fast. Learn merges without recounting: a merge changes only the words
@@ -681,30 +684,39 @@ class PairIndex:
         order = pairs.argsort(kind="stable")
         return pairs[order], np.concatenate([before[is_left], at[is_right]])[order]
 
-    def merge(self, pairs: Sequence[int], new: int) -> tuple[int, range]:
-        """Replace pairs[0] by the token `new`, pairs[1] by `new` + 1, and so on.
+    def independent(self, pairs: Sequence[int], new: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where to merge pairs[0] into the token `new`, pairs[1] into `new` + 1, and so on.
 
-        `pairs` are those with the highest counts, in descending order. They are merged
-        together as far as this equals merging one after the other. It stops before a pair
-        that can overlap an earlier one: one begins with the token that the other ends with.
-        And it stops where a pair that the merges create has as high a count as the next pair,
-        so that it might come first. Returns how many pairs were merged, and the numbers of the
-        pairs created.
+        `pairs` are those with the highest counts, in descending order. Only as many are taken
+        as can be merged together with the result of merging one after the other. Two things
+        end this, shown with words of chapter 2:
+
+        - A pair begins with the token that an earlier one ends with, or the reverse. Merging
+          l + o first would leave fewer occurrences of o + w.
+        - Earlier merges create a pair that occurs as often as the next pair. s + t creates
+          e + st, 9 times, and that comes before o + w, 8 times.
+
+        Returns positions, and for each the index of its pair in `pairs`.
         """
         left, right = self.left[pairs], self.right[pairs]
         overlaps = np.triu((left[:, None] == right) | (right[:, None] == left), 1).any(axis=0)
         pairs = pairs[: int(np.append(overlaps, True).argmax())]
         at, which = self.occurrences(pairs)
-        # The highest count of the pairs that each merge creates, if it's the only one. (Merging
-        # neighbors too can only lower these counts.)
+        # The pairs that would be created, and for each the merge that makes it possible: the
+        # later one of its new tokens. (Merging neighbors too can only lower these counts.)
         created, positions = self.pairs_around(at, self.after[self.after[at]], new + which)
         is_first, highest = run_starts(created), np.zeros(len(pairs))
         maker = np.maximum(created >> 32, created & LOW_32)[is_first] - new
         counts = np.bincount(is_first.cumsum() - 1, self.weight[positions])
         np.maximum.at(highest, maker, counts)
         is_next = self.count[pairs[1:]] > np.maximum.accumulate(highest)[:-1]
-        num_merged = 1 + int(np.append(is_next, False).argmin())
-        at, tokens = at[which < num_merged], new + which[which < num_merged]
+        taken = which <= int(np.append(is_next, False).argmin())
+        return at[taken], which[taken]
+
+    def merge(self, pairs: Sequence[int], new: int) -> tuple[int, range]:
+        """Merge the pairs that are `independent`: how many, and the numbers of new pairs."""
+        at, which = self.independent(pairs, new)
+        num_merged, tokens = int(which.max()) + 1, new + which
         # The pairs on both sides disappear. (In "abab" both are the same pair: count it once.)
         right, weight = self.after[at], self.weight[at]
         np.subtract.at(self.count, self.pair_at[right], weight)
@@ -749,7 +761,8 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
     count never grows: a pair contains the newest token when it is created, and later merges
     only take occurrences away.) Most pairs are rare and are never merged. So the heap holds
     only pairs above a threshold, which is halved whenever the heap is empty. The top pairs of
-    the heap are merged together, as many as `PairIndex.merge` allows: on gigabytes, tens.
+    the heap are merged together, as many as are `independent`: often tens, on a large
+    corpus.
 
     >>> words = {b"low": 5, b"lower": 2, b"newest": 6, b"widest": 3, b"slow": 1}
     >>> learn_merges(words, 4)
@@ -773,7 +786,7 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
         if not heap:
             threshold = max(1, threshold // 2)
             push(np.flatnonzero(index.count[: index.num_pairs] >= threshold).tolist())
-        # Twice as many as went together last time.
+        # Try twice as many as were merged together last time.
         batch, limit = list[int](), min(2 * num_merged, num_merges - len(merges))
         while heap and len(batch) < limit:
             negative_count, *_, pair = heapq.heappop(heap)
@@ -1121,7 +1134,7 @@ class FastEncoder:
 # Files are read in parts that can be processed independently, so that memory stays small and
 # every CPU core can help. In the patterns of chapter 1, no pre-token contains a letter or digit
 # followed by something that is neither, and nothing before that point depends on what comes
-# after. So "one two,| three" may be cut before any space or punctuation that follows a word.
+# after. So "one two|, three" may be cut before any space or punctuation that follows a word.
 # For any other pattern only the end of a special token is safe. (?r) searches from the end.
 SAFE_SPLIT = r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])"
 
@@ -1234,7 +1247,7 @@ def input_files(paths: str | Path | Sequence[str | Path]) -> list[FileSpan]:
 
 
 def is_binary(path: Path) -> bool:
-    """Whether there is a NUL byte in the first 8,000, as git decides it."""
+    """Whether there is a NUL byte in the first 8,000, the same test that git uses."""
     with open(path, "rb") as file:
         return b"\0" in file.read(8000)
 
@@ -1824,7 +1837,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[list[Config], bool]:
-    """The dataclasses that `command` takes, filled from `argv`; and whether --quiet is there.
+    """The dataclasses that `command` takes, filled from `argv`; and whether --quiet was given.
 
     >>> @dataclasses.dataclass
     ... class Greeting(Config):
@@ -1912,8 +1925,8 @@ def main(argv: list[str] | None = None) -> int:
 #    the bytes per token that bpe-encode prints: 1.5, 2.6, 3.7 and 4.2. Beyond 1,814 entries
 #    nothing changes, because every word of these stories is one token.
 
-# The commands above run here, and so does --help: they don't need PyTorch, which takes seconds
-# to import.
+# The tokenizer's commands (chapter 4) run here, and so does --help: they don't need PyTorch,
+# which takes seconds to import.
 if __name__ == "__main__":
     if not sys.argv[1:] or sys.argv[1] in (*COMMANDS, "-h", "--help", "help", "--version"):
         sys.exit(main())
@@ -1968,7 +1981,7 @@ def cut_windows(
 
 
 def windows_per_epoch(num_tokens: int, context_length: int) -> int:
-    """How many windows fit into a corpus, at any offset below context_length (at least 1)."""
+    """One window less than fit, so that a random offset has room; at least one."""
     return max(1, (num_tokens - 1) // context_length - 1)
 
 
@@ -1976,12 +1989,13 @@ def windows_per_epoch(num_tokens: int, context_length: int) -> int:
 def shuffle_windows(seed: int, epoch: int, num_tokens: int, context_length: int) -> np.ndarray:
     """Where the windows of one epoch begin, in random order; int64 [windows per epoch].
 
-    The windows lie end to end: the last target of one is the first input of another. They begin
-    at a random offset, so that every epoch cuts the text at other places. (Up to 2 * T tokens
-    at both ends of the corpus are left out.)
+    The windows lie end to end: the last target of one is the first input of another. The first
+    begins at a random offset, so most epochs cut the text in different places. (They leave out
+    up to 2 * T tokens in total, before the first window and after the last.) By hand: four
+    windows of 5 tokens out of 29, at offset 3 in epoch 0 and 2 in epoch 1.
 
     >>> shuffle_windows(1, 0, 29, 5).tolist(), shuffle_windows(1, 1, 29, 5).tolist()
-    ([15, 10, 5, 20], [15, 20, 10, 5])
+    ([18, 13, 8, 3], [12, 17, 7, 2])
     """
     num_windows = windows_per_epoch(num_tokens, context_length)
     # Philox makes random bits from a key and a counter, like a hash function: the same on every
@@ -1992,7 +2006,7 @@ def shuffle_windows(seed: int, epoch: int, num_tokens: int, context_length: int)
 
 
 def get_batch(
-    tokens: np.ndarray | TokenDataset, context_length: int, seed: int, samples: range
+    tokens: np.ndarray | TokenDataset, context_length: int, seed: int, numbers: range
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets, int64 [B, T], of the windows with these numbers.
 
@@ -2003,7 +2017,7 @@ def get_batch(
     learns that what follows an end-of-text token has nothing to do with what came before.
     """
     size, starts = (len(tokens), context_length), []
-    for n in samples:
+    for n in numbers:
         epoch, index = divmod(n, windows_per_epoch(*size))
         starts.append(shuffle_windows(seed, epoch, *size)[index])
     return cut_windows(tokens, starts, context_length)
@@ -2179,7 +2193,7 @@ class ModelConfig(Config):
     vocab_size: int = flag(0, "size of the vocabulary; 0: take it from the token file", 0)
     context_length: int = flag(512, "maximum sequence length, in tokens", 1, 2**22)
     num_layers: int = flag(8, "number of blocks", 1, 1000)
-    d_model: int = flag(768, "width of the residual stream", 1)
+    d_model: int = flag(768, "numbers per token, the width of the model", 1)
     num_heads: int = flag(16, "attention heads", 1)
     d_ff: int = flag(2048, "width inside SwiGLU, about 8/3 of d_model", 1)
     rope_theta: float = flag(10000.0, "base of RoPE; larger means slower rotations", 1.0)
@@ -2269,7 +2283,7 @@ def attention_reference(
     window at once, since none of them can see the token it should predict.
     WHY sqrt(K): the dot product of two vectors of K random entries of about 1 or -1 is a sum of
     K terms of random sign, typically about sqrt(K), and large scores saturate the softmax: it
-    would give all weight to one position.
+    would give all weight to one position, and hardly change, and learn, from then on.
     Source: Vaswani et al. 2017, equation 1.
 
     By hand: scores ln 1, ln 2 and ln 3 give weights 1 : 2 : 3. Row 0 sees only 6. Row 1 is
@@ -2320,30 +2334,14 @@ def make_rope_cache(
     """Cosine and sine of all angles, float32 [2, ..., K/2] for positions [...].
 
     Pair i rotates by position * theta^(-2i / K): the first pairs fast, the last ones slowly,
-    like the hands of a clock. TRAP: 16 bits would round position 257 to 256. So float32.
+    like the hands of a clock. TRAP: float32, since bfloat16 would round position 257 to 256.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     frequencies = theta**-exponents  # (K/2,)
-    if scaling:
+    if scaling:  # Llama 3.1's, see chapter 13
         frequencies = stretch_slow_rotations(frequencies, *scaling)
     angles = positions.float()[..., None] * frequencies  # (..., K/2)
     return torch.stack([angles.cos(), angles.sin()])
-
-
-def stretch_slow_rotations(
-    frequencies: Tensor, factor: float, low: float, high: float, original_context: float
-) -> Tensor:
-    """Llama 3.1's way to a longer context: slow rotations become `factor` times slower.
-
-    Pairs that turn fewer than `low` times within the original context never completed a turn
-    in training, so a longer text would show them new angles. Those that turn more than `high`
-    times stay as they are; in between, the two are blended. (Source:
-    github.com/meta-llama/llama-models, models/llama3/model.py, apply_scaling; transformers
-    calls it rope_type "llama3".)
-    """
-    turns = original_context * frequencies / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / factor)
 
 
 def apply_rotary(x: Tensor, rope_cache: Tensor) -> Tensor:
@@ -2370,7 +2368,7 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
             [0.5403, 0.8415]])
     """
     rope_cache = make_rope_cache(positions, x.shape[-1], theta)  # (2, T, K/2), (2, B, T, K/2)
-    # Positions [B, T]: insert a dimension for each of x's between B and T, such as the heads.
+    # Positions [B, T] and x [B, H, T, K]: the rotations become (2, B, 1, T, K/2).
     while positions.dim() > 1 and rope_cache.dim() <= x.dim():
         rope_cache = rope_cache.unsqueeze(2)  # (2, B, 1, T, K/2)
     return apply_rotary(x, rope_cache)
@@ -2428,8 +2426,8 @@ class SwiGLU(nn.Module):
     """(silu(x @ W_gate) * (x @ W_up)) @ W_down: [B, T, D] -> [B, T, D].
 
     Attention moves information between positions; this works on each position separately. The
-    gate decides for each of F hidden numbers whether it's passed on. WHY the silu: without
-    something nonlinear in between, several matrices in a row are no more than one matrix.
+    gate decides for each of F hidden numbers whether it's passed on. WHY a silu and a product:
+    without something nonlinear in between, matrices in a row are no more than one matrix.
     WHY F is about 8/3 D: three matrices of that size hold as many weights as the two of a
     classic MLP with F = 4 D. Source: Shazeer 2020 (arXiv 2002.05202), equation 6.
     """
@@ -2450,8 +2448,8 @@ class Block(nn.Module):
     The *residual stream* is x: from the first block to the last it's only ever added to, like
     a shared notebook. Each part reads a normalized copy and writes down its correction. WHY:
     what the model learns from, the gradient (chapter 7), flows back through additions
-    unchanged, so deep stacks of blocks train as easily as shallow ones (Xiong et al. 2020,
-    arXiv 2002.04745, figure 1).
+    unchanged, so that deep stacks of blocks can be trained at all (Xiong et al. 2020, arXiv
+    2002.04745).
     """
 
     def __init__(self, config: ModelConfig):
@@ -2477,8 +2475,8 @@ def initial_weight(name: str, like: Tensor, num_layers: int, seed: int) -> Tenso
 
     The noise is normal with standard deviation 0.02, as in GPT-2. The two matrices of a block
     that write to the residual stream get 0.02 / sqrt(n) for n = 2 * num_layers such writes:
-    variances of independent numbers add, so all n together are as large as one without the
-    factor (Radford et al. 2019, section 2.3). Logits then start small: a new model finds all
+    variances of independent numbers add, and n * (0.02 / sqrt(n))^2 is 0.02^2 (Radford et
+    al. 2019, section 2.3). Logits then start small: a new model finds all
     tokens about equally likely. Each tensor has a random generator of its own, seeded by
     (seed, name). WHY: chapter 10 makes the same weights on any number of devices, one tensor
     at a time.
@@ -2554,8 +2552,8 @@ class Transformer(nn.Module):
 # 1. Make `apply_rotary` return x unchanged and train as at the end of chapter 7. The model
 #    still learns, but ends at a clearly higher loss: nothing tells it directly in what order
 #    the earlier tokens came.
-# 2. How many weights has the demo's model (2 blocks, D = 128, H = 4, F = 256, V = 1536), with
-#    and without tie_embeddings, and with num_kv_heads = 1? Work it out, then count.
+# 2. How many weights does the demo's model have (1 block, D = 128, H = 4, F = 256, V = 1536),
+#    with and without tie_embeddings, and with num_kv_heads = 1? Work it out, then count.
 
 
 # ----------------------------------------------------------------------------------------
@@ -2619,7 +2617,7 @@ def gradient_descent_step(parameters: Iterable[Tensor], lr: float) -> None:
     tensor(3.4000)
     """
     for w in parameters:
-        if w.grad is not None:  # None: nothing depends on w, or w is frozen
+        if w.grad is not None:  # None: nothing depends on w, or w isn't to be learned
             w -= lr * w.grad
 
 
@@ -2704,7 +2702,7 @@ def learning_rate(
 
     WHY warm up: AdamW divides by sqrt(v), and at first v is estimated from only a few
     gradients. WHY decay: large steps bounce between the walls of a valley; small ones at the
-    end settle. (A straight line ended lower than half a cosine, which many projects use.)
+    end settle. (In our runs a straight line reached a lower loss than the usual half cosine.)
     Source: Bergsma et al. 2025 (arXiv 2502.15938).
 
     >>> [round(learning_rate(step, 1.0, 0.1, 2, 6), 3) for step in range(7)]
@@ -2782,8 +2780,8 @@ def train_model(
     optimizer = make_optimizer(model.parameters(), config)
     T, losses = model.config.context_length, []
     for step in range(config.max_steps):
-        samples = range(step * batch_size, (step + 1) * batch_size)
-        inputs, targets = get_batch(train_tokens, T, seed, samples)  # (B, T) each
+        numbers = range(step * batch_size, (step + 1) * batch_size)
+        inputs, targets = get_batch(train_tokens, T, seed, numbers)  # (B, T) each
         lr = learning_rate(
             step, config.lr, config.min_lr, config.warmup_steps, config.max_steps)
         loss = train_step(model, optimizer, inputs, targets, lr, config.clip_grad)
@@ -2860,14 +2858,21 @@ def sample(
         beyond = p.cumsum(-1) - p >= top_p  # the tokens before it already reach top_p
         beyond[:, 0] = False
         logits = logits.scatter(-1, ids, ordered.masked_fill(beyond, -math.inf))
-    # Draw i with probability p[i]. torch.multinomial(p, 1) does it, but makes the CPU wait for
-    # a GPU. Instead: if all e are exponential random numbers, argmin(e / p) is i with
-    # probability p[i], and that is argmax(p / e). (Equivalent to the Gumbel-max trick.)
-    e = torch.empty_like(logits)
+    return draw(logits.softmax(-1), generator)
+
+
+def draw(p: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """For each row of p [B, V] one i, with probability p[i]; int64 [B].
+
+    torch.multinomial(p, 1) does the same, but makes the CPU wait for a GPU. How: if all e are
+    exponential random numbers, argmin(e / p) is i with probability p[i], and it's where p / e
+    is largest. (Equivalent to the Gumbel-max trick.)
+    """
+    e = torch.empty_like(p)
     generators = generator if isinstance(generator, Sequence) else [generator]
     for rows, row_generator in zip(e.chunk(len(generators)), generators):
         rows.exponential_(generator=row_generator)
-    return (logits.softmax(-1) / e).argmax(-1)
+    return (p / e).argmax(-1)
 
 
 def check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
@@ -2884,7 +2889,7 @@ def generate_naive(
     eos_ids: Collection[int] = (),
     **sampling: Any,
 ) -> Iterator[int]:
-    """Yield up to `max_new_tokens` ids that continue the prompt, stopping after any `eos_ids`.
+    """Yield up to `max_new_tokens` ids that continue the prompt; stop after one of `eos_ids`.
 
     `sampling` goes to `sample`. The model sees only the last context_length tokens.
     """
@@ -2935,13 +2940,12 @@ class CachedModel:
         self.kv_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states [B, T, D] of `tokens` [B, T] at `positions` [B, T] of their texts."""
-        model, device = self.model, tokens.device
-        # S: how many cache positions to look at. `generate` passes positions on the CPU: only
-        # those filled so far. Chapter 9 keeps them on the GPU, where reading one would make the
-        # CPU wait: then it's the whole cache, and the mask hides what isn't filled.
-        S = self.size if positions.is_cuda else int(positions.max()) + 1
+    def __call__(self, tokens: Tensor, positions: Tensor, S: int = 0) -> Tensor:
+        """Hidden states [B, T, D] of `tokens` [B, T] at `positions` [B, T] of their texts.
+
+        S is how many positions of the cache to look at; 0: up to the last one filled.
+        """
+        model, device, S = self.model, tokens.device, S or int(positions.max()) + 1
         positions, rows = positions.to(device), torch.arange(len(tokens), device=device)
         # By hand, one token after three: positions [[3]], S = 4, and the mask is all True.
         attn_mask = positions[:, :, None] >= torch.arange(S, device=device)  # (B, T, S)
@@ -2951,8 +2955,9 @@ class CachedModel:
         for block, (k_cache, v_cache) in zip(model.blocks, self.kv_cache.unbind(1)):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, k_cache=k_cache, v_cache=v_cache):
-                # Each cache is (B, G, size, K). Index arrays around a slice put their own
-                # dimensions, (B, T), first: so this assigns a (B, T, G, K).
+                # Each cache is (B, G, size, K). For every text and new token this assigns the
+                # G vectors of size K. (Indexing like this gives (B, T, G, K): the dimensions of
+                # index arrays come first, that of the slice after them.)
                 k_cache[rows[:, None], :, positions] = k.transpose(1, 2)
                 v_cache[rows[:, None], :, positions] = v.transpose(1, 2)
                 k, v = k_cache[:, :, :S], v_cache[:, :, :S]  # (B, G, S, K)
@@ -3037,7 +3042,7 @@ class DeviceConfig(Config):
 # Mixed precision
 # ---------------
 # float32 has 24 significant bits. bfloat16 has only 8, but the same range; float16 has 11 and
-# a small range, 6e-8 to 65,504. GPUs multiply 16-bit matrices many times faster. So weights
+# a small range, 6e-8 to 65,504. GPUs multiply 16-bit matrices several times faster. So weights
 # stay in float32, where a small update isn't rounded away, and `torch.autocast` converts the
 # inputs of matmuls to 16 bits on the fly.
 
@@ -3093,7 +3098,7 @@ class GradScaler:
 
     @torch.no_grad()
     def step(self, optimizer: Any, grad_norm: Tensor, clip_grad: float) -> None:
-        """optimizer.step() with unscaled, clipped gradients, whose norm was `grad_norm`."""
+        """optimizer.step() with gradients unscaled, then clipped; `grad_norm` is in between."""
         found_inf, divisor = (~grad_norm.isfinite()).float(), self.loss_scale
         if clip_grad:
             divisor = divisor * (grad_norm / clip_grad).clamp(min=1.0)
@@ -3231,7 +3236,7 @@ def orthogonalize(x: Tensor) -> Tensor:
     a Newton-Schulz iteration, and 16 bits are enough for it.
     Source of a, b and c: Jordan et al. 2024.
 
-    By hand: this update moves (1, 1) by 3.9 and (1, -1) by 0.1; afterwards both by roughly 1.
+    By hand: this update stretches (1, 1) by 3.9 and (1, -1) by 0.1; then both by roughly 1.
 
     >>> update = torch.tensor([[[2.0, 1.9], [1.9, 2.0]]])
     >>> torch.linalg.svdvals(update), torch.linalg.svdvals(orthogonalize(update))
@@ -3428,18 +3433,20 @@ class CUDAGraphDecoder(CachedModel):
         self.tokens, self.positions = torch.zeros(
             (2, batch_size, 1), dtype=torch.int64, device=device)
 
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor, S: int = 0) -> Tensor:
         if tokens.shape[1] > 1:
             return super().__call__(tokens, positions)
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
         with torch.cuda.device(self.kv_cache.device):
             if self.graph is None:
-                # Once without recording: the first call includes lazy initialization.
-                super().__call__(self.tokens, self.positions)
+                # The whole cache: reading the last position here would make the CPU wait for
+                # the GPU, and the mask hides what isn't filled. First once without recording,
+                # because a first call includes lazy initialization.
+                super().__call__(self.tokens, self.positions, self.size)
                 self.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):
-                    self.hidden = super().__call__(self.tokens, self.positions)
+                    self.hidden = super().__call__(self.tokens, self.positions, self.size)
             self.graph.replay()  # recording alone computes nothing
         return self.hidden
 
@@ -3521,7 +3528,7 @@ def use_all_cores(model: nn.Module) -> None:
 # 10. Many devices
 #
 # How do several devices train one model? *Data parallel*: each process holds the whole
-# model, sees other rows of the batch, and all average their gradients before the update.
+# model, sees different rows of the batch, and all average their gradients before the update.
 # FSDP, fully sharded data parallel: each process also holds just a shard of every weight,
 # gathers the rest when a matmul needs it, and drops it afterwards. A weight costs 16 bytes
 # (4 itself, 4 its gradient, 8 AdamW's m and v); only 2 to 4 must be gathered for a matmul.
@@ -3580,7 +3587,7 @@ def get_world_size() -> int:
 
 
 def pick_device(kind: str) -> torch.device:
-    """This process's device: its own GPU if there's CUDA, else the CPU. "mps" is on request."""
+    """This process's device: its own GPU if there's CUDA, else the CPU; "mps" if asked for."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if kind == "auto":
         kind = "cuda" if cuda else "cpu"
@@ -3608,7 +3615,7 @@ class SharedError(UserError):
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun has started, if any, and leave them in order."""
+    """Join the processes that torchrun has started, if any, and leave cleanly."""
     if "RANK" not in os.environ:
         yield
         return
@@ -3693,17 +3700,20 @@ def load_batches(
 ) -> Generator:
     """Yield this process's micro-batches of all `steps`, loaded ahead of time by a thread.
 
-    All windows of a run are numbered (chapter 5), and every micro-step each process takes the
-    next batch_size of them. By hand, a step of eight windows, two at a time: of two processes
-    with two micro-steps, the first takes windows 0, 1 and then 4, 5, the second takes 2, 3 and
-    then 6, 7. Together they see what one process sees in four micro-steps.
+    A step may have several *micro-steps*, whose gradients add up (chapter 12). All windows of a
+    run are numbered (chapter 5), and in every micro-step each process takes the next batch_size
+    of them. By hand, a step of eight windows, two at a time:
+
+                        process 0    process 1
+        micro-step 0    0, 1         2, 3
+        micro-step 1    4, 5         6, 7
     """
 
     def load(task: tuple[int, int]) -> list[Tensor]:
         step, micro_step = task
         first = ((step * grad_accum_steps + micro_step) * world_size + rank) * batch_size
-        samples = range(first, first + batch_size)
-        batch = get_batch(tokens, context_length, seed, samples)  # (B, T) each
+        numbers = range(first, first + batch_size)
+        batch = get_batch(tokens, context_length, seed, numbers)  # (B, T) each
         # Pinned memory lets the copy to a GPU run while the GPU computes.
         return [x.pin_memory() if device.type == "cuda" else x for x in batch]
 
@@ -3825,7 +3835,7 @@ class DistributedMuon(Muon):
 
     Without FSDP every process has all matrices: it takes its share of them, and an all-gather
     collects the results. Under FSDP a process holds some rows of every matrix, possibly none.
-    In an *all-to-all* every process sends something else to every other. One makes whole
+    In an *all-to-all* every process sends different data to every other. One makes whole
     matrices, a share of them for each process, and another one turns them back into rows.
     """
 
@@ -4177,8 +4187,8 @@ class RunConfig(Config):
 
     outdir: Path = flag(Path("out/run"), "directory for checkpoints, metrics and tokenizer")
     resume: bool = flag(False, "resume from the newest checkpoint in outdir, if there is one; "
-                        "data, learning and run flags that aren't given are that run's "
-                        "(--no_NAME turns a switch off)")
+                        "data, learning and run flags that you don't give keep that run's "
+                        "values (--no_NAME turns a switch off)")
     log_interval: int = flag(10, "steps between lines of the log", 1)
     eval_interval: int = flag(250, "steps between evaluations on valid_tokens", 1)
     eval_windows: int = flag(1024, "windows of valid_tokens to evaluate on; 0: all", 0)
@@ -4293,7 +4303,7 @@ class ValidationSet:
 
 
 def unknown_ids(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
-    """Ids of the model that the tokenizer lacks: nothing to write if they are drawn.
+    """Ids of the model that the tokenizer lacks. They have no text, so they are never drawn.
 
     A vocabulary is often rounded up, for matmuls of a better size.
     """
@@ -4715,14 +4725,14 @@ class Trainer:
 # ----------------------------------------------------------------------------------------
 # 13. Hugging Face
 #
-# How does a model trained here run where people run models, and the other way around? Our
+# How does a model trained here run in the tools that people use, and theirs here? Our
 # architecture is Llama's, so only names and the order of some rows differ. We rotate pairs
 # of neighbors (2i, 2i+1), as the RoPE paper does; Hugging Face's Llama rotates (i, i + K/2).
 # Reordering the rows of the query and key matrices makes up for it: both are reordered
 # alike, so their dot products stay the same.
 # (transformers, modeling_llama.py: rotate_half, apply_rotary_pos_emb)
 #
-# This chapter can wait: nothing else depends on it.
+# This chapter can wait: only models of Llama 3.1 depend on it.
 # ----------------------------------------------------------------------------------------
 
 # The Hugging Face matrices which, one below the other, are our matrix of this name.
@@ -4746,13 +4756,29 @@ HF_FIELDS = {
     "d_ff": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
-# What config.json must say, for our architecture is nothing else.
+# What config.json must say, since our architecture supports nothing else.
 HF_REQUIRED = {
     "model_type": "llama", "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
 }
 HF_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 HF_ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor",
                    "original_max_position_embeddings")
+
+
+def stretch_slow_rotations(
+    frequencies: Tensor, factor: float, low: float, high: float, original_context: float
+) -> Tensor:
+    """Llama 3.1's way to a longer context: slow rotations become `factor` times slower.
+
+    Pairs that turn fewer than `low` times within the original context never completed a turn
+    in training, so a longer text would show them new angles. Those that turn more than `high`
+    times stay as they are; in between, the two are blended. (Source:
+    github.com/meta-llama/llama-models, models/llama3/model.py, apply_scaling; transformers
+    calls it rope_type "llama3".)
+    """
+    turns = original_context * frequencies / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / factor)
 
 
 def hf_names(name: str) -> list[str]:
@@ -4927,12 +4953,12 @@ def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -
 # ----------------------------------------------------------------------------------------
 # 14. The command line
 #
-# How is all this started? A command is a function, its parameters are dataclasses, and
+# How do you run all this? A command is a function, its parameters are dataclasses, and
 # their fields are the flags: type, default and help of a flag are in one place. To add a
 # command, write a function and add it to COMMANDS. The exit status is 0 if all went well,
 # 2 for an error the user can fix, and 128 + n after signal n.
 #
-# The last command, `demo`, runs all the others but `export`.
+# The last command, `demo`, runs most of the others.
 # ----------------------------------------------------------------------------------------
 
 
@@ -4974,7 +5000,7 @@ MB   CPU  GPU  vocab_size context_length num_layers d_model num_heads d_ff batch
 
 
 def choose_size(megabytes: float, minutes: float, device: str) -> dict[str, str]:
-    """The line of SIZES for so much text and time, by name.
+    """The last line of SIZES whose minimum text and minutes are met, by name.
 
     >>> choose_size(4.0, 60, "cpu")["d_model"], choose_size(4.0, 5, "cpu")["d_model"]
     ('256', '128')
@@ -5053,7 +5079,7 @@ def load_tokenizer(path: Path | None, hashes: dict, vocab_size: int) -> Tokenize
 def prepare_outdir(
     outdir: Path, tokenizer: Tokenizer | None, stack: contextlib.ExitStack
 ) -> None:
-    """Make outdir, with a copy of the tokenizer; process 0 does.
+    """Make outdir, with a copy of the tokenizer. Only process 0 does anything.
 
     Raises UserError if another run uses outdir; no other can until `stack` is closed.
     """
@@ -5223,14 +5249,14 @@ class GenerateConfig(SavedModelConfig):
     """Text"""
 
     prompt: str | None = flag(None, "text to continue (default: from standard input)")
-    prompt_path: Path | None = flag(None, "file with a text to continue in each line, instead")
+    prompt_path: Path | None = flag(None, "file with one prompt per line")
     max_new_tokens: int = flag(256, "tokens to write at most", 1)
     num_samples: int = flag(1, "texts to write per prompt", 1)
     batch_size: int = flag(64, "texts to write at the same time", 1)
     context_length: int | None = flag(None, "tokens to look at (default: the model's)", 1)
-    temperature: float = flag(0.8, "0: always the likeliest token; 1: as learned", 0.0)
-    top_k: int | None = flag(None, "sample from the k likeliest tokens", 1)
-    top_p: float | None = flag(None, "sample from the likeliest that reach p", 0.0, 1.0)
+    temperature: float = flag(0.8, "0: always the most likely token; 1: as learned", 0.0)
+    top_k: int | None = flag(None, "sample from the k most likely tokens", 1)
+    top_p: float | None = flag(None, "sample from the most likely that reach p", 0.0, 1.0)
     seed: int | None = flag(None, "the same seed gives the same text; text n takes seed + n",
                             0, 2**32)
 
@@ -5367,11 +5393,11 @@ class DemoConfig(Config):
     outdir: Path | None = flag(
         None, "directory for what the demo makes (default: out/demo, or out/text)")
     max_steps: int | None = flag(
-        None, "optimizer steps (default: 1200, or as many as --minutes allow)", 1)
+        None, "optimizer steps (default: 800, or as many as --minutes allow)", 1)
 
 
 DEMO_FLAGS = (
-    "--context_length 512 --num_layers 2 --d_model 128 --num_heads 4 --d_ff 256 --batch_size 4 "
+    "--context_length 512 --num_layers 1 --d_model 128 --num_heads 4 --d_ff 256 --batch_size 4 "
     "--optimizer muon --lr 1e-2 --min_lr 1e-5 --log_interval 50 --eval_interval 400")
 
 
@@ -5438,7 +5464,7 @@ def demo_commands(config: DemoConfig, out: Path) -> Iterator[str]:
         train += (f" --keep_best --eval_windows 128 --eval_interval {steps // 10 or 1} "
                   f"--log_interval {steps // 40 or 1}")
     else:
-        steps = config.max_steps or 1200
+        steps = config.max_steps or 800
         train += f" --warmup_steps {steps // 40}"
     yield f"{train} --outdir {here}/run --max_steps {steps}"
     yield f"eval --checkpoint {model} --valid_tokens {here}/valid.bin"
@@ -5453,7 +5479,7 @@ COMMANDS |= {"train": train, "eval": evaluate_command, "generate": generate_comm
 #    a function of three lines that prints `tokenizer.decode_bytes([i])` for each id, and an
 #    entry in COMMANDS. --help and suggestions for mistyped flags are there already.
 # 2. Run `demo --max_steps 400` with another --outdir. The whole schedule shrinks with it. How
-#    far above the floor does the model end, compared with the 1,200 steps of the demo?
+#    far above the floor does the model end, compared with the 800 steps of the demo?
 
 if __name__ == "__main__":
     sys.exit(main())

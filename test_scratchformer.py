@@ -1234,7 +1234,7 @@ def token_file(path, ids, metadata=None, dtype="<u2"):
 
 def test_rows_are_stretches_of_the_file_and_targets_are_one_token_later(tmp_path):
     dataset = TokenDataset([token_file(tmp_path / "a", range(500, 600))], 1000)
-    inputs, targets = get_batch(dataset, 5, seed=1, samples=range(3, 10))
+    inputs, targets = get_batch(dataset, 5, seed=1, numbers=range(3, 10))
     assert inputs.shape == targets.shape == (7, 5) and inputs.dtype == torch.int64
     assert torch.equal(inputs, inputs[:, :1] + torch.arange(5))
     assert torch.equal(targets, inputs + 1) and len(inputs[:, 0].unique()) > 1
@@ -1250,8 +1250,8 @@ def test_a_batch_of_an_array_in_memory_is_that_of_the_file(tmp_path):
 
 
 def test_a_batch_is_a_function_of_seed_and_window_numbers():
-    def inputs(seed, samples):
-        return get_batch(np.arange(900), 5, seed, samples)[0]
+    def inputs(seed, numbers):
+        return get_batch(np.arange(900), 5, seed, numbers)[0]
 
     batch = inputs(3, range(64, 72))
     assert torch.equal(batch, inputs(3, range(64, 72)))
