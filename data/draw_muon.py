@@ -2,7 +2,7 @@
 
     uv run --with matplotlib data/draw_muon.py data/muon.svg
 
-Medians of three seeds; the README names machine, date and settings.
+One seed; the README names machine, date and settings.
 """
 
 import sys
@@ -13,16 +13,20 @@ try:
 except ImportError:
     sys.exit("this needs matplotlib: uv run --with matplotlib ..., or pip install matplotlib")
 
-# Seconds for 1,200 steps, without evaluation, and the validation loss after every 100 steps.
+# Seconds for 800 steps, without evaluation, and the validation loss after every 50 steps.
 MEASURED = {
-    "nanoGPT": (45.9, [2.754, 2.042, 1.553, 1.161, 0.924, 0.748, 0.615, 0.522, 0.456, 0.409,
-                       0.381, 0.362]),
-    "Hugging Face Llama, AdamW": (54.7, [2.555, 1.547, 1.022, 0.649, 0.476, 0.376, 0.311, 0.264,
-                                         0.231, 0.206, 0.191, 0.182]),
-    "ours, AdamW": (45.1, [2.469, 1.528, 1.106, 0.844, 0.654, 0.496, 0.385, 0.323, 0.279, 0.248,
-                           0.229, 0.217]),
-    "ours, Muon": (48.4, [2.087, 1.294, 0.827, 0.562, 0.421, 0.339, 0.286, 0.237, 0.201, 0.172,
-                          0.153, 0.141]),
+    "nanoGPT": (30.8, [
+        4.842, 4.358, 3.923, 3.599, 3.386, 3.209, 3.070, 2.944,
+        2.825, 2.719, 2.622, 2.525, 2.446, 2.381, 2.336, 2.291]),
+    "Hugging Face Llama, AdamW": (36.8, [
+        5.037, 4.016, 3.661, 3.410, 3.171, 2.927, 2.679, 2.489,
+        2.324, 2.220, 2.127, 2.060, 2.000, 1.957, 1.925, 1.908]),
+    "ours, AdamW": (29.4, [
+        4.694, 3.924, 3.583, 3.345, 3.140, 2.946, 2.741, 2.559,
+        2.392, 2.261, 2.148, 2.067, 2.001, 1.950, 1.910, 1.892]),
+    "ours, Muon": (32.0, [
+        4.441, 3.719, 3.286, 3.040, 2.822, 2.570, 2.302, 2.084,
+        1.934, 1.844, 1.769, 1.708, 1.663, 1.621, 1.591, 1.575]),
 }
 
 
