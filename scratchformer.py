@@ -377,7 +377,6 @@ class Tokenizer:
             i = self.token_to_id.setdefault(data, max(self.vocab) + 1)
             self.vocab[i], self.special_tokens[token] = data, i
         self.vocab_size = max(self.vocab) + 1
-        self.dtype = "<u2" if self.vocab_size <= 1 << 16 else "<u4"  # of ids in token files
         self.special_pattern = special_token_pattern(self.special_tokens)
         # The merges in terms of ids, ((left, right), merged). The *rank* of a pair is its
         # index in this list: the lower, the earlier it was learned.
@@ -385,7 +384,6 @@ class Tokenizer:
         self.id_merges = [((id_of[left], id_of[right]), id_of[left + right])
                           for left, right in self.merges]
         self.merge_rank = {pair: rank for rank, (pair, _) in enumerate(self.id_merges)}
-        self.missing_bytes = bytes(b for b in range(256) if bytes([b]) not in id_of)
         # Words repeat, so remember the most recent ones.
         self.encode_pretoken = functools.lru_cache(maxsize=1 << 11)(self.apply_merges)
 
@@ -402,10 +400,10 @@ class Tokenizer:
         """
         if self.ignore_merges and word in self.token_to_id:
             return (self.token_to_id[word],)
-        word = word.translate(None, self.missing_bytes)
         if len(word) > MAX_NAIVE:
             return self.fast.encode_word(word)  # chapter 4, for words above 256 bytes
-        ids = [self.token_to_id[bytes([byte])] for byte in word]
+        letters = [bytes([byte]) for byte in word]
+        ids = [self.token_to_id[letter] for letter in letters if letter in self.token_to_id]
         no_rank = len(self.merges)
         while len(ids) > 1:
             rank = min([self.merge_rank.get(pair, no_rank) for pair in zip(ids, ids[1:])])
@@ -484,6 +482,11 @@ class Tokenizer:
         """The id of the special token that ends a text, if there is one."""
         return next((self.special_tokens[t] for t in END_OF_TEXTS if t in self.special_tokens),
                     None)
+
+    @property
+    def dtype(self) -> str:
+        """How token files store ids: in 16 bits if that's enough, else in 32."""
+        return "<u2" if self.vocab_size <= 1 << 16 else "<u4"
 
     def fingerprint(self) -> str:
         """A hash of everything that determines the ids: are two tokenizers the same?"""

@@ -546,7 +546,8 @@ def foreign(tmp_path_factory):
 @given(text=texts)
 @example(text="   12  3\n 4")
 def test_tokenizers_made_by_others_give_the_same_ids_here(foreign, text):
-    assert foreign[4][1].missing_bytes and not foreign[3][1].missing_bytes
+    lacking = [256 > sum(len(token) == 1 for token in ours.token_to_id) for _, ours in foreign]
+    assert lacking[4] and not lacking[3]
     for theirs, ours in foreign:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
         assert ours.fast.encode(text).tolist() == ours.encode(text)
