@@ -3305,8 +3305,10 @@ class Muon(torch.optim.AdamW):
     """`muon_reference` for the matrices of the blocks, AdamW for all other parameters.
 
     `params` has for each parameter the tensor to update: itself, except for FSDP (chapter 10).
-    As in fused AdamW, gradients are divided by `grad_scale`, and nothing changes if `found_inf`
-    is 1. `dtype` is the precision of `orthogonalize`.
+    The same weight of all blocks is one group of parameters, a stack, so that equal matrices
+    are orthogonalized together. "rows" says where the matrices in such a weight end: [D, D, D]
+    for attention.qkv. As in fused AdamW, gradients are divided by `grad_scale`, and nothing
+    changes if `found_inf` is 1. `dtype` is the precision of `orthogonalize`.
     """
 
     def __init__(
@@ -3839,7 +3841,12 @@ class DistributedMuon(Muon):
     Without FSDP every process has all matrices: it takes its share of them, and an all-gather
     collects the results. Under FSDP a process holds some rows of every matrix, possibly none.
     In an *all-to-all* every process sends different data to every other. One makes whole
-    matrices, a share of them for each process, and another one turns them back into rows.
+    matrices, a share of them for each process, and another one turns them back into rows. With
+    two processes and the weights A and B, of which each process has one half of the rows:
+
+                     before      after the first all-to-all
+        process 0    A0, B0      A0, A1: all of A
+        process 1    A1, B1      B0, B1: all of B
     """
 
     def __init__(self, model: nn.Module, params: dict[Any, Any], *args: Any):
@@ -4273,7 +4280,7 @@ class ValidationSet:
         return None if stopped else nats / count
 
     def report(self, loss: float, compare: bool = False) -> tuple[dict[str, float], str]:
-        """A loss per token in other units, by name and as a text.
+        """A loss per token in other units: as a dictionary, and as text for the log.
 
         WHY per byte: a small vocabulary has short tokens that are easy to guess, so losses per
         token can't be compared between tokenizers. Bytes are the same for all.
@@ -4336,8 +4343,8 @@ def flops_per_token(config: ModelConfig) -> float:
     return 6 * (c.num_layers * block + c.vocab_size * c.d_model + attention)
 
 
-# Peak TFLOP/s of dense bfloat16 matmuls, from the vendors' data sheets. The log shows which
-# share of it the formulas of the model need: MFU, model FLOPs utilization.
+# Peak TFLOP/s of dense bfloat16 matmuls, from the vendors' data sheets. The log shows what
+# fraction of it the model's arithmetic uses: MFU, model FLOPs utilization.
 PEAK_TFLOPS = {
     "A100": 312, "A10G": 70, "A40": 150, "B200": 2250, "H100 NVL": 835, "H100 PCIe": 756,
     "H100": 989, "H200": 989, "L4": 121, "L40": 181, "L40S": 362, "RTX 3090": 71,
