@@ -3,7 +3,7 @@
 The file contains a byte-level BPE tokenizer (trainer and encoder), a
 Transformer with RoPE, SwiGLU and RMSNorm, a memory-mapped data loader, and a
 training loop that runs on a laptop, on one GPU, or on many GPUs with FSDP. It
-needs torch, regex and numpy, and nothing else beyond Python's standard library.
+needs torch, regex and numpy; a few extras need optional packages and say so.
 
 Start with this, in a clone of the repository. It takes a few minutes:
 
@@ -166,7 +166,7 @@ def pretokenize(text: str, pattern: str = PRETOKEN_PATTERN) -> list[str]:
 
 
 def text_to_bytes(text: str) -> bytes:
-    """The UTF-8 bytes of `text`. Raises UserError for half a surrogate pair: no character.
+    """The UTF-8 bytes of `text`. Raises UserError for a lone surrogate (no character).
 
     >>> list(text_to_bytes("aé"))
     [97, 195, 169]
@@ -401,7 +401,7 @@ class Tokenizer:
         if self.ignore_merges and word in self.token_to_id:
             return (self.token_to_id[word],)
         if len(word) > MAX_NAIVE:
-            return self.fast.encode_word(word)  # chapter 4, for words above 256 bytes
+            return self.fast.encode_word(word)  # chapter 4, for words of more than 256 bytes
         letters = [bytes([byte]) for byte in word]
         ids = [self.token_to_id[letter] for letter in letters if letter in self.token_to_id]
         no_rank = len(self.merges)
@@ -416,7 +416,7 @@ class Tokenizer:
     def encode_ordinary(self, text: str) -> list[int]:
         """The ids of `text`. Special tokens in it are treated like any other text."""
         if len(text) >= LONG_TEXT:
-            return self.fast.encode(text, special=False).tolist()  # chapter 4, from 16 kB on
+            return self.fast.encode(text, special=False).tolist()  # chapter 4, for long texts
         ids: list[int] = []
         for pretoken in pretokenize(text, self.pattern):
             ids += self.encode_pretoken(text_to_bytes(pretoken))
@@ -493,7 +493,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(tokenizer_to_json(self)).encode()).hexdigest()
 
 
-# The rest of this chapter is bookkeeping; you can skip it the first time.
+# The rest of this chapter is bookkeeping; you can skip it, down to the exercises.
 
 
 def check_pattern(pattern: str) -> None:
@@ -1002,7 +1002,7 @@ class WordTable:
 
 
 def merge_levels(id_merges: Sequence[tuple[tuple[int, int], int]]) -> list[int]:
-    """Numbers consecutive merges alike if their order makes no difference.
+    """Gives consecutive merges the same level if their order makes no difference.
 
     It makes none if no merge begins with a token that another ends with: then no two of them
     ever compete for a token. So "th" + "e" may be in the same level as "t" + "h", but "h" + "e"
@@ -1250,7 +1250,7 @@ def input_files(paths: str | Path | Sequence[str | Path]) -> list[FileSpan]:
 
 
 def is_binary(path: Path) -> bool:
-    """Whether there is a NUL byte in the first 8,000, the same test that git uses."""
+    """Whether there is a NUL byte in the first 8,000: the test that git uses."""
     with open(path, "rb") as file:
         return b"\0" in file.read(8000)
 
@@ -1984,7 +1984,7 @@ def cut_windows(
 
 
 def windows_per_epoch(num_tokens: int, context_length: int) -> int:
-    """One window less than fit, so that a random offset has room; at least one."""
+    """How many windows an epoch has: one fewer than would fit, to leave room for an offset."""
     return max(1, (num_tokens - 1) // context_length - 1)
 
 
@@ -2019,16 +2019,16 @@ def get_batch(
     A window may start in the middle of a document and run into the next one. The model
     learns that what follows an end-of-text token has nothing to do with what came before.
     """
-    size, starts = (len(tokens), context_length), []
+    N, T, starts = len(tokens), context_length, []
     for n in numbers:
-        epoch, index = divmod(n, windows_per_epoch(*size))
-        starts.append(shuffle_windows(seed, epoch, *size)[index])
-    return cut_windows(tokens, starts, context_length)
+        epoch, index = divmod(n, windows_per_epoch(N, T))
+        starts.append(shuffle_windows(seed, epoch, N, T)[index])
+    return cut_windows(tokens, starts, T)
 
 
-# The rest of this chapter is bookkeeping, and you can skip it the first time. A corpus may be
-# larger than memory, so a `TokenDataset` is an array of ids that stays on disk until a slice of
-# it is read. Most of its lines check that files are what they claim to be.
+# The rest of this chapter is bookkeeping; you can skip it, down to the exercises. A corpus may
+# be larger than memory, so a `TokenDataset` is an array of ids that stays on disk until a slice
+# of it is read. Most of its lines check that files are what they claim to be.
 
 METADATA_TYPES: dict[str, Any] = {
     "dtype": str, "vocab_size": int, "num_tokens": int,
@@ -2181,7 +2181,7 @@ class TokenDataset:
 # by a matrix: rows of `a` numbers become rows of `b`. (It stores the matrix as [b, a] and
 # computes x @ W.T; formulas here just say x @ W.)
 #
-# These hyperparameters define the shape of a model; what they mean comes up part by part. Read
+# These hyperparameters define the shape of a model; each is explained where it is used. Read
 # it as a plain dataclass: flag(default, help, at_least, at_most) declares a field that is also
 # a command-line flag, and `Config` (chapter 4) checks the ranges.
 #
@@ -2204,7 +2204,7 @@ class ModelConfig(Config):
     num_kv_heads: int = flag(0, "heads of keys and values; 0: as many as num_heads", 0)
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the output")
     rope_scaling: list[float] | None = flag(
-        None, "RoPE of Llama 3.1: factor, low and high frequency factor, original context")
+        None, "RoPE of Llama 3.1 (chapter 13): factor, low and high frequency factor, context")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -2286,7 +2286,7 @@ def attention_reference(
     window at once, since none of them can see the token it should predict.
     WHY sqrt(K): the dot product of two vectors of K random entries of about 1 or -1 is a sum of
     K terms of random sign, typically about sqrt(K), and large scores saturate the softmax: it
-    would give all weight to one position, and hardly change, and learn, from then on.
+    would give all weight to one position. Its gradient is then nearly 0, and it barely learns.
     Source: Vaswani et al. 2017, equation 1.
 
     By hand: scores ln 1, ln 2 and ln 3 give weights 1 : 2 : 3. Row 0 sees only 6. Row 1 is
@@ -2314,7 +2314,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same with a causal mask, using PyTorch's kernel, which never stores T x T scores.
+    """The same with a causal mask, using PyTorch's function, which never stores T x T scores.
 
     q, k, v [B, heads, T, K]. (`enable_gqa`: k and v may have fewer heads, see `Attention`.)
     """
@@ -2337,7 +2337,8 @@ def make_rope_cache(
     """Cosine and sine of all angles, float32 [2, ..., K/2] for positions [...].
 
     Pair i rotates by position * theta^(-2i / K): the first pairs fast, the last ones slowly,
-    like the hands of a clock. TRAP: float32, since bfloat16 would round position 257 to 256.
+    like the hands of a clock. Fast pairs tell near positions apart, slow ones far positions.
+    TRAP: float32, since bfloat16 would round position 257 to 256.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     frequencies = theta**-exponents  # (K/2,)
@@ -2370,11 +2371,9 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     tensor([[1.0000, 0.0000],
             [0.5403, 0.8415]])
     """
-    rope_cache = make_rope_cache(positions, x.shape[-1], theta)  # (2, T, K/2), (2, B, T, K/2)
-    # Positions [B, T] and x [B, H, T, K]: the rotations become (2, B, 1, T, K/2).
-    while positions.dim() > 1 and rope_cache.dim() <= x.dim():
-        rope_cache = rope_cache.unsqueeze(2)  # (2, B, 1, T, K/2)
-    return apply_rotary(x, rope_cache)
+    if positions.dim() == 2:  # for x [B, H, T, K], all heads alike: (B, 1, T)
+        positions = positions.view(len(positions), *[1] * (x.dim() - 3), -1)
+    return apply_rotary(x, make_rope_cache(positions, x.shape[-1], theta))
 
 
 class Attention(nn.Module):
@@ -2479,10 +2478,10 @@ def initial_weight(name: str, like: Tensor, num_layers: int, seed: int) -> Tenso
     The noise is normal with standard deviation 0.02, as in GPT-2. The two matrices of a block
     that write to the residual stream get 0.02 / sqrt(n) for n = 2 * num_layers such writes:
     variances of independent numbers add, and n * (0.02 / sqrt(n))^2 is 0.02^2 (Radford et
-    al. 2019, section 2.3). Logits then start small: a new model finds all
-    tokens about equally likely. Each tensor has a random generator of its own, seeded by
-    (seed, name). WHY: chapter 10 makes the same weights on any number of devices, one tensor
-    at a time.
+    al. 2019, section 2.3). The small weights of lm_head make logits small, too: a new model
+    finds all tokens about equally likely. Each tensor has a random generator of its own,
+    seeded by (seed, name). WHY: chapter 10 makes the same weights on any number of devices,
+    one tensor at a time.
     """
     if like.dim() == 1:  # TRAP: a bias, if you add one, should start at 0
         return torch.ones(like.shape, device=like.device)
@@ -2638,8 +2637,8 @@ def adamw_reference(
     """One update of AdamW, written out: the new weight, m and v. `step` counts from 1.
 
     m and v start at 0, and m_hat and v_hat correct for that: after one step m is 0.1 * grad,
-    and dividing it by 1 - 0.9 gives grad. A weight whose gradient keeps its
-    sign moves by about lr per step, no matter how large the gradient is. By hand: the first
+    and dividing it by 1 - 0.9 gives grad. A weight whose gradient hardly changes
+    moves by about lr per step, no matter how large the gradient is. By hand: the first
     step is lr times the sign, whether the gradient is 5 or 0.05.
 
     >>> zero, one = torch.zeros(2), torch.ones(2)
@@ -2711,8 +2710,8 @@ def learning_rate(
     >>> [round(learning_rate(step, 1.0, 0.1, 2, 6), 3) for step in range(7)]
     [0.5, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]
 
-    By hand: warmup gives 1/2 and 2/2; step 4 is halfway from 2 to 6, hence 0.55. (min_lr would
-    come right after the last step, 5.)
+    By hand: warmup gives 1/2 and 2/2; step 4 is halfway from 2 to 6, hence 0.55. (Step 6,
+    where min_lr is reached, is one past the last.)
     """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
@@ -2868,8 +2867,9 @@ def draw(p: Tensor, generator: torch.Generator | Sequence[torch.Generator] | Non
     """For each row of p [B, V] one i, with probability p[i]; int64 [B].
 
     torch.multinomial(p, 1) does the same, but makes the CPU wait for a GPU. How: if all e are
-    exponential random numbers, argmin(e / p) is i with probability p[i], and it's where p / e
-    is largest. (Equivalent to the Gumbel-max trick.)
+    exponential random numbers, e[i] / p[i] is one with the rate p[i], and the smallest of such
+    numbers is number i with probability p[i]. It's where p / e is largest. (Equivalent to the
+    Gumbel-max trick.)
     """
     e = torch.empty_like(p)
     generators = generator if isinstance(generator, Sequence) else [generator]
@@ -2946,9 +2946,10 @@ class CachedModel:
     def __call__(self, tokens: Tensor, positions: Tensor, S: int = 0) -> Tensor:
         """Hidden states [B, T, D] of `tokens` [B, T] at `positions` [B, T] of their texts.
 
-        S is how many positions of the cache to look at; 0: up to the last one filled.
+        S is how many positions of the cache to attend to; 0: up to the last one filled.
         """
-        model, device, S = self.model, tokens.device, S or int(positions.max()) + 1
+        S = S or int(positions.max()) + 1
+        model, device = self.model, tokens.device
         positions, rows = positions.to(device), torch.arange(len(tokens), device=device)
         # By hand, one token after three: positions [[3]], S = 4, and the mask is all True.
         attn_mask = positions[:, :, None] >= torch.arange(S, device=device)  # (B, T, S)
@@ -2958,9 +2959,9 @@ class CachedModel:
         for block, (k_cache, v_cache) in zip(model.blocks, self.kv_cache.unbind(1)):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, k_cache=k_cache, v_cache=v_cache):
-                # Each cache is (B, G, size, K). For every text and new token this assigns the
-                # G vectors of size K. (Indexing like this gives (B, T, G, K): the dimensions of
-                # index arrays come first, that of the slice after them.)
+                # Each cache is (B, G, size, K). For one text, k_cache[0, :, positions[0]] = ...
+                # would assign G vectors of size K at each position. For all texts, the index
+                # arrays rows (B, 1) and positions (B, T) select (B, T) of them: (B, T, G, K).
                 k_cache[rows[:, None], :, positions] = k.transpose(1, 2)
                 v_cache[rows[:, None], :, positions] = v.transpose(1, 2)
                 k, v = k_cache[:, :, :S], v_cache[:, :, :S]  # (B, G, S, K)
@@ -2989,23 +2990,25 @@ def generate(
     check_prompt(prompt_ids, model.config.vocab_size)
     cached_model = cached_model or CachedModel(model)
     ids, device, limit = list(prompt_ids), model.rope_cache.device, model.config.context_length
-    new, num_cached = ids[-limit:], 0  # tokens to read; how many are in the cache
+    unread, num_cached = ids[-limit:], 0
     for _ in range(max_new_tokens):
-        if num_cached + len(new) > limit:
-            new, num_cached = ids[-(limit // 2 + 1) :], 0  # half, and the newest token
-        positions = torch.arange(num_cached, num_cached + len(new))[None]  # (1, T)
-        hidden = cached_model(torch.tensor([new], device=device), positions)  # (1, T, D)
-        num_cached += len(new)
-        new = sample(model.lm_head(hidden[:, -1]), **sampling).tolist()
-        ids += new
-        yield new[0]
-        if new[0] in eos_ids:
+        if num_cached + len(unread) > limit:
+            # Start again, at position 0, with half of the context and the newest token.
+            unread, num_cached = ids[-(limit // 2 + 1) :], 0
+        positions = torch.arange(num_cached, num_cached + len(unread))[None]  # (1, T)
+        hidden = cached_model(torch.tensor([unread], device=device), positions)  # (1, T, D)
+        num_cached += len(unread)
+        unread = sample(model.lm_head(hidden[:, -1]), **sampling).tolist()  # the new token
+        ids += unread
+        yield unread[0]
+        if unread[0] in eos_ids:
             return
 
 
 # Exercises
-# 1. Let the demo's model write at --temperature 0, 0.8 and 2. At 0 the story is always the
-#    same, at 0.8 it changes with the seed, and at 2 its grammar falls apart.
+# 1. Let the demo's model write (scratchformer.py generate --checkpoint out/demo/run --prompt
+#    Once) at --temperature 0, 0.8 and 2. At 0 the story is always the same, at 0.8 it changes
+#    with the seed, and at 2 its grammar falls apart.
 # 2. Add min-p (Nguyen et al. 2024, arXiv 2407.01082): keep the tokens whose probability is at
 #    least a fraction p of the most likely token's. One parameter, and two lines beside top_k's.
 
@@ -3101,7 +3104,7 @@ class GradScaler:
 
     @torch.no_grad()
     def step(self, optimizer: Any, grad_norm: Tensor, clip_grad: float) -> None:
-        """optimizer.step() with gradients unscaled, then clipped; `grad_norm` is in between."""
+        """optimizer.step() with gradients unscaled, then clipped from the norm `grad_norm`."""
         found_inf, divisor = (~grad_norm.isfinite()).float(), self.loss_scale
         if clip_grad:
             divisor = divisor * (grad_norm / clip_grad).clamp(min=1.0)
@@ -3363,7 +3366,7 @@ class Muon(torch.optim.AdamW):
         """Put the gradients into the momenta. Returns updates [N, rows, columns]."""
         updates = []
         for grad, momentum in zip(grads, momenta):
-            # The mean of the momentum and itself: with found_inf the momentum stays.
+            # With found_inf the momentum is its own next gradient, so that it stays.
             grad = torch.where(found_inf > 0, momentum, grad / divisor)
             momentum.lerp_(grad, 1 - decay)  # decay * momentum + (1 - decay) * grad
             updates.append(grad.lerp(momentum, decay).to(self.dtype))
@@ -3548,9 +3551,9 @@ def use_all_cores(model: nn.Module) -> None:
 # `torchrun` starts several copies of a program, *processes*, and tells each its place in
 # environment variables: RANK, its number; WORLD_SIZE, how many there are; LOCAL_RANK and
 # LOCAL_WORLD_SIZE, the same on this machine alone. A *collective* is an operation that every
-# process must call, in the same order, or all wait forever: all_reduce gives everybody the sum
-# of everybody's tensors, broadcast gives everybody one process's tensor, and a barrier waits
-# until all are there. NCCL carries them out between GPUs, gloo between CPUs.
+# process must call, in the same order, or all wait forever: all_reduce gives every process the
+# sum of all their tensors, broadcast gives every process one process's tensor, and a barrier
+# waits until all are there. NCCL carries them out between GPUs, gloo between CPUs.
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -3775,8 +3778,8 @@ def shard_model(
 
     size, make_mesh = get_world_size(), torch.distributed.init_device_mesh
     if shard_size in (0, size):
-        # TRAP: not two dimensions, one of size 1. Their extra process groups seemed to make
-        # some CPU runs end abnormally.
+        # TRAP: not two dimensions, one of size 1. With their extra process groups, some CPU
+        # runs ended abnormally.
         mesh = make_mesh(device.type, (size,), mesh_dim_names=("shard",))
     else:
         grid = (size // shard_size, shard_size)
@@ -4432,7 +4435,7 @@ def catch_signals() -> Iterator[list[int]]:
                     os._exit(128 + number[0])
                 received.append(number[0])
 
-    # What is ignored stays ignored: that's how nohup works.
+    # Signals that are ignored stay ignored: that's how nohup works.
     before = {number: signal.signal(number, lambda *_: None) for number in signal.Signals
               if number.name in ("SIGINT", "SIGTERM", "SIGHUP")
               and signal.getsignal(number) != signal.SIG_IGN}
@@ -4742,10 +4745,10 @@ class Trainer:
 # alike, so their dot products stay the same.
 # (transformers, modeling_llama.py: rotate_half, apply_rotary_pos_emb)
 #
-# This chapter can wait: only models of Llama 3.1 depend on it.
+# This chapter can wait. (Chapter 6 uses one function of it, for models of Llama 3.1.)
 # ----------------------------------------------------------------------------------------
 
-# The Hugging Face matrices which, one below the other, are our matrix of this name.
+# The Hugging Face matrices which, concatenated by rows, are our matrix of this name.
 HF_NAMES = {
     "embedding": ["model.embed_tokens"],
     "norm": ["model.norm"],
@@ -4995,9 +4998,9 @@ class ModelFlags(ModelConfig):
         self.given = given
 
 
-# Vocabulary and model for a text: the last line whose MB of text, and minutes on a CPU or on a
-# GPU, are reached. A larger model learns more from a token and takes longer for it; on little
-# text it memorizes.
+# Vocabulary and model for a text: the last line whose minimum MB of text, and minimum minutes
+# on a CPU or on a GPU, you have. A larger model learns more from a token and takes longer for
+# it; on little text it memorizes.
 SIZES = """
 MB   CPU  GPU  vocab_size context_length num_layers d_model num_heads d_ff batch_size lr
 0    0    0    1024       256            2          128     4         352  8          1e-2
@@ -5116,7 +5119,7 @@ def open_run(
     start: dict, data: DataConfig, model_flags: ModelFlags, optim: LearningConfig,
     run: RunConfig, device: torch.device,
 ) -> tuple[ModelConfig, TokenDataset, ValidationSet | None, Tokenizer | None]:
-    """Settle the flags and open the files: shape, training data, validation data, tokenizer.
+    """Resolve the flags and open the files: shape, training data, validation data, tokenizer.
 
     Only process 0 gets the tokenizer. Raises UserError unless all of them fit each other.
     """
@@ -5267,8 +5270,8 @@ class GenerateConfig(SavedModelConfig):
     temperature: float = flag(0.8, "0: always the most likely token; 1: as learned", 0.0)
     top_k: int | None = flag(None, "sample from the k most likely tokens", 1)
     top_p: float | None = flag(None, "sample from the most likely that reach p", 0.0, 1.0)
-    seed: int | None = flag(None, "the same seed gives the same text; text n takes seed + n",
-                            0, 2**32)
+    seed: int | None = flag(
+        None, "the same seed gives the same text; the next text takes seed + 1", 0, 2**32)
 
 
 def read_prompts(config: GenerateConfig) -> Iterator[list[str]]:
