@@ -1995,10 +1995,10 @@ def shuffle_windows(seed: int, epoch: int, num_tokens: int, context_length: int)
     The windows lie end to end: the last target of one is the first input of another. The first
     begins at a random offset, so most epochs cut the text in different places. (They leave out
     up to 2 * T tokens in total, before the first window and after the last.) By hand: four
-    windows of 5 tokens out of 29, at offset 3 in epoch 0 and 2 in epoch 1.
+    windows of 5 tokens out of 29, at offset 8 in epoch 0 and 2 in epoch 1.
 
     >>> shuffle_windows(1, 0, 29, 5).tolist(), shuffle_windows(1, 1, 29, 5).tolist()
-    ([18, 13, 8, 3], [12, 17, 7, 2])
+    ([18, 13, 8, 23], [12, 17, 7, 2])
     """
     num_windows = windows_per_epoch(num_tokens, context_length)
     # Philox makes random bits from a key and a counter, like a hash function: the same on every
