@@ -5406,7 +5406,7 @@ class DemoConfig(Config):
     outdir: Path | None = flag(
         None, "directory for what the demo makes (default: out/demo, or out/text)")
     max_steps: int | None = flag(
-        None, "optimizer steps (default: 700, or as many as --minutes allow)", 1)
+        None, "optimizer steps (default: 720, or as many as --minutes allow)", 1)
 
 
 DEMO_FLAGS = (
@@ -5477,7 +5477,7 @@ def demo_commands(config: DemoConfig, out: Path) -> Iterator[str]:
         train += (f" --keep_best --eval_windows 128 --eval_interval {steps // 10 or 1} "
                   f"--log_interval {steps // 40 or 1}")
     else:
-        steps = config.max_steps or 700
+        steps = config.max_steps or 720
         train += f" --warmup_steps {steps // 40}"
     yield f"{train} --outdir {here}/run --max_steps {steps}"
     yield f"eval --checkpoint {model} --valid_tokens {here}/valid.bin"
@@ -5492,7 +5492,7 @@ COMMANDS |= {"train": train, "eval": evaluate_command, "generate": generate_comm
 #    a function of three lines that prints `tokenizer.decode_bytes([i])` for each id, and an
 #    entry in COMMANDS. --help and suggestions for mistyped flags are there already.
 # 2. Run `demo --max_steps 400` with another --outdir. The whole schedule shrinks with it. How
-#    far above the floor does the model end, compared with the 700 steps of the demo?
+#    far above the floor does the model end, compared with the 720 steps of the demo?
 
 if __name__ == "__main__":
     sys.exit(main())
