@@ -1004,8 +1004,8 @@ class WordTable:
 def merge_levels(id_merges: Sequence[tuple[tuple[int, int], int]]) -> list[int]:
     """Gives consecutive merges the same level if their order makes no difference.
 
-    It makes none if no merge begins with a token that another ends with: then no two of them
-    ever compete for a token. So "th" + "e" may be in the same level as "t" + "h", but "h" + "e"
+    That's so if no merge begins with a token that another ends with: then no two of them ever
+    compete for a token. So "th" + "e" may be in the same level as "t" + "h", but "h" + "e"
     may not, since "the" has only one h. Tens of merges share a level.
 
     >>> th, the, he = 256, 257, 258  # as in chapter 3, and then i + n
@@ -1056,7 +1056,7 @@ class FastEncoder:
         return np.concatenate([self.encode_piece(piece, pattern) for piece in pieces])
 
     def encode_piece(self, text: str, special_pattern: re.Pattern) -> np.ndarray:
-        """The ids of a text that is not too large to be processed in one go."""
+        """The ids of a text that is small enough to be processed at once."""
         if len(self.pool) > self.MAX_IDS:
             self.clear()
         words = find_pretokens(text, self.tokenizer.pattern, special_pattern)
