@@ -5,13 +5,13 @@ Transformer with RoPE, SwiGLU and RMSNorm, a memory-mapped data loader, and a
 training loop that runs on a laptop, on one GPU, or on many GPUs with FSDP. It
 needs torch, regex and numpy; a few extras need optional packages and say so.
 
-Start with this, in a clone of the repository. It takes a few minutes:
+Start with this, in a clone of the repository. It takes a minute or two:
 
     python scratchformer.py demo
 
 The demo trains a tokenizer and a small model on the bundled stories, evaluates
 the model, and lets it write a story. `demo --text_path DIR` does the same with
-your own text. It runs these commands, and shows each one:
+your own text. It shows each of the commands that it runs:
 
     split        hold out part of your own text for evaluation chapter 14
     bpe-train    learn a vocabulary from text                  chapters 1 to 4
@@ -5450,17 +5450,17 @@ def demo_commands(config: DemoConfig, out: Path) -> Iterator[str]:
             f"of width {size['d_model']}; a few steps show how fast it is")
         flags = " ".join(f"--{name} {value}" for name, value in list(size.items())[4:])
         flags, vocab_size = f"{flags} --optimizer muon", size["vocab_size"]
-        folder, texts, model, prompt = here, f"{here}/", f"{here}/run/{BEST}", "''"
+        source, texts, model, prompt = here, f"{here}/", f"{here}/run/{BEST}", "''"
     else:
         data = Path(__file__).parent / "data"
         if not data.is_dir():
             raise UserError("the demo's stories aren't installed: run it in a clone of the "
                             "source")
-        folder, flags, vocab_size = shlex.quote(str(data)), DEMO_FLAGS, "1536"
-        texts, model, prompt = f"{folder}/stories-", f"{here}/run", "Once"
+        source, flags, vocab_size = shlex.quote(str(data)), DEMO_FLAGS, "1536"
+        texts, model, prompt = f"{source}/stories-", f"{here}/run", "Once"
     tokenizer = f"{here}/tokenizer.json"
     yield (f"bpe-train --file_path {texts}train.txt --vocab_size {vocab_size} "
-           f"--special_tokens_path {folder}/special_tokens.txt "
+           f"--special_tokens_path {source}/special_tokens.txt "
            f"--tokenizer_out_path {tokenizer}")
     for part in ("train", "valid"):
         yield (f"bpe-encode --dataset_path {texts}{part}.txt --tokenizer_path {tokenizer} "

@@ -17,7 +17,7 @@ except ImportError:
 
 
 def draw(run: Path, picture: Path) -> None:
-    """Write `picture` from the metrics of the run in the folder `run`."""
+    """Write `picture` from the metrics of the run in the directory `run`."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
     valid = [(row["step"], row["valid_loss"]) for row in rows if "valid_loss" in row]
