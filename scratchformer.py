@@ -13,7 +13,7 @@ The demo trains a tokenizer and a small model on the bundled stories, evaluates
 the model, and lets it write a story. `demo --text_path DIR` does the same with
 your own text. It shows each of the commands that it runs:
 
-    split        set some of your own text aside, to test on   chapter 14
+    split        hold out part of your own text, to test on    chapter 14
     bpe-train    learn a vocabulary from text                  chapters 1 to 4
     bpe-encode   turn text into a file of token ids            chapters 3 and 4
     train        train a Transformer on token files            chapters 5 to 12
