@@ -130,9 +130,10 @@ __version__ = "0.1.0"
 # GPT-2's pattern. At each position the first alternative that matches wins: an English
 # contraction; letters, digits or punctuation, each with one optional space in front; or
 # whitespace. A space belongs to the word that follows it, so most words need no separate token
-# for the space. That's what `(?!\S)`, "not followed by a non-space", is for: before a word,
-# `\s+` must give back one character. (\p{L} is any letter in Unicode and \p{N} any numeric
-# character. Python's `re` doesn't know these classes; the package `regex` does.)
+# for the space. That's what `(?!\S)`, "not followed by a non-space", is for: of several spaces
+# before a word, `\s+` may not take the last one, so "a  b" becomes "a", " ", " b". (\p{L} is
+# any letter in Unicode and \p{N} any numeric character. Python's `re` doesn't know these
+# classes; the package `regex` does.)
 PRETOKEN_PATTERN = (
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )
@@ -264,7 +265,7 @@ def merge_pair(tokens: list, pair: tuple, merged: Any) -> list:
     result: list = []
     for token in tokens:
         if token == right and result and result[-1] == left:
-            result[-1] = merged  # not `left`, so the third "a" of "aaab" stays alone
+            result[-1] = merged  # that isn't `left`, so in "aaab" the third "a" stays alone
         else:
             result.append(token)
     return result
@@ -339,8 +340,8 @@ class Tokenizer:
     """Byte-level BPE: text to token ids, and back to the same bytes.
 
     `vocab` maps ids to bytes. `merges` are pairs of tokens in the order learned. Special
-    tokens that are not in `vocab` get the next free ids. `pattern` splits text into
-    pre-tokens. Raises UserError if the arguments contradict each other.
+    tokens may be in `vocab` already; the others get the next free ids. `pattern` splits text
+    into pre-tokens. Raises UserError if the arguments contradict each other.
 
     Two things exist only for tokenizers made by others. With `ignore_merges`, as in Llama 3, a
     pre-token that is in the vocabulary takes its id without any merges. And bytes that a
@@ -724,7 +725,7 @@ class PairIndex:
         return at[taken], which[taken]
 
     def merge(self, pairs: Sequence[int], new: int) -> tuple[int, range]:
-        """Merge the pairs that are `independent`: how many, and the numbers of new pairs."""
+        """Merge the pairs that are `independent`. Returns how many, and the new pairs."""
         at, which = self.independent(pairs, new)
         num_merged, tokens = int(which.max()) + 1, new + which
         # The pairs on both sides disappear. (In "abab" both are the same pair: count it once.)
@@ -1689,7 +1690,7 @@ def reading(path: str | Path, kind: str) -> Iterator[None]:
         yield
     except Exception as error:  # a damaged file can fail in dozens of ways
         if isinstance(error, OSError) and error.filename:
-            raise  # a missing or pendingable file is reported as such
+            raise  # a missing or unreadable file is reported as such
         why = str(error) if isinstance(error, UserError) else f"it is damaged ({error!r})"
         raise UserError(f"{path} is not a valid {kind}: {why}") from None
 
@@ -2001,7 +2002,7 @@ def cut_windows(
 
 
 def windows_per_epoch(num_tokens: int, context_length: int) -> int:
-    """One window fewer than would fit, to leave room for an offset; but at least one."""
+    """One less than the number that fit, to leave room for an offset; but at least one."""
     return max(1, (num_tokens - 1) // context_length - 1)
 
 
@@ -2009,10 +2010,14 @@ def windows_per_epoch(num_tokens: int, context_length: int) -> int:
 def shuffle_windows(seed: int, epoch: int, num_tokens: int, context_length: int) -> np.ndarray:
     """Where the windows of one epoch begin, in random order; int64 [windows per epoch].
 
-    The windows lie end to end: the last target of one is the first input of another. The first
-    begins at a random offset, so most epochs cut the text in different places. (They leave out
+    The windows lie end to end: the last target of one is the first input of the next. The first
+    begins at a random offset, so most epochs cut the text at different points. (They leave out
     up to 2 * T tokens in total, before the first window and after the last.) By hand: four
-    windows of 5 tokens out of 29, at offset 8 in epoch 0 and 2 in epoch 1.
+    windows of 5 tokens out of 29 leave 9, so the offset is 0 to 8, and the last target is token
+    28 at most. In epoch 0 it's 8, in epoch 1 it's 2:
+
+        epoch 0    ........[ 8-12][13-17][18-22][23-27].
+        epoch 1    ..[ 2- 6][ 7-11][12-16][17-21].......
 
     >>> shuffle_windows(1, 0, 29, 5).tolist(), shuffle_windows(1, 1, 29, 5).tolist()
     ([18, 13, 8, 23], [12, 17, 7, 2])
@@ -2142,8 +2147,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # TRAP: float32 inside. Of the 16-bit types (chapter 9), squares overflow float16,
-        # which makes the whole row 0 without an error, and bfloat16 gives an inexact mean.
+        # TRAP: float32 inside. x may have 16 bits (chapter 9). In float16 a square may be
+        # infinite, and dividing by infinity makes the row 0; in bfloat16 the mean is inexact.
         x_float = x.float()
         scale = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
         return (x_float * scale * self.weight).type_as(x)
@@ -2183,8 +2188,9 @@ def attention_reference(
     triangle: position t sees positions 0 to t. That lets us train on all positions of a
     window at once, since none of them can see the token it should predict.
     WHY sqrt(K): the dot product of two vectors of K random entries of about 1 or -1 is a sum of
-    K terms of random sign, typically about sqrt(K), and large scores saturate the softmax: it
-    would give all weight to one position. Its gradient is then nearly 0, and it barely learns.
+    K terms of random sign, typically about sqrt(K). With scores that large, the softmax would
+    give all weight to one position, and its derivatives would be nearly 0: the model would
+    barely learn.
     Source: Vaswani et al. 2017, equation 1.
 
     By hand: scores ln 1, ln 2 and ln 3 give weights 1 : 2 : 3. Row 0 sees only 6. Row 1 is
@@ -2302,8 +2308,8 @@ class Attention(nn.Module):
         heads = self.qkv(x).view(B, T, H + 2 * G, D // H)
         q, k, v = heads.split([H, G, G], dim=2)  # (B, T, H, K), (B, T, G, K), (B, T, G, K)
         if rope_cache is not None:
-            # x is (B, T, H, K) here: add a dimension for the heads, which rotate alike.
-            rope_cache = rope_cache.unsqueeze(-2)
+            # q and k are (B, T, H, K), and all their heads rotate alike: broadcast over H.
+            rope_cache = rope_cache.unsqueeze(-2)  # (2, T, 1, K/2) or (2, B, T, 1, K/2)
             q, k = apply_rotary(q, rope_cache), apply_rotary(k, rope_cache)
         # Attention wants the heads in front: (B, H, T, K).
         attn_out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -2605,8 +2611,8 @@ def learning_rate(
 
     WHY warm up: AdamW divides by sqrt(v), and at first v is estimated from only a few
     gradients. WHY decay: large steps bounce between the walls of a valley; small ones at the
-    end settle. (In our runs a straight line reached a lower loss than the usual half cosine.)
-    Source: Bergsma et al. 2025 (arXiv 2502.15938).
+    end settle. (Bergsma et al. 2025, arXiv 2502.15938, recommend a straight line to 0, as the
+    demo nearly has it; our default ends at a tenth of the peak, as is customary.)
 
     >>> [round(learning_rate(step, 1.0, 0.1, 2, 6), 3) for step in range(7)]
     [0.5, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]
@@ -2741,7 +2747,8 @@ def sample(
     that together reach probability p, at least one. `generator` is one for all rows, or a
     sequence with one per row. `suppressed` holds ids that are never sampled.
 
-    By hand: these logits mean 9%, 67% and 24%, so the second token alone reaches 0.5.
+    By hand: these logits correspond to 9%, 67% and 24%, so in descending order `before` is 0,
+    67% and 91%, and the second token alone reaches 0.5.
 
     >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0)
     tensor([1])
@@ -2761,9 +2768,11 @@ def sample(
     if top_p is not None:
         ordered, ids = logits.sort(descending=True)  # (B, V) each
         p = ordered.softmax(-1)
-        to_remove = p.cumsum(-1) - p >= top_p  # the tokens before it already reach top_p
+        before = p.cumsum(-1) - p  # the probability of all more likely tokens
+        to_remove = before >= top_p  # they reach top_p without this one
         to_remove[:, 0] = False
-        logits = logits.scatter(-1, ids, ordered.masked_fill(to_remove, -math.inf))
+        ordered = ordered.masked_fill(to_remove, -math.inf)
+        logits = logits.scatter(-1, ids, ordered)  # undo the sort: each goes back to its id
     return sample_from(logits.softmax(-1), generator)
 
 
@@ -2863,10 +2872,11 @@ class CachedModel:
         S = S or int(positions.max()) + 1
         model, device = self.model, tokens.device
         positions, rows = positions.to(device), torch.arange(len(tokens), device=device)
-        # By hand, one token after three: positions [[3]], S = 4, and the mask is all True.
+        # By hand: for two tokens after two, positions are [[2, 3]], S is 4, and the mask is
+        # [[True, True, True, False], [True, True, True, True]].
         attn_mask = positions[:, :, None] >= torch.arange(S, device=device)  # (B, T, S)
         attn_mask = attn_mask[:, None]  # (B, 1, T, S): the same for all heads
-        caches = iter(self.kv_cache)  # one per block
+        caches = iter(self.kv_cache)  # one per block; the blocks call `attend` in order
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k_cache, v_cache = next(caches)  # (B, size, G, K) each
@@ -2895,9 +2905,9 @@ def generate(
     cached_model: CachedModel | None = None,
     **sampling: Any,
 ) -> Iterator[int]:
-    """Yield what `generate_naive` yields, with a cache; the same until the context is full.
+    """Like `generate_naive`, with a cache. Up to context_length the ids are the same.
 
-    Then the model reads the second half of the context again and continues from there.
+    When the context is full, the model reads its second half again and continues from there.
     `cached_model` is a cache to reuse, or a faster one (chapter 9).
     """
     check_prompt(prompt_ids, model.config.vocab_size)
@@ -3017,7 +3027,7 @@ class GradScaler:
 
     @torch.no_grad()
     def step(self, optimizer: Any, grad_norm: Tensor, clip_grad: float) -> None:
-        """optimizer.step() with gradients unscaled, then clipped from the norm `grad_norm`."""
+        """optimizer.step() with gradients unscaled and clipped; `grad_norm` is unscaled too."""
         found_inf, divisor = (~grad_norm.isfinite()).float(), self.loss_scale
         if clip_grad:
             divisor = divisor * (grad_norm / clip_grad).clamp(min=1.0)
@@ -3094,7 +3104,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad.scatter_(-1, target, (log_p_target.exp() - 1).to(x.dtype))
                 grad_x.append((grad @ matrix) * mask)  # (rows, D)
                 # TRAP: a sum over thousands of rows may exceed float16's 65,504. The division
-                # by their number, in `backward`, comes too late. Hence the 256.
+                # by their number, in `backward`, comes too late. Hence the 256 (a power of
+                # two, so that it costs no precision).
                 grad_weight += grad.T @ (rows * mask / 256)  # (V, D)
         num_targets = (targets >= 0).sum().clamp(min=1)
         if with_grad:
@@ -5049,9 +5060,9 @@ class ModelFlags(ModelConfig):
         self.given = given
 
 
-# Vocabulary and model for a text: the last line whose minimum MB of text, and minimum minutes
-# on a CPU or on a GPU, you have. A larger model learns more from a token and takes longer for
-# it; on little text it memorizes.
+# Vocabulary and model for a text: the last line whose minimums (MB of text, and minutes on a
+# CPU or on a GPU) you meet. A larger model learns more per token and is slower; on little text
+# it memorizes.
 SIZES = """
 MB   CPU  GPU  vocab_size context_length num_layers d_model num_heads d_ff batch_size lr
 0    0    0    1024       256            2          128     4         352  8          1e-2
