@@ -836,8 +836,9 @@ CLASS_OF_CODE[SPECIAL_CODE] = SPECIAL
 def classify(codes: Iterable[int]) -> None:
     """Fill in CLASS_OF_CODE, asking the regex package so that both agree on Unicode."""
     characters = "".join(map(chr, codes))
-    for kind, c in {".": OTHER, r"\p{L}": LETTER, r"\p{N}": NUMBER, r"\s": SPACE}.items():
-        found = regex.findall(kind, characters, regex.DOTALL)
+    # First all are OTHER, since `.` matches any character.
+    for pattern, c in {".": OTHER, r"\p{L}": LETTER, r"\p{N}": NUMBER, r"\s": SPACE}.items():
+        found = regex.findall(pattern, characters, regex.DOTALL)
         CLASS_OF_CODE[list(map(ord, found))] = c
 
 
@@ -4171,7 +4172,7 @@ def check_types(content: dict, expected: dict[str, Any]) -> None:
 
 def load_metadata(token_file: Path) -> dict:
     """What NAME.bin.json says about NAME.bin; {} if there's none, as beside nanoGPT's files."""
-    path, kind = Path(f"{token_file}.json"), "token file description"
+    path, kind = Path(f"{token_file}.json"), "metadata file"
     if not path.is_file():
         return {}
     metadata = read_json(path, kind)
@@ -4224,7 +4225,7 @@ class TokenDataset:
                 raise UserError(f"{path} is text, not a token file: encode it with bpe-encode")
             length, rest = divmod(size := os.fstat(file.fileno()).st_size, dtype.itemsize)
             if rest or stated.get("num_tokens", length) != length:
-                raise UserError(f"{path} is damaged: {size} bytes don't match its description")
+                raise UserError(f"{path} is damaged: {size} bytes don't match its metadata")
             lengths.append(length)
         self.lengths, self.ends = lengths, np.cumsum(lengths)  # `ends` in the whole sequence
         sizes = {m["vocab_size"] for m in metadata if "vocab_size" in m}
@@ -4233,7 +4234,7 @@ class TokenDataset:
                             f"{' and '.join(map(str, sorted(sizes)))}")
         self.vocab_size = vocab_size or next(iter(sizes), 0)
         if not self.vocab_size:
-            raise UserError(f"{self.paths[0]} has no description: give --vocab_size")
+            raise UserError(f"{self.paths[0]} has no metadata: give --vocab_size")
         if len({m.get("tokenizer_sha256") for m in metadata}) > 1:
             raise UserError(f"{names} were encoded by different tokenizers")
         self.tokenizer_sha256 = metadata[0].get("tokenizer_sha256")
@@ -5495,7 +5496,7 @@ def demo(config: DemoConfig) -> int:
     for command in demo_commands(config, out):
         argv = shlex.split(command)
         log("\n$ python scratchformer.py " + shlex.join(argv))
-        if argv[0].startswith("bpe-"):  # much faster in a process without PyTorch (chapter 4)
+        if argv[0].startswith("bpe-"):  # a process without PyTorch can fork (chapter 4)
             status = subprocess.call([sys.executable, __file__, *argv, *quiet])
         else:
             status = main(argv + quiet)
@@ -5516,7 +5517,7 @@ def demo_commands(config: DemoConfig, out: Path) -> Iterator[str]:
             f"of width {size['d_model']}; a few steps show how fast it is")
         flags = " ".join(f"--{name} {value}" for name, value in list(size.items())[4:])
         flags, vocab_size = f"{flags} --optimizer muon", size["vocab_size"]
-        if device == "cuda" and has_compiler():  # on a GPU it pays within a minute
+        if device == "cuda" and has_compiler():  # on an H100, 2.5 times as fast
             flags += " --compile"
         source, texts, model, prompt = here, f"{here}/", f"{here}/run/{BEST}", "''"
     else:
@@ -5540,7 +5541,7 @@ def demo_commands(config: DemoConfig, out: Path) -> Iterator[str]:
         last = json.loads((out / "trial" / "metrics.jsonl").read_text().splitlines()[-1])
         tokens = 60 * minutes * last["tokens_per_second"] * 0.9  # the rest is for evaluation
         # Up to about four epochs are as good as new text (Muennighoff et al. 2023, arXiv
-        # 2305.16264). In our runs more than six made the validation loss rise (README).
+        # 2305.16264). In our runs more than six gained nothing (README).
         tokens = min(tokens, 5 * last["tokens_seen"] / last["epochs"])
         steps = config.max_steps or round(tokens * last["step"] / last["tokens_seen"]) or 1
         train += (f" --keep_best --eval_windows 128 --eval_interval {steps // 10 or 1} "

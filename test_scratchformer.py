@@ -1226,7 +1226,7 @@ def test_directories_are_read_without_hidden_and_binary_files(tmp_path, capsys):
 
 
 def token_file(path, ids, metadata=None, dtype="<u2"):
-    """`path`, holding `ids`, with `metadata` as the description beside it."""
+    """`path`, holding `ids`, with `metadata` in the JSON file beside it."""
     np.array(ids, dtype).tofile(path)
     if metadata is not None:
         write(Path(f"{path}.json"), json.dumps(metadata))
@@ -1244,15 +1244,16 @@ def test_rows_are_stretches_of_the_file_and_targets_are_one_token_later(tmp_path
 def test_a_batch_of_an_array_in_memory_is_that_of_the_file(tmp_path):
     ids = np.random.default_rng(1).integers(0, 1000, 300)
     dataset = TokenDataset([token_file(tmp_path / "a", ids)], 1000)
-    for tokens in (ids, ids.astype(np.uint16), dataset[0:300]):
+    mapped = np.memmap(tmp_path / "a", "<u2", mode="r")  # as chapter 5 shows it
+    for tokens in (ids, ids.astype(np.uint16), mapped, dataset[0:300]):
         for one, other in zip(get_batch(tokens, 9, 1, range(2, 6)),
                               get_batch(dataset, 9, 1, range(2, 6))):  # fmt: skip
             assert torch.equal(one, other)
 
 
-def test_a_batch_is_a_function_of_seed_and_window_numbers():
-    def inputs(seed, numbers):
-        return get_batch(np.arange(900), 5, seed, numbers)[0]
+def test_a_batch_is_a_function_of_seed_and_window_indices():
+    def inputs(seed, indices):
+        return get_batch(np.arange(900), 5, seed, indices)[0]
 
     batch = inputs(3, range(64, 72))
     assert torch.equal(batch, inputs(3, range(64, 72)))
@@ -1283,101 +1284,6 @@ def test_batches_cross_from_one_epoch_into_the_next():
     inputs, _ = get_batch(np.arange(104), 10, 1, range(per_epoch - 2, per_epoch + 2))
     expected = [*shuffle_windows(1, 0, 104, 10)[-2:], *shuffle_windows(1, 1, 104, 10)[:2]]
     assert inputs[:, 0].tolist() == expected
-
-
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.data())
-def test_several_files_read_as_one(tmp_path, lengths, data):
-    ids, ends = list(range(sum(lengths))), [0, *itertools.accumulate(lengths)]
-    paths = [
-        token_file(tmp_path / str(i), ids[ends[i] : ends[i + 1]], dtype=("<u2", "<u4")[i % 2],
-                   metadata={"dtype": ("uint16", "uint32")[i % 2]})
-        for i in range(len(lengths))
-    ]  # fmt: skip
-    start = data.draw(st.integers(0, len(ids)))
-    stop = data.draw(st.integers(start, len(ids) + 3))
-    dataset = TokenDataset(paths, 1000)
-    assert len(dataset) == len(ids) and dataset[start:stop].tolist() == ids[start:stop]
-
-
-def test_a_file_as_nanogpt_writes_it_trains(tmp_path):
-    token_file(tmp_path / "train.bin", np.random.default_rng(1).integers(0, 50, 999))
-    do("train", *TINY, f"--train_tokens {tmp_path / 'train.bin'} --vocab_size 50 "
-       f"--max_steps 4 --outdir {tmp_path / 'run'}")  # fmt: skip
-    assert len(metrics(tmp_path / "run", "train_loss")) == 4
-
-
-GOOD = [i % 50 for i in range(99)]
-
-
-@pytest.mark.parametrize("data, metadata, flags, words", [
-    (GOOD, None, "", "give --vocab_size"),
-    ([], None, "--vocab_size 50", "0 tokens"),
-    (GOOD[:64], None, "--vocab_size 50", "too few for a context_length of 64"),
-    (b"odd", None, "--vocab_size 50", "damaged: 3 bytes"),
-    (GOOD, {"num_tokens": 98, "vocab_size": 50}, "", "damaged"),
-    (GOOD, {"dtype": "uint32", "vocab_size": 50}, "", "damaged"),
-    (GOOD, {"dtype": "float7", "vocab_size": 50}, "", "float7"),
-    (GOOD, {"vocab_size": "many"}, "", "many"),
-    (GOOD, {"vocab_size": None}, "--vocab_size 50", "vocab_size is None"),
-    (GOOD, {"vocab_size": 50, "tokenizer_sha256": ["a", "b"]}, "", "tokenizer_sha256 is ["),
-    (GOOD, b'{"vocab_size": ' + b"9" * 5000 + b"}", "", "description"),
-    (GOOD, [], "", "description"),
-    (GOOD, {"vocab_size": 50}, "--vocab_size 49", "vocab_size is 49"),
-])  # fmt: skip
-def test_a_bad_token_file_is_refused(capsys, tmp_path, data, metadata, flags, words):
-    path, raw = tmp_path / "train.bin", isinstance(metadata, bytes)
-    token_file(path, data if isinstance(data, list) else [], None if raw else metadata)
-    if isinstance(data, bytes):
-        write(path, data)
-    if raw:
-        write(tmp_path / "train.bin.json", metadata)
-    argv = ["train", *TINY, f"--train_tokens {path} --max_steps 9 --outdir {tmp_path / 'run'}"]
-    error = refused(capsys, tmp_path, *argv, flags)
-    assert words in error and "train.bin" in error
-
-
-def test_an_id_outside_the_vocabulary_is_named_before_the_model_sees_it(capsys, tmp_path):
-    path = token_file(tmp_path / "train.bin", [*GOOD, 50, *GOOD])
-    with pytest.raises(UserError, match="holds the id 50, outside the vocabulary of 50"):
-        TokenDataset([path], 50)[90:110]
-    good = token_file(tmp_path / "good.bin", GOOD * 9)
-    argv = ["train --vocab_size 50 --max_steps 50 --eval_interval 50 --train_tokens", good,
-            "--valid_tokens", path, "--outdir", tmp_path / "valid"]  # fmt: skip
-    assert main(shell_words([*argv, *TINY])) == 2  # at once, not at the first evaluation
-    assert "train.bin holds the id 50" in capsys.readouterr().err
-    assert not (tmp_path / "valid" / "metrics.jsonl").exists()
-    argv = ["train --vocab_size 50 --max_steps 50 --train_tokens", path, "--outdir",
-            tmp_path / "run"]  # fmt: skip
-    assert main(shell_words([*argv, *TINY])) == 2
-    assert capsys.readouterr().err.count("\n") == 1 and not checkpoints_in(tmp_path / "run")
-
-
-def test_files_of_different_tokenizers_do_not_mix(tmp_path):
-    paths = [
-        token_file(tmp_path / name, GOOD, {"vocab_size": 50, "tokenizer_sha256": name})
-        for name in "ab"
-    ]
-    with pytest.raises(UserError, match="different tokenizers"):
-        TokenDataset(paths)
-
-
-def test_a_token_file_replaced_or_shortened_during_training_is_no_other_data(tmp_path):
-    path = token_file(tmp_path / "train.bin", GOOD)
-    tokens = TokenDataset([path], 50)
-    os.replace(token_file(tmp_path / "other", [49] * 99), path)
-    assert tokens[0:99].tolist() == GOOD
-    tokens = TokenDataset([path], 50)
-    os.truncate(path, 90)
-    with pytest.raises(UserError, match="not a valid token file"):
-        tokens[0:9]
-
-
-def test_a_floor_is_stated_for_one_file_only(tmp_path):
-    for name in "ab":
-        token_file(tmp_path / name, [1, 2, 3], {"vocab_size": 5, "floor_nats_per_byte": 0.5})
-    assert TokenDataset([tmp_path / "a"]).floor == 0.5
-    assert TokenDataset([tmp_path / "a", tmp_path / "b"]).floor is None
-
 
 
 # ======================================================================================
@@ -2893,6 +2799,101 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(toy, tmp_path):
 # A run is its flags and its data: when it was interrupted leaves no trace.
 # ======================================================================================
 
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.data())
+def test_several_files_read_as_one(tmp_path, lengths, data):
+    ids, ends = list(range(sum(lengths))), [0, *itertools.accumulate(lengths)]
+    paths = [
+        token_file(tmp_path / str(i), ids[ends[i] : ends[i + 1]], dtype=("<u2", "<u4")[i % 2],
+                   metadata={"dtype": ("uint16", "uint32")[i % 2]})
+        for i in range(len(lengths))
+    ]  # fmt: skip
+    start = data.draw(st.integers(0, len(ids)))
+    stop = data.draw(st.integers(start, len(ids) + 3))
+    dataset = TokenDataset(paths, 1000)
+    assert len(dataset) == len(ids) and dataset[start:stop].tolist() == ids[start:stop]
+
+
+def test_a_file_as_nanogpt_writes_it_trains(tmp_path):
+    token_file(tmp_path / "train.bin", np.random.default_rng(1).integers(0, 50, 999))
+    do("train", *TINY, f"--train_tokens {tmp_path / 'train.bin'} --vocab_size 50 "
+       f"--max_steps 4 --outdir {tmp_path / 'run'}")  # fmt: skip
+    assert len(metrics(tmp_path / "run", "train_loss")) == 4
+
+
+GOOD = [i % 50 for i in range(99)]
+
+
+@pytest.mark.parametrize("data, metadata, flags, words", [
+    (GOOD, None, "", "give --vocab_size"),
+    ([], None, "--vocab_size 50", "0 tokens"),
+    (GOOD[:64], None, "--vocab_size 50", "too few for a context_length of 64"),
+    (b"odd", None, "--vocab_size 50", "damaged: 3 bytes"),
+    (GOOD, {"num_tokens": 98, "vocab_size": 50}, "", "damaged"),
+    (GOOD, {"dtype": "uint32", "vocab_size": 50}, "", "damaged"),
+    (GOOD, {"dtype": "float7", "vocab_size": 50}, "", "float7"),
+    (GOOD, {"vocab_size": "many"}, "", "many"),
+    (GOOD, {"vocab_size": None}, "--vocab_size 50", "vocab_size is None"),
+    (GOOD, {"vocab_size": 50, "tokenizer_sha256": ["a", "b"]}, "", "tokenizer_sha256 is ["),
+    (GOOD, b'{"vocab_size": ' + b"9" * 5000 + b"}", "", "metadata file"),
+    (GOOD, [], "", "metadata file"),
+    (GOOD, {"vocab_size": 50}, "--vocab_size 49", "vocab_size is 49"),
+])  # fmt: skip
+def test_a_bad_token_file_is_refused(capsys, tmp_path, data, metadata, flags, words):
+    path, raw = tmp_path / "train.bin", isinstance(metadata, bytes)
+    token_file(path, data if isinstance(data, list) else [], None if raw else metadata)
+    if isinstance(data, bytes):
+        write(path, data)
+    if raw:
+        write(tmp_path / "train.bin.json", metadata)
+    argv = ["train", *TINY, f"--train_tokens {path} --max_steps 9 --outdir {tmp_path / 'run'}"]
+    error = refused(capsys, tmp_path, *argv, flags)
+    assert words in error and "train.bin" in error
+
+
+def test_an_id_outside_the_vocabulary_is_named_before_the_model_sees_it(capsys, tmp_path):
+    path = token_file(tmp_path / "train.bin", [*GOOD, 50, *GOOD])
+    with pytest.raises(UserError, match="holds the id 50, outside the vocabulary of 50"):
+        TokenDataset([path], 50)[90:110]
+    good = token_file(tmp_path / "good.bin", GOOD * 9)
+    argv = ["train --vocab_size 50 --max_steps 50 --eval_interval 50 --train_tokens", good,
+            "--valid_tokens", path, "--outdir", tmp_path / "valid"]  # fmt: skip
+    assert main(shell_words([*argv, *TINY])) == 2  # at once, not at the first evaluation
+    assert "train.bin holds the id 50" in capsys.readouterr().err
+    assert not (tmp_path / "valid" / "metrics.jsonl").exists()
+    argv = ["train --vocab_size 50 --max_steps 50 --train_tokens", path, "--outdir",
+            tmp_path / "run"]  # fmt: skip
+    assert main(shell_words([*argv, *TINY])) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not checkpoints_in(tmp_path / "run")
+
+
+def test_files_of_different_tokenizers_do_not_mix(tmp_path):
+    paths = [
+        token_file(tmp_path / name, GOOD, {"vocab_size": 50, "tokenizer_sha256": name})
+        for name in "ab"
+    ]
+    with pytest.raises(UserError, match="different tokenizers"):
+        TokenDataset(paths)
+
+
+def test_a_token_file_replaced_or_shortened_during_training_is_no_other_data(tmp_path):
+    path = token_file(tmp_path / "train.bin", GOOD)
+    tokens = TokenDataset([path], 50)
+    os.replace(token_file(tmp_path / "other", [49] * 99), path)
+    assert tokens[0:99].tolist() == GOOD
+    tokens = TokenDataset([path], 50)
+    os.truncate(path, 90)
+    with pytest.raises(UserError, match="not a valid token file"):
+        tokens[0:9]
+
+
+def test_a_floor_is_stated_for_one_file_only(tmp_path):
+    for name in "ab":
+        token_file(tmp_path / name, [1, 2, 3], {"vocab_size": 5, "floor_nats_per_byte": 0.5})
+    assert TokenDataset([tmp_path / "a"]).floor == 0.5
+    assert TokenDataset([tmp_path / "a", tmp_path / "b"]).floor is None
+
+
 EXACT = ["step", "train_loss", "valid_loss", "lr", "grad_norm"]
 
 
@@ -3661,7 +3662,7 @@ def test_a_shape_that_contradicts_init_from_is_refused(toy, exported, tmp_path, 
 
 
 # ======================================================================================
-# 14. THE COMMAND LINE
+# 14. COMMAND LINE
 #
 # What a person types, and what a person mistypes.
 # ======================================================================================
