@@ -204,8 +204,8 @@ def special_token_pattern(special_tokens: Iterable[str]) -> re.Pattern:
     ['<a><b>', '<a>']
     """
     longest_first = sorted(special_tokens, key=len, reverse=True)
-    # (?!) never matches: without special tokens there is nothing to find.
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    # \A(?!) never matches: without special tokens there is nothing to find.
+    return re.compile("|".join(map(re.escape, longest_first)) or r"\A(?!)")
 
 
 def check_special_tokens(special_tokens: Sequence[str]) -> None:
@@ -827,10 +827,7 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
 # pattern takes the regular expression, several times slower: see `find_pretokens`.)
 
 LETTER, NUMBER, OTHER, SPACE, SPECIAL, UNKNOWN = range(6)
-# The code that replaces characters of special tokens; Unicode ends just below it.
-SPECIAL_CODE = 0x110000
-CLASS_OF_CODE = np.full(SPECIAL_CODE + 1, UNKNOWN, np.uint8)
-CLASS_OF_CODE[SPECIAL_CODE] = SPECIAL
+CLASS_OF_CODE = np.full(0x110000, UNKNOWN, np.uint8)  # of every code point
 
 
 def classify(codes: Iterable[int]) -> None:
@@ -855,14 +852,14 @@ def character_classes(codes: np.ndarray) -> np.ndarray:
     return classes
 
 
-def find_gpt2_pretokens(codes: np.ndarray) -> np.ndarray:
+def find_gpt2_pretokens(codes: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """Whether a pre-token of GPT-2's pattern starts at each of these code points; bool [N].
 
     >>> codes = np.array(list(map(ord, "it's  24!")))
-    >>> "".join("^" if start else "." for start in find_gpt2_pretokens(codes))
+    >>> starts = find_gpt2_pretokens(codes, character_classes(codes))
+    >>> "".join("^" if start else "." for start in starts)
     '^.^.^^..^'
     """
-    classes = character_classes(codes)
     space, changes = classes == SPACE, classes[1:] != classes[:-1]
     start = np.ones(len(codes) + 3, bool)  # three more, for start[at + 3] below
     # 1. What follows a space doesn't start a pre-token, since the space has started it.
@@ -872,7 +869,7 @@ def find_gpt2_pretokens(codes: np.ndarray) -> np.ndarray:
     start[1 : max(1, len(codes) - 1)] |= space[1:-1] & space[:-2] & (classes[2:] < SPACE)
     # 3. A contraction is one pre-token where nothing is in front: 's 't 'm 'd 'll 've 're.
     at = np.flatnonzero((codes == ord("'")) & start[: len(codes)])
-    padded = np.append(codes, [0, 0])
+    padded = np.append(codes, np.zeros(2, codes.dtype))
     next1, next2 = padded[at + 1], padded[at + 2]
     one_letter = np.isin(next1, [ord(letter) for letter in "stmd"])
     two_letters = (next1 == ord("l")) & (next2 == ord("l"))
@@ -899,7 +896,8 @@ class Pretokens(typing.NamedTuple):
     data: bytes
     starts: np.ndarray  # where each starts in `data`; int64 [N]
     lengths: np.ndarray  # in bytes; int64 [N]
-    specials: list[tuple[int, str]]  # which of them are special tokens: (index, token)
+    special_at: np.ndarray  # which of them are special tokens; int64
+    special_tokens: list[str]  # and which tokens these are
 
     def cut(self, which: np.ndarray) -> list[bytes]:
         """The pre-tokens with these indices."""
@@ -910,13 +908,19 @@ class Pretokens(typing.NamedTuple):
 def find_pretokens(text: str, pattern: str, special_pattern: re.Pattern) -> Pretokens:
     """All pre-tokens and special tokens of `text`, in order."""
     data = text_to_bytes(text)
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    if text.isascii():  # one byte per character
+        codes = np.frombuffer(data, np.uint8)
+    else:
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     matches = list(special_pattern.finditer(text))
-    edges = np.array([match.span() for match in matches], np.int64).reshape(-1, 2)
+    edges = np.array([edge for match in matches for edge in match.span()], np.int64)
+    edges = edges.reshape(-1, 2)  # the start and the end of each special token
     if pattern == PRETOKEN_PATTERN:
-        masked = codes.copy()
-        masked[ragged_indices(edges[:, 0], edges[:, 1] - edges[:, 0])] = SPECIAL_CODE
-        is_start = find_gpt2_pretokens(masked)
+        # Inside special tokens nothing starts, and no code means anything.
+        codes_outside, classes = codes.copy(), character_classes(codes)
+        inside = ragged_indices(edges[:, 0], edges[:, 1] - edges[:, 0])
+        codes_outside[inside], classes[inside] = 0, SPECIAL
+        is_start = find_gpt2_pretokens(codes_outside, classes)
         is_start[edges[edges < len(codes)]] = True
         starts = np.flatnonzero(is_start)
     else:
@@ -927,35 +931,40 @@ def find_pretokens(text: str, pattern: str, special_pattern: re.Pattern) -> Pret
             end = next_end
         starts = np.unique(np.array(borders, np.int64))
         starts = starts[starts < len(text)]
-    specials = [*zip(np.searchsorted(starts, edges[:, 0]).tolist(), (m[0] for m in matches))]
-    if len(codes) < len(data):  # from characters to bytes; an escaped byte is one byte
+    special_at = np.searchsorted(starts, edges[:, 0])
+    if len(text) < len(data):  # from characters to bytes; an escaped byte is one byte
         sizes = np.uint8(1) + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
         sizes[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1
         starts = np.cumsum(sizes, dtype=np.int64)[starts] - sizes[starts]
-    return Pretokens(data, starts, np.diff(starts, append=len(data)), specials)
+    lengths = np.diff(starts, append=len(data))
+    return Pretokens(data, starts, lengths, special_at, [match[0] for match in matches])
 
 
 # Looking up all words of a chunk at once
 # ---------------------------------------
 # A Python dictionary from word to ids would do, one word at a time; that takes several times
 # as long as everything else here. Instead, a word of up to 15 bytes, with its length, is packed
-# into two 64-bit integers, so that comparing all words of a chunk with those in a table takes
-# two numpy comparisons. N is the number of words.
+# into two 64-bit integers, its key, so that one numpy comparison compares all words of a chunk
+# with those in a table. N is the number of words.
 
 MAX_SHORT = 15
-KEY_MASK = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # the low n bytes
+# Row n masks the first n of 16 bytes, as two little-endian integers.
+KEY_MASK = np.where(np.arange(16) < np.arange(17)[:, None], 255, 0).astype("u1").view("<u8")
 HASH_FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)  # odd, arbitrary
 
 
-def word_keys(words: Pretokens) -> tuple[np.ndarray, np.ndarray]:
-    """Two uint64 per word: bytes 0 to 7, and bytes 8 to 14 with the length in the top byte."""
+def word_keys(words: Pretokens) -> np.ndarray:
+    """Bytes 0 to 7 of each word; bytes 8 to 14, with the length in the top byte; uint64 [N, 2].
+
+    Words of more than 15 bytes count as 16 bytes long; their keys are of no use.
+    """
     padded = words.data + bytes(16)
-    # A view of the same memory with a 64-bit integer starting at every byte.
-    integers = np.ndarray(len(words.data) + 9, "<u8", padded, strides=(1,))
+    # A view of the same memory, with an item of 16 bytes starting at every byte.
+    items = np.ndarray(len(words.data) + 1, "V16", padded, strides=(1,))
     lengths = np.minimum(words.lengths, MAX_SHORT + 1)
-    low = integers.take(words.starts) & KEY_MASK.take(np.minimum(lengths, 8))
-    high = integers.take(words.starts + 8) & KEY_MASK.take(np.clip(lengths - 8, 0, 7))
-    return low, high | lengths.astype(np.uint64) << np.uint64(56)
+    keys = items[words.starts].view("<u8").reshape(-1, 2) & KEY_MASK.take(lengths, axis=0)
+    keys[:, 1] |= lengths.astype(np.uint64) << np.uint64(56)
+    return keys
 
 
 class WordTable:
@@ -966,11 +975,11 @@ class WordTable:
     always means one word. Words longer than 15 bytes are rare: they're kept in a dictionary.
     """
 
-    BITS = 19
+    BITS = 18
 
     def __init__(self, size: int = 0):
-        # A free slot has high 0; a word's high is never 0, since it contains the length.
-        self.low, self.high = np.zeros((2, 1 << self.BITS), np.uint64)
+        # A free slot has the key (0, 0), which isn't a word's, since it contains the length.
+        self.keys = np.zeros((1 << self.BITS, 2), np.uint64)
         self.numbers = np.zeros(1 << self.BITS, np.int64)
         self.long_words: dict[bytes, int] = {}
         self.size = size
@@ -980,21 +989,19 @@ class WordTable:
 
         If a new word occurs several times, one of its indices is in the second result.
         """
-        low, high = word_keys(words)
-        hashes = (low * HASH_FACTORS[0] ^ high) * HASH_FACTORS[1]
+        keys, is_long = word_keys(words), words.lengths > MAX_SHORT
+        hashes = (keys[:, 0] * HASH_FACTORS[0] ^ keys[:, 1]) * HASH_FACTORS[1]
         slots = (hashes >> np.uint64(64 - self.BITS)).astype(np.int64)
-        numbers, is_long = self.numbers.take(slots), words.lengths > MAX_SHORT
-        is_known = (self.low.take(slots) == low) & (self.high.take(slots) == high)
-        missing = np.flatnonzero(~(is_known | is_long))
+        numbers, equal = self.numbers.take(slots), self.keys.take(slots, axis=0) == keys
+        missing = np.flatnonzero(~(equal[:, 0] & equal[:, 1] | is_long))
         # Sorting by hash puts equal words side by side; each group gets the next number. (If
         # two words have the same hash, one may get two numbers: harmless.)
         missing = missing[hashes[missing].argsort()]
-        is_first = run_starts(low[missing]) | run_starts(high[missing])
+        is_first = run_starts(keys[missing, 0]) | run_starts(keys[missing, 1])
         numbers[missing] = self.size - 1 + np.cumsum(is_first)
         new = missing[is_first]
-        # TRAP: new words may share a slot. The last one wins, the same in all three arrays.
-        self.low[slots[new]], self.high[slots[new]] = low[new], high[new]
-        self.numbers[slots[new]] = numbers[new]
+        # TRAP: new words may share a slot. The last one wins, the same in both arrays.
+        self.keys[slots[new]], self.numbers[slots[new]] = keys[new], numbers[new]
         self.size += len(new)
         new_long: list[int] = []
         at = np.flatnonzero(is_long)
@@ -1077,8 +1084,7 @@ class FastEncoder:
             ids, lengths = self.encode_words(words, new)
             self.start = np.append(self.start, len(self.pool) + np.cumsum(lengths))
             self.pool = np.append(self.pool, ids.astype(np.int32))
-        for i, token in words.specials:
-            numbers[i] = self.special_numbers[token]
+        numbers[words.special_at] = [self.special_numbers[t] for t in words.special_tokens]
         starts, ends = self.start.take(numbers), self.start.take(numbers + 1)
         return self.pool.take(ragged_indices(starts, ends - starts))
 
@@ -1131,7 +1137,7 @@ class FastEncoder:
 
     def encode_word(self, word: bytes) -> tuple[int, ...]:
         """The ids of one word."""
-        words = Pretokens(word, np.array([0]), np.array([len(word)]), [])
+        words = Pretokens(word, np.array([0]), np.array([len(word)]), np.array([]), [])
         return tuple(self.encode_words(words, np.array([0]))[0].tolist())
 
     def pair_ranks(self, ids: np.ndarray, word: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -1353,7 +1359,7 @@ def count_span(
         words = find_pretokens(span.read(), pattern, special_pattern)
         numbers, new = table.lookup(words)
         seen += words.cut(new)  # seen[n] is the word with number n
-        numbers = np.delete(numbers, [i for i, _ in words.specials])
+        numbers = np.delete(numbers, words.special_at)
         counts = np.append(counts, np.zeros(len(new), np.int64))
         counts += np.bincount(numbers, minlength=len(counts))
     totals: Counter[bytes] = Counter()
