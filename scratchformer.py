@@ -2085,56 +2085,8 @@ def get_batch(
 # by a matrix: rows of `a` numbers become rows of `b`. (It stores the matrix as [b, a] and
 # computes x @ W.T; formulas here just say x @ W.)
 #
-# These hyperparameters define the shape of a model; each is explained where it is used. Read
-# it as a plain dataclass: flag(default, help, at_least, at_most) declares a field that is also
-# a command-line flag, `Config` (chapter 4) checks the ranges, and the docstring is the heading
-# of these flags in --help.
-#
 # Functions named ..._reference are for reading; the tests check PyTorch's faster equivalents
 # against them.
-
-
-@dataclasses.dataclass
-class ModelConfig(Config):
-    """Model"""
-
-    vocab_size: int = flag(0, "size of the vocabulary; 0: take it from the token file", 0)
-    context_length: int = flag(512, "maximum sequence length, in tokens", 1, 2**22)
-    num_layers: int = flag(8, "number of blocks", 1, 1000)
-    d_model: int = flag(768, "width of the model: numbers per token", 1)
-    num_heads: int = flag(16, "attention heads", 1)
-    d_ff: int = flag(2048, "width inside SwiGLU, about 8/3 of d_model", 1)
-    rope_theta: float = flag(10000.0, "base of RoPE; larger means slower rotations", 1.0)
-    norm_eps: float = flag(1e-5, "added to the mean square in RMSNorm", 0.0)
-    num_kv_heads: int = flag(0, "heads of keys and values; 0: as many as num_heads", 0)
-    tie_embeddings: bool = flag(False, "one matrix for the embedding and the output")
-    rope_scaling: list[float] | None = flag(
-        None, "of Llama 3.1: factor, low and high frequency factor, original context")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.num_kv_heads = self.num_kv_heads or self.num_heads
-        check_shape(self)
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.num_heads
-
-
-def check_shape(c: ModelConfig) -> None:
-    """Raise UserError if the fields of a ModelConfig contradict each other."""
-    if c.num_heads % c.num_kv_heads:
-        raise UserError(f"num_heads must be divisible by num_kv_heads: {c.num_heads} / "
-                        f"{c.num_kv_heads}")
-    if (r := c.rope_scaling) and not (len(r) == 4 and min(r) > 0 and r[1] < r[2]):
-        raise UserError(f"rope_scaling must be four numbers above 0, the second below the "
-                        f"third, not {r}")
-    shape = f"{c.d_model} / {c.num_heads}"
-    if c.d_model % c.num_heads:
-        raise UserError(f"d_model must be divisible by num_heads: {shape}")
-    if c.head_dim % 2:
-        raise UserError("the head size d_model / num_heads must be even, because RoPE "
-                        f"rotates pairs: {shape} = {c.head_dim}")
 
 
 class RMSNorm(nn.Module):
@@ -2299,7 +2251,7 @@ class Attention(nn.Module):
     al. 2023, arXiv 2305.13245: grouped-query attention)
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig):  # all sizes of a model: see "The model" below
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -2383,6 +2335,36 @@ class Block(nn.Module):
 
 # The model
 # ---------
+# These hyperparameters define the shape of a model. Read them as a plain dataclass:
+# flag(default, help, at_least, at_most) declares a field that is also a command-line flag,
+# `Config` (chapter 4) checks the ranges, and the docstring is the heading in --help.
+
+
+@dataclasses.dataclass
+class ModelConfig(Config):
+    """Model"""
+
+    vocab_size: int = flag(0, "size of the vocabulary; 0: take it from the token file", 0)
+    context_length: int = flag(512, "maximum sequence length, in tokens", 1, 2**22)
+    num_layers: int = flag(8, "number of blocks", 1, 1000)
+    d_model: int = flag(768, "width of the model: numbers per token", 1)
+    num_heads: int = flag(16, "attention heads", 1)
+    d_ff: int = flag(2048, "width inside SwiGLU, about 8/3 of d_model", 1)
+    rope_theta: float = flag(10000.0, "base of RoPE; larger means slower rotations", 1.0)
+    norm_eps: float = flag(1e-5, "added to the mean square in RMSNorm", 0.0)
+    num_kv_heads: int = flag(0, "heads of keys and values; 0: as many as num_heads", 0)
+    tie_embeddings: bool = flag(False, "one matrix for the embedding and the output")
+    rope_scaling: list[float] | None = flag(
+        None, "of Llama 3.1: factor, low and high frequency factor, original context")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.num_kv_heads = self.num_kv_heads or self.num_heads
+        check_shape(self)
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
 
 
 def initial_weight(name: str, like: Tensor, num_layers: int, seed: int) -> Tensor:
@@ -2462,6 +2444,22 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.lm_head(self.hidden_states(tokens))  # (B, T, V)
+
+
+def check_shape(c: ModelConfig) -> None:
+    """Raise UserError if the fields of a ModelConfig contradict each other."""
+    if c.num_heads % c.num_kv_heads:
+        raise UserError(f"num_heads must be divisible by num_kv_heads: {c.num_heads} / "
+                        f"{c.num_kv_heads}")
+    if (r := c.rope_scaling) and not (len(r) == 4 and min(r) > 0 and r[1] < r[2]):
+        raise UserError(f"rope_scaling must be four numbers above 0, the second below the "
+                        f"third, not {r}")
+    shape = f"{c.d_model} / {c.num_heads}"
+    if c.d_model % c.num_heads:
+        raise UserError(f"d_model must be divisible by num_heads: {shape}")
+    if c.head_dim % 2:
+        raise UserError("the head size d_model / num_heads must be even, because RoPE "
+                        f"rotates pairs: {shape} = {c.head_dim}")
 
 
 # Exercises
@@ -2739,34 +2737,33 @@ def train_model(
 # ----------------------------------------------------------------------------------------
 
 
-def sample(
+def token_probabilities(
     logits: Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     suppressed: Tensor | None = None,
 ) -> Tensor:
-    """Ids drawn from softmax(logits / temperature), int64 [B], for logits [B, V].
+    """softmax(logits / temperature), with unlikely tokens removed; [B, V] for logits [B, V].
 
-    A temperature below 1 makes likely tokens even more likely; 0 always takes the most likely.
+    A temperature below 1 makes likely tokens even more likely; 0 leaves only the most likely.
     top_k keeps the k most likely tokens (including ties). top_p keeps the most likely tokens
-    that together reach probability p, at least one. `generator` is one for all rows, or a
-    sequence with one per row. `suppressed` holds ids that are never sampled.
+    that together reach probability p, at least one. `suppressed` holds ids to remove.
 
-    By hand: these logits correspond to 9%, 67% and 24%, so in descending order `before` is 0,
-    67% and 91%, and the second token alone reaches 0.5.
+    By hand: at temperature 0.5 the odds of 67 to 24 become their square. In descending order,
+    `before` is 0, 67% and 91%, so the second token alone reaches 0.5.
 
-    >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0)
-    tensor([1])
-    >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), top_p=0.5)
-    tensor([1])
+    >>> logits = torch.tensor([[0.0, 2.0, 1.0]])
+    >>> token_probabilities(logits), token_probabilities(logits, temperature=0.5)
+    (tensor([[0.0900, 0.6652, 0.2447]]), tensor([[0.0159, 0.8668, 0.1173]]))
+    >>> token_probabilities(logits, top_k=2), token_probabilities(logits, top_p=0.5)
+    (tensor([[0.0000, 0.7311, 0.2689]]), tensor([[0., 1., 0.]]))
     """
+    logits = logits.float().nan_to_num()  # sampling from NaN would end a training run
     if suppressed is not None:
         logits = logits.index_fill(-1, suppressed, -math.inf)
     if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float()
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     # Subtracting the maximum changes no probability, and a small temperature can't overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
@@ -2780,24 +2777,19 @@ def sample(
         to_remove[:, 0] = False
         ordered = ordered.masked_fill(to_remove, -math.inf)
         logits = logits.scatter(-1, ids, ordered)  # undo the sort: each goes back to its id
-    return sample_from(logits.softmax(-1), generator)
+    return logits.softmax(-1)
 
 
-def sample_from(
-    p: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None
+def sample(
+    logits: Tensor, generator: torch.Generator | None = None, **sampling: Any
 ) -> Tensor:
-    """For each row of probabilities p [B, V] one index i, with probability p[i]; int64 [B].
+    """Ids drawn at random, int64 [B], for logits [B, V]; `sampling` as above.
 
-    torch.multinomial(p, 1) does the same, but makes the CPU wait for a GPU. How it works: give
-    every i a waiting time with the exponential distribution of rate p[i], which is e[i] / p[i]
-    if e[i] has rate 1. The first to arrive is i with probability p[i]. The smallest e / p is
-    the largest p / e. (This is the Gumbel-max trick without the logarithm.)
+    >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0)
+    tensor([1])
     """
-    e = torch.empty_like(p)
-    generators = generator if isinstance(generator, Sequence) else [generator]
-    for rows, row_generator in zip(e.chunk(len(generators)), generators):
-        rows.exponential_(generator=row_generator)
-    return (p / e).argmax(-1)
+    p = token_probabilities(logits, **sampling)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
 def check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
@@ -2853,54 +2845,39 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 # and let the model read nothing but the new token. Attention still looks at all earlier keys,
 # but everything else then costs the same for every token, however long the text is.
 
+KVCache = list[tuple[Tensor, Tensor]]  # for each block the keys and values, (1, G, S, K) each
 
-class CachedModel:
-    """A model's forward pass for the new tokens of B texts, with a cache for the earlier ones.
 
-    Compare `__call__` with `Transformer.hidden_states`: the same loop over the blocks, but
-    `attend` stores the new keys and values, and looks at the old ones too. The cache has room
-    for `size` tokens per text (default: context_length).
+def empty_cache(model: Transformer) -> KVCache:
+    """The cache of a model that has read nothing: S is 0."""
+    c, weight = model.config, model.embedding.weight
+    nothing = weight.new_empty(1, c.num_kv_heads, 0, c.head_dim)
+    return [(nothing, nothing)] * c.num_layers
+
+
+def hidden_states_cached(model: Transformer, tokens: Tensor, kv_cache: KVCache) -> Tensor:
+    """`Transformer.hidden_states` of the tokens [1, T] that follow the S tokens in `kv_cache`.
+
+    The same loop over the blocks, but `attend` puts the earlier keys and values in front of the
+    new ones. The new ones are added to the cache.
     """
+    T, S, device = tokens.shape[1], kv_cache[0][0].shape[2], tokens.device
+    # Row t is the token at position S + t, and a column is a position. By hand, for S = T = 2:
+    # [[True, True, True, False], [True, True, True, True]].
+    attn_mask = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(S)
+    earlier = iter(kv_cache[:])  # the blocks call `attend` in order
+    kv_cache.clear()
 
-    def __init__(self, model: Transformer, batch_size: int = 1, size: int | None = None):
-        self.model, self.size, c = model, size or model.config.context_length, model.config
-        shape = (c.num_layers, 2, batch_size, self.size, c.num_kv_heads, c.head_dim)
-        weight = model.embedding.weight
-        # TRAP: zeros, not empty. Masked positions have weight 0, but 0 times the NaN of
-        # uninitialized memory is NaN.
-        self.kv_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (torch.cat(pair, dim=2) for pair in zip(next(earlier), (k, v)))  # S grows by T
+        kv_cache.append((k, v))
+        grouped = k.shape[1] < q.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, enable_gqa=grouped)
 
-    @torch.no_grad()
-    def __call__(self, tokens: Tensor, positions: Tensor, S: int | None = None) -> Tensor:
-        """Hidden states [B, T, D] of `tokens` [B, T] at `positions` [B, T] of their texts.
-
-        Each token sees positions up to its own, among the first S (default: those filled).
-        """
-        S = S or int(positions.max()) + 1
-        model, device = self.model, tokens.device
-        positions, rows = positions.to(device), torch.arange(len(tokens), device=device)
-        # By hand: for two tokens after two, positions are [[2, 3]], S is 4, and the mask is
-        # [[True, True, True, False], [True, True, True, True]].
-        attn_mask = positions[:, :, None] >= torch.arange(S, device=device)  # (B, T, S)
-        attn_mask = attn_mask[:, None]  # (B, 1, T, S): the same for all heads
-        caches = iter(self.kv_cache)  # one per block; the blocks call `attend` in order
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k_cache, v_cache = next(caches)  # (B, size, G, K) each
-            # Token t of text b goes to position positions[b, t] of row b.
-            k_cache[rows[:, None], positions] = k.transpose(1, 2)  # (B, T, G, K)
-            v_cache[rows[:, None], positions] = v.transpose(1, 2)
-            k, v = k_cache[:, :S].transpose(1, 2), v_cache[:, :S].transpose(1, 2)
-            grouped = k.shape[1] < q.shape[1]
-            # TRAP: not is_causal=True, which would let a single query see key 0 only.
-            return F.scaled_dot_product_attention(  # (B, H, T, K)
-                q, k, v, attn_mask, enable_gqa=grouped)
-
-        rope_cache = model.rope_cache[:, positions]  # (2, B, T, K/2)
-        x = model.embedding(tokens)  # (B, T, D)
-        for block in model.blocks:
-            x = block(x, rope_cache, attend)  # (B, T, D)
-        return model.norm(x)
+    x, rope_cache = model.embedding(tokens), model.rope_cache[:, S : S + T]
+    for block in model.blocks:
+        x = block(x, rope_cache, attend)  # (1, T, D)
+    return model.norm(x)
 
 
 @torch.no_grad()
@@ -2909,29 +2886,26 @@ def generate(
     prompt_ids: Sequence[int],
     max_new_tokens: int,
     eos_ids: Collection[int] = (),
-    cached_model: CachedModel | None = None,
     **sampling: Any,
 ) -> Iterator[int]:
     """Like `generate_naive`, with a cache. Up to context_length the ids are the same.
 
     When the context is full, the model reads its second half again and continues from there.
-    `cached_model` is a cache to reuse, or a faster one (chapter 9).
     """
     check_prompt(prompt_ids, model.config.vocab_size)
-    cached_model = cached_model or CachedModel(model)
     ids, device, limit = list(prompt_ids), model.rope_cache.device, model.config.context_length
-    pending, num_cached = ids[-limit:], 0
+    new, num_cached, kv_cache = ids[-limit:], 0, empty_cache(model)
     for _ in range(max_new_tokens):
-        if num_cached + len(pending) > limit:
+        if num_cached + len(new) > limit:
             # Start again, at position 0, with half of the context and the newest token.
-            pending, num_cached = ids[-(limit // 2 + 1) :], 0
-        positions = torch.arange(num_cached, num_cached + len(pending))[None]  # (1, T)
-        hidden = cached_model(torch.tensor([pending], device=device), positions)  # (1, T, D)
-        num_cached += len(pending)
-        pending = sample(model.lm_head(hidden[:, -1]), **sampling).tolist()  # the new token
-        ids += pending
-        yield pending[0]
-        if pending[0] in eos_ids:
+            new, num_cached, kv_cache = ids[-(limit // 2 + 1) :], 0, empty_cache(model)
+        tokens = torch.tensor([new], device=device)  # (1, T): the prompt, later one token
+        hidden = hidden_states_cached(model, tokens, kv_cache)
+        num_cached += len(new)
+        new = sample(model.lm_head(hidden[:, -1]), **sampling).tolist()
+        ids += new
+        yield new[0]
+        if new[0] in eos_ids:
             return
 
 
@@ -3355,6 +3329,72 @@ def without_compiling() -> Any:
 
 # Faster generation
 # -----------------
+# Chapter 8's cache is for one text, and it's copied for every token. To read many texts at once
+# and to keep a GPU busy, its memory should be allocated once.
+
+
+class CachedModel:
+    """`hidden_states_cached` for B texts of different lengths, without copying the cache.
+
+    The cache has room for `size` tokens per text (default: context_length), and `attend` writes
+    the new keys and values to their places in it.
+    """
+
+    def __init__(self, model: Transformer, batch_size: int = 1, size: int | None = None):
+        self.model, self.size, c = model, size or model.config.context_length, model.config
+        shape = (c.num_layers, 2, batch_size, self.size, c.num_kv_heads, c.head_dim)
+        weight = model.embedding.weight
+        # TRAP: zeros, not empty. Masked positions have weight 0, but 0 times the NaN of
+        # uninitialized memory is NaN.
+        self.kv_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, positions: Tensor, S: int | None = None) -> Tensor:
+        """Hidden states [B, T, D] of `tokens` [B, T] at `positions` [B, T] of their texts.
+
+        Each token sees positions up to its own, among the first S (default: those filled).
+        """
+        S = S or int(positions.max()) + 1
+        model, device = self.model, tokens.device
+        positions, rows = positions.to(device), torch.arange(len(tokens), device=device)
+        attn_mask = positions[:, :, None] >= torch.arange(S, device=device)  # (B, T, S)
+        attn_mask = attn_mask[:, None]  # (B, 1, T, S): the same for all heads
+        caches = iter(self.kv_cache)  # one per block; the blocks call `attend` in order
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k_cache, v_cache = next(caches)  # (B, size, G, K) each
+            # Token t of text b goes to position positions[b, t] of row b.
+            k_cache[rows[:, None], positions] = k.transpose(1, 2)  # (B, T, G, K)
+            v_cache[rows[:, None], positions] = v.transpose(1, 2)
+            k, v = k_cache[:, :S].transpose(1, 2), v_cache[:, :S].transpose(1, 2)
+            grouped = k.shape[1] < q.shape[1]
+            # TRAP: not is_causal=True, which would let a single query see key 0 only.
+            return F.scaled_dot_product_attention(  # (B, H, T, K)
+                q, k, v, attn_mask, enable_gqa=grouped)
+
+        rope_cache = model.rope_cache[:, positions]  # (2, B, T, K/2)
+        x = model.embedding(tokens)  # (B, T, D)
+        for block in model.blocks:
+            x = block(x, rope_cache, attend)  # (B, T, D)
+        return model.norm(x)
+
+
+def sample_rows(
+    logits: Tensor, generators: Sequence[torch.Generator] | None = None, **sampling: Any
+) -> Tensor:
+    """`sample`, with a generator for each row.
+
+    torch.multinomial would have to be called for each row, and it makes the CPU wait for a GPU.
+    What it does is this: give every id i a waiting time with the exponential distribution of
+    rate p[i], which is e[i] / p[i] if e[i] has rate 1. The first to arrive is i with
+    probability p[i]. The smallest e / p is the largest p / e. (This is the Gumbel-max trick
+    without the logarithm.)
+    """
+    p = token_probabilities(logits, **sampling)  # (B, V)
+    e = torch.empty_like(p)
+    for row, generator in zip(e, generators or itertools.repeat(None)):
+        row.exponential_(generator=generator)
+    return (p / e).argmax(-1)
 
 
 class CUDAGraphDecoder(CachedModel):
@@ -3398,6 +3438,7 @@ def generate_batch(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     eos_ids: Collection[int] = (),
+    generators: Sequence[torch.Generator] | None = None,
     cached_model: CachedModel | None = None,
     **sampling: Any,
 ) -> Iterator[list[int | None]]:
@@ -3406,7 +3447,8 @@ def generate_batch(
     A batch takes little more time than one text, since both read all weights once per token.
     All rows begin at position 0. Short ones are padded at the end; no token sees the padding,
     because it comes later, and new tokens overwrite it in the cache. So up to rounding, each
-    row is the text that it would be alone, given a `generator` per row.
+    row is the text that it would be alone, given a generator per row. `cached_model` is a cache
+    to reuse, or a faster one.
     """
     for prompt in prompts:
         check_prompt(prompt, model.config.vocab_size)
@@ -3422,7 +3464,8 @@ def generate_batch(
         tokens = torch.tensor([row + [0] * (T - len(row)) for row in new], device=device)
         positions = starts[:, None] + torch.arange(T)  # (B, T)
         hidden = cached_model(tokens, positions)[torch.arange(len(new)), lengths - 1]  # (B, D)
-        ids, refill = sample(model.lm_head(hidden), **sampling).tolist(), False
+        ids = sample_rows(model.lm_head(hidden), generators, **sampling).tolist()
+        refill = False
         yield [None if end else i for end, i in zip(ended, ids)]
         for row, (window, i) in enumerate(zip(windows, ids)):
             ended[row] |= i in eos_ids
@@ -4114,7 +4157,7 @@ def restore_state(
 # What does the loop of chapter 7 become with everything that chapters 9 to 11 add? The
 # training step is still one piece, `Trainer.step`: forward, backward, average, clip,
 # update. Around it, the loop in `Trainer.run` logs, evaluates, saves, and stops when asked to.
-# Read these two first; they are at the end of the chapter, after what they call.
+# What they call comes after them.
 #
 # New here are *micro-steps*: gradients add up, so four small batches one after the other
 # are one large batch that wouldn't have fit into memory. (Goyal et al. 2017, arXiv
@@ -4156,6 +4199,276 @@ class RunConfig(Config):
     init_from: Path | None = flag(
         None, "start from the weights and shape of a model: a checkpoint, a run's directory, "
         "or a Hugging Face Llama directory")
+
+
+# The run
+# -------
+
+# What a resumed run must know to log as if it had never stopped: the sum of the losses since
+# the last line of the log, and the best validation loss.
+PROGRESS = {"loss_sum": 0.0, "num_losses": 0, "best_loss": math.inf, "best_step": 0}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Trainer:
+    """One training run. Every process has one; only process 0's touches `outdir`."""
+
+    model_config: ModelConfig
+    data: DataConfig
+    optim: LearningConfig
+    flags: RunConfig
+    processes: ProcessConfig
+    device: torch.device
+    dtype: torch.dtype
+    tokens: TokenDataset
+    valid: ValidationSet | None = None
+    tokenizer: Tokenizer | None = None
+
+    def __post_init__(self) -> None:
+        data = self.data
+        self.model = build_model(
+            self.model_config, data.seed, self.device, self.dtype, self.processes)
+        self.params = local_params(self.model)
+        fused, compiled = self.device.type != "mps", self.processes.compile
+        self.optimizer: torch.optim.AdamW
+        if self.optim.optimizer == "adamw":
+            self.optimizer = make_optimizer(self.params.values(), self.optim, fused)
+        else:
+            kind = DistributedMuon if get_world_size() > 1 else Muon
+            precision = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+            self.optimizer = kind(
+                self.model, self.params, self.optim, precision, fused, compiled)
+        self.scaler = GradScaler(self.device, enabled=self.dtype == torch.float16)
+        self.autocast = make_autocast(self.device, self.dtype, self.processes.fsdp)
+        rows = data.batch_size * data.grad_accum_steps * get_world_size()
+        self.tokens_per_step = rows * self.model_config.context_length
+        self.run_flags = {"rows_per_step": rows, "dtype": str(self.dtype)[6:]}
+        self.run_flags |= flags_to_save(self.processes, data, self.optim, self.flags)
+        self.progress: dict[str, Any] = dict(PROGRESS)
+        self.writer = ThreadPoolExecutor(1)
+        self.written: Future | None = None
+
+    def step(self, number: int, batches: Iterator) -> tuple[Tensor, Tensor]:
+        """One update of the weights, number 1, 2, ...; the loss and the gradient norm."""
+        model, optimizer, scaler = self.model, self.optimizer, self.scaler
+        o, micro_steps = self.optim, self.data.grad_accum_steps
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                number - 1, o.lr, o.min_lr, o.warmup_steps, o.max_steps)
+            group["momentum"] = momentum_decay(number - 1)  # Muon's
+        total_loss = torch.zeros((), device=self.device)
+        for micro_step in range(micro_steps):
+            inputs, targets = next(batches)  # (B, T) each
+            set_gradient_sync(model, last=micro_step == micro_steps - 1)
+            with self.autocast:
+                # The mean over the step is the sum of these means, each divided.
+                loss = model(inputs, targets) / micro_steps
+            scaler.scale(loss).backward()
+            total_loss += loss.detach()
+        average_gradients(model)
+        take_local_gradients(self.params)
+        grad_norm = gradient_norm(self.params) / scaler.loss_scale
+        scaler.step(optimizer, grad_norm, o.clip_grad)  # unscale, clip, update
+        optimizer.zero_grad()
+        model.zero_grad()  # under FSDP these aren't the optimizer's
+        return total_loss, grad_norm
+
+    def run(self, first_step: int, stop: list[int]) -> int:
+        """Train from `first_step` to the last step or a signal; the exit status."""
+        flags, data, max_steps = self.flags, self.data, self.optim.max_steps
+        self.log_setup(first_step)
+        metrics = is_main_process() and Metrics(flags.outdir, first_step, flags.tensorboard)
+        batches = load_batches(
+            self.tokens, self.model_config.context_length, range(first_step, max_steps),
+            self.device, data.batch_size, data.grad_accum_steps, data.seed, get_rank(),
+            get_world_size())
+        # Speed is measured since step `timed_from`, without evaluation and saving. The first
+        # step compiles and allocates, so the clock starts again after it.
+        seconds, timed_from = 0.0, first_step
+        for step in range(first_step + 1, max_steps + 1):
+            start, last, record = time.monotonic(), step == max_steps, {}
+            loss, grad_norm = self.step(step, batches)
+            self.progress["loss_sum"] += loss
+            self.progress["num_losses"] += 1
+            logged = last or step <= 2 or step % flags.log_interval == 0
+            if logged or step == first_step + 1:
+                loss.item()  # wait for the GPU before looking at the clock
+            seconds += time.monotonic() - start
+            if logged:
+                record = self.log_step(step, grad_norm, step - timed_from, seconds)
+            if logged or step == first_step + 1:
+                seconds, timed_from = 0.0, step
+            if self.valid and (last or step % flags.eval_interval == 0):
+                record |= self.evaluate(step, stop)
+            if flags.sample_interval and step % flags.sample_interval == 0:
+                self.log_sample(step)
+            if metrics and record:
+                metrics.write(record)
+            # Whatever ends the run on one process ends it on all, and the weights are saved.
+            problem = self.find_problem(step, logged)
+            stopping = any_process(stop or problem)
+            due = last or stopping or step % flags.save_interval == 0
+            best = flags.keep_best and self.progress["best_step"] == step
+            if due or best:
+                self.save(step, due, best)
+            if stopping:
+                break
+        batches.close()
+        self.finish(problem)
+        if step < max_steps:
+            log(f"stopped by a signal after step {step}; continue with --resume")
+            return 128 + (stop[0] if stop else signal.SIGTERM)
+        return 0
+
+    def save(self, step: int, due: bool, best: bool) -> None:
+        """Collective: write a checkpoint if `due`, the weights as BEST if `best`, or both.
+
+        Only the copy to host memory happens here; a thread of process 0 writes the files.
+        """
+        flags = self.flags
+        weights_only = not due or flags.weights_only and step == self.optim.max_steps
+        state = gather_state(self.model, self.params, self.optimizer, weights_only)
+        state |= {"model_config": vars(self.model_config), "step": step,
+                  "scaler": self.scaler.state_dict(), "run": self.run_flags,
+                  "progress": {**self.progress, "loss_sum": self.mean_loss_sum()},
+                  "tokenizer_sha256": self.tokens.tokenizer_sha256 or (
+                      self.tokenizer and self.tokenizer.fingerprint())}
+
+        def write() -> None:
+            if best:
+                weights = {name: x for name, x in state.items() if name != "optimizer"}
+                write_checkpoint(flags.outdir, weights, flags.keep_checkpoints, BEST)
+            if due:
+                write_checkpoint(flags.outdir, state, flags.keep_checkpoints)
+
+        wait_for_main(self.written)  # at most one copy of the state waits for the disk
+        if is_main_process():
+            self.written = self.writer.submit(write)
+
+    def restore(self, saved: dict, start: dict) -> None:
+        """Collective: continue from a checkpoint, or start with its weights.
+
+        Only process 0 has it all, in `saved`; `start` is the same without tensors.
+        """
+        restore_state(saved, self.model, self.params, self.optimizer)
+        if "scaler" in start:
+            self.scaler.load_state_dict(start["scaler"])
+        with reading(start["path"], "checkpoint"):
+            self.progress |= {name: type(PROGRESS[name])(value)
+                              for name, value in start.get("progress", {}).items()}
+        old, new = {"optimizer": "adamw", **start.get("run", {})}, self.run_flags
+        changed = [f"{name} {old[name]} -> {new[name]}" for name in new
+                   if name in old and str(old[name]) != str(new[name])]
+        if changed:
+            log("changed since the checkpoint: " + ", ".join(changed))
+
+    def find_problem(self, step: int, logged: bool) -> BaseException | None:
+        """What must end the run, if anything: a failed save, or too many skipped updates."""
+        if self.written and self.written.done() and (error := self.written.exception()):
+            return error
+        # Asking the scaler waits for the GPU; a step that is logged has waited already.
+        skips = int(self.scaler.consecutive_skips) if logged else 0
+        if skips < self.scaler.MAX_CONSECUTIVE_SKIPS:
+            return None
+        return UserError(f"loss or gradients are not finite since step {step - skips + 1}: the "
+                         "weights are as they were then; try a smaller --lr or another --dtype")
+
+    def finish(self, problem: BaseException | None) -> None:
+        """Collective: wait for the last save, and raise what has ended the run, if anything."""
+        wait_for_main(self.written)
+
+        def check() -> None:
+            if self.written:
+                self.written.result()
+            if problem:
+                raise problem
+
+        on_every_process(check)
+
+    def mean_loss_sum(self) -> float:
+        """Collective: the sum of the losses since the last log, the mean of all processes."""
+        loss_sum = torch.as_tensor(self.progress["loss_sum"], device=self.device)
+        return sum_over_processes(loss_sum).item() / get_world_size()
+
+    def log_step(self, step: int, grad_norm: Tensor, steps: int, seconds: float) -> dict:
+        """A row of metrics.jsonl, after a line of the log, about the last `steps` steps."""
+        seen = step * self.tokens_per_step
+        seconds_left = seconds / steps * (self.optim.max_steps - step)
+        rate = steps * self.tokens_per_step / max(seconds, 1e-9)
+        record = {"step": step, "tokens_seen": seen, "epochs": seen / len(self.tokens),
+                  "train_loss": self.mean_loss_sum() / self.progress["num_losses"],
+                  "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
+                  "tokens_per_second": round(rate, 1),
+                  "skipped_steps": int(self.scaler.skipped)}
+        self.progress |= {"loss_sum": 0.0, "num_losses": 0}
+        line = (f"step {step:>6}/{self.optim.max_steps}  {seen / 1e6:,.1f}M tokens, "
+                f"{record['epochs']:.2f} epochs  loss {record['train_loss']:.4f}  "
+                f"lr {record['lr']:.2e}  norm {record['grad_norm']:.3f}  {rate:,.0f} tok/s")
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+            peaks = [PEAK_TFLOPS[gpu] for gpu in PEAK_TFLOPS if re.search(rf"\b{gpu}\b", name)]
+            if peaks and self.dtype != torch.float32:
+                tflops = rate * flops_per_token(self.model_config) / 1e12
+                record["mfu"] = round(tflops / peaks[0] / get_world_size(), 4)
+                line += f"  MFU {record['mfu']:.1%}"
+            record["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            line += f"  {record['memory_gib']:.1f} GiB"
+        if record["skipped_steps"]:
+            line += f"  {record['skipped_steps']} skipped"
+        log(f"{line}  {format_duration(seconds_left)} left")
+        if step == 2 and seconds_left > 24 * 3600:
+            log(f"at this speed the run takes {seconds_left / 3600:,.0f} hours; smaller "
+                "--num_layers, --d_model, --d_ff, --context_length or --batch_size or fewer "
+                "--max_steps shorten it")
+        return record
+
+    def evaluate(self, step: int, stop: list[int]) -> dict:
+        """A row with the loss on valid_tokens; {} if a signal has come."""
+        flags, progress = self.flags, self.progress
+        assert self.valid
+        loss = self.valid.loss(self.model, self.data.batch_size, self.autocast, stop)
+        if loss is None:
+            return {}
+        compare = step == self.optim.max_steps and is_main_process()
+        report, text = self.valid.report(loss, compare)
+        log(f"step {step}: valid {text}")
+        if loss < progress["best_loss"]:
+            progress |= {"best_loss": loss, "best_step": step}
+        elif step - progress["best_step"] == 3 * flags.eval_interval:
+            log(f"the validation loss has not fallen since step {progress['best_step']}: the "
+                "model may be memorizing; more text, fewer steps or a smaller model would help"
+                f"{'' if flags.keep_best else ', and --keep_best keeps the best weights'}")
+        return {"step": step, **report, "best_valid_loss": progress["best_loss"]}
+
+    def log_sample(self, step: int) -> None:
+        """Collective: a short text by the model as it is now."""
+        assert (tokenizer := self.tokenizer)
+        eot_ids = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
+        self.model.eval()
+        with self.autocast, without_compiling():
+            # No cache: under FSDP only a call of the model gathers its weights.
+            unknown = unknown_ids(tokenizer, self.model_config.vocab_size)
+            ids = list(generate_naive(
+                self.model, eot_ids or tokenizer.encode("\n"), 100, eot_ids, temperature=0.8,
+                generator=torch.Generator(self.device).manual_seed(1),
+                suppressed=unknown.to(self.device)))
+        reshard(self.model)
+        self.model.train()
+        log(f"--- sample at step {step} ---\n{tokenizer.decode(ids)}\n---")
+
+    def log_setup(self, first_step: int) -> None:
+        """Two lines about the run."""
+        size, data, kind = get_world_size(), self.data, self.device.type
+        names = {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple GPU"}
+        name = names.get(kind) or torch.cuda.get_device_name(self.device)
+        how = f"{'FSDP' if self.processes.fsdp else 'data parallel'} on {size}"
+        num_weights = sum(p.numel() for p in self.model.parameters())
+        log(f"{name}, {str(self.dtype)[6:]}{', compiled' * self.processes.compile}, "
+            f"{how if size > 1 else 'one process'}: {num_weights:,} weights in "
+            f"{self.flags.outdir}, steps {first_step} to {self.optim.max_steps}")
+        log(f"{self.run_flags['rows_per_step']} sequences = {self.tokens_per_step:,} tokens "
+            f"per step: batch_size {data.batch_size} x grad_accum_steps "
+            f"{data.grad_accum_steps} x processes {size}")
 
 
 # Token files
@@ -4520,276 +4833,6 @@ def catch_signals() -> Iterator[list[int]]:
         os.close(writer)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# The run
-# -------
-
-# What a resumed run must know to log as if it had never stopped: the sum of the losses since
-# the last line of the log, and the best validation loss.
-PROGRESS = {"loss_sum": 0.0, "num_losses": 0, "best_loss": math.inf, "best_step": 0}
-
-
-@dataclasses.dataclass(kw_only=True)
-class Trainer:
-    """One training run. Every process has one; only process 0's touches `outdir`."""
-
-    model_config: ModelConfig
-    data: DataConfig
-    optim: LearningConfig
-    flags: RunConfig
-    processes: ProcessConfig
-    device: torch.device
-    dtype: torch.dtype
-    tokens: TokenDataset
-    valid: ValidationSet | None = None
-    tokenizer: Tokenizer | None = None
-
-    def __post_init__(self) -> None:
-        data = self.data
-        self.model = build_model(
-            self.model_config, data.seed, self.device, self.dtype, self.processes)
-        self.params = local_params(self.model)
-        fused, compiled = self.device.type != "mps", self.processes.compile
-        self.optimizer: torch.optim.AdamW
-        if self.optim.optimizer == "adamw":
-            self.optimizer = make_optimizer(self.params.values(), self.optim, fused)
-        else:
-            kind = DistributedMuon if get_world_size() > 1 else Muon
-            precision = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
-            self.optimizer = kind(
-                self.model, self.params, self.optim, precision, fused, compiled)
-        self.scaler = GradScaler(self.device, enabled=self.dtype == torch.float16)
-        self.autocast = make_autocast(self.device, self.dtype, self.processes.fsdp)
-        rows = data.batch_size * data.grad_accum_steps * get_world_size()
-        self.tokens_per_step = rows * self.model_config.context_length
-        self.run_flags = {"rows_per_step": rows, "dtype": str(self.dtype)[6:]}
-        self.run_flags |= flags_to_save(self.processes, data, self.optim, self.flags)
-        self.progress: dict[str, Any] = dict(PROGRESS)
-        self.writer = ThreadPoolExecutor(1)
-        self.written: Future | None = None
-
-    def step(self, number: int, batches: Iterator) -> tuple[Tensor, Tensor]:
-        """One update of the weights, number 1, 2, ...; the loss and the gradient norm."""
-        model, optimizer, scaler = self.model, self.optimizer, self.scaler
-        o, micro_steps = self.optim, self.data.grad_accum_steps
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                number - 1, o.lr, o.min_lr, o.warmup_steps, o.max_steps)
-            group["momentum"] = momentum_decay(number - 1)  # Muon's
-        total_loss = torch.zeros((), device=self.device)
-        for micro_step in range(micro_steps):
-            inputs, targets = next(batches)  # (B, T) each
-            set_gradient_sync(model, last=micro_step == micro_steps - 1)
-            with self.autocast:
-                # The mean over the step is the sum of these means, each divided.
-                loss = model(inputs, targets) / micro_steps
-            scaler.scale(loss).backward()
-            total_loss += loss.detach()
-        average_gradients(model)
-        take_local_gradients(self.params)
-        grad_norm = gradient_norm(self.params) / scaler.loss_scale
-        scaler.step(optimizer, grad_norm, o.clip_grad)  # unscale, clip, update
-        optimizer.zero_grad()
-        model.zero_grad()  # under FSDP these aren't the optimizer's
-        return total_loss, grad_norm
-
-    def save(self, step: int, due: bool, best: bool) -> None:
-        """Collective: write a checkpoint if `due`, the weights as BEST if `best`, or both.
-
-        Only the copy to host memory happens here; a thread of process 0 writes the files.
-        """
-        flags = self.flags
-        weights_only = not due or flags.weights_only and step == self.optim.max_steps
-        state = gather_state(self.model, self.params, self.optimizer, weights_only)
-        state |= {"model_config": vars(self.model_config), "step": step,
-                  "scaler": self.scaler.state_dict(), "run": self.run_flags,
-                  "progress": {**self.progress, "loss_sum": self.mean_loss_sum()},
-                  "tokenizer_sha256": self.tokens.tokenizer_sha256 or (
-                      self.tokenizer and self.tokenizer.fingerprint())}
-
-        def write() -> None:
-            if best:
-                weights = {name: x for name, x in state.items() if name != "optimizer"}
-                write_checkpoint(flags.outdir, weights, flags.keep_checkpoints, BEST)
-            if due:
-                write_checkpoint(flags.outdir, state, flags.keep_checkpoints)
-
-        wait_for_main(self.written)  # at most one copy of the state waits for the disk
-        if is_main_process():
-            self.written = self.writer.submit(write)
-
-    def restore(self, saved: dict, start: dict) -> None:
-        """Collective: continue from a checkpoint, or start with its weights.
-
-        Only process 0 has it all, in `saved`; `start` is the same without tensors.
-        """
-        restore_state(saved, self.model, self.params, self.optimizer)
-        if "scaler" in start:
-            self.scaler.load_state_dict(start["scaler"])
-        with reading(start["path"], "checkpoint"):
-            self.progress |= {name: type(PROGRESS[name])(value)
-                              for name, value in start.get("progress", {}).items()}
-        old, new = {"optimizer": "adamw", **start.get("run", {})}, self.run_flags
-        changed = [f"{name} {old[name]} -> {new[name]}" for name in new
-                   if name in old and str(old[name]) != str(new[name])]
-        if changed:
-            log("changed since the checkpoint: " + ", ".join(changed))
-
-    def find_problem(self, step: int, logged: bool) -> BaseException | None:
-        """What must end the run, if anything: a failed save, or too many skipped updates."""
-        if self.written and self.written.done() and (error := self.written.exception()):
-            return error
-        # Asking the scaler waits for the GPU; a step that is logged has waited already.
-        skips = int(self.scaler.consecutive_skips) if logged else 0
-        if skips < self.scaler.MAX_CONSECUTIVE_SKIPS:
-            return None
-        return UserError(f"loss or gradients are not finite since step {step - skips + 1}: the "
-                         "weights are as they were then; try a smaller --lr or another --dtype")
-
-    def finish(self, problem: BaseException | None) -> None:
-        """Collective: wait for the last save, and raise what has ended the run, if anything."""
-        wait_for_main(self.written)
-
-        def check() -> None:
-            if self.written:
-                self.written.result()
-            if problem:
-                raise problem
-
-        on_every_process(check)
-
-    def mean_loss_sum(self) -> float:
-        """Collective: the sum of the losses since the last log, the mean of all processes."""
-        loss_sum = torch.as_tensor(self.progress["loss_sum"], device=self.device)
-        return sum_over_processes(loss_sum).item() / get_world_size()
-
-    def log_step(self, step: int, grad_norm: Tensor, steps: int, seconds: float) -> dict:
-        """A row of metrics.jsonl, after a line of the log, about the last `steps` steps."""
-        seen = step * self.tokens_per_step
-        seconds_left = seconds / steps * (self.optim.max_steps - step)
-        rate = steps * self.tokens_per_step / max(seconds, 1e-9)
-        record = {"step": step, "tokens_seen": seen, "epochs": seen / len(self.tokens),
-                  "train_loss": self.mean_loss_sum() / self.progress["num_losses"],
-                  "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
-                  "tokens_per_second": round(rate, 1),
-                  "skipped_steps": int(self.scaler.skipped)}
-        self.progress |= {"loss_sum": 0.0, "num_losses": 0}
-        line = (f"step {step:>6}/{self.optim.max_steps}  {seen / 1e6:,.1f}M tokens, "
-                f"{record['epochs']:.2f} epochs  loss {record['train_loss']:.4f}  "
-                f"lr {record['lr']:.2e}  norm {record['grad_norm']:.3f}  {rate:,.0f} tok/s")
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-            peaks = [PEAK_TFLOPS[gpu] for gpu in PEAK_TFLOPS if re.search(rf"\b{gpu}\b", name)]
-            if peaks and self.dtype != torch.float32:
-                tflops = rate * flops_per_token(self.model_config) / 1e12
-                record["mfu"] = round(tflops / peaks[0] / get_world_size(), 4)
-                line += f"  MFU {record['mfu']:.1%}"
-            record["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            line += f"  {record['memory_gib']:.1f} GiB"
-        if record["skipped_steps"]:
-            line += f"  {record['skipped_steps']} skipped"
-        log(f"{line}  {format_duration(seconds_left)} left")
-        if step == 2 and seconds_left > 24 * 3600:
-            log(f"at this speed the run takes {seconds_left / 3600:,.0f} hours; smaller "
-                "--num_layers, --d_model, --d_ff, --context_length or --batch_size or fewer "
-                "--max_steps shorten it")
-        return record
-
-    def evaluate(self, step: int, stop: list[int]) -> dict:
-        """A row with the loss on valid_tokens; {} if a signal has come."""
-        flags, progress = self.flags, self.progress
-        assert self.valid
-        loss = self.valid.loss(self.model, self.data.batch_size, self.autocast, stop)
-        if loss is None:
-            return {}
-        compare = step == self.optim.max_steps and is_main_process()
-        report, text = self.valid.report(loss, compare)
-        log(f"step {step}: valid {text}")
-        if loss < progress["best_loss"]:
-            progress |= {"best_loss": loss, "best_step": step}
-        elif step - progress["best_step"] == 3 * flags.eval_interval:
-            log(f"the validation loss has not fallen since step {progress['best_step']}: the "
-                "model may be memorizing; more text, fewer steps or a smaller model would help"
-                f"{'' if flags.keep_best else ', and --keep_best keeps the best weights'}")
-        return {"step": step, **report, "best_valid_loss": progress["best_loss"]}
-
-    def log_sample(self, step: int) -> None:
-        """Collective: a short text by the model as it is now."""
-        assert (tokenizer := self.tokenizer)
-        eot_ids = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
-        self.model.eval()
-        with self.autocast, without_compiling():
-            # No cache: under FSDP only a call of the model gathers its weights.
-            unknown = unknown_ids(tokenizer, self.model_config.vocab_size)
-            ids = list(generate_naive(
-                self.model, eot_ids or tokenizer.encode("\n"), 100, eot_ids, temperature=0.8,
-                generator=torch.Generator(self.device).manual_seed(1),
-                suppressed=unknown.to(self.device)))
-        reshard(self.model)
-        self.model.train()
-        log(f"--- sample at step {step} ---\n{tokenizer.decode(ids)}\n---")
-
-    def log_setup(self, first_step: int) -> None:
-        """Two lines about the run."""
-        size, data, kind = get_world_size(), self.data, self.device.type
-        names = {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple GPU"}
-        name = names.get(kind) or torch.cuda.get_device_name(self.device)
-        how = f"{'FSDP' if self.processes.fsdp else 'data parallel'} on {size}"
-        num_weights = sum(p.numel() for p in self.model.parameters())
-        log(f"{name}, {str(self.dtype)[6:]}{', compiled' * self.processes.compile}, "
-            f"{how if size > 1 else 'one process'}: {num_weights:,} weights in "
-            f"{self.flags.outdir}, steps {first_step} to {self.optim.max_steps}")
-        log(f"{self.run_flags['rows_per_step']} sequences = {self.tokens_per_step:,} tokens "
-            f"per step: batch_size {data.batch_size} x grad_accum_steps "
-            f"{data.grad_accum_steps} x processes {size}")
-
-    def run(self, first_step: int, stop: list[int]) -> int:
-        """Train from `first_step` to the last step or a signal; the exit status."""
-        flags, data, max_steps = self.flags, self.data, self.optim.max_steps
-        self.log_setup(first_step)
-        metrics = is_main_process() and Metrics(flags.outdir, first_step, flags.tensorboard)
-        batches = load_batches(
-            self.tokens, self.model_config.context_length, range(first_step, max_steps),
-            self.device, data.batch_size, data.grad_accum_steps, data.seed, get_rank(),
-            get_world_size())
-        # Speed is measured since step `timed_from`, without evaluation and saving. The first
-        # step compiles and allocates, so the clock starts again after it.
-        seconds, timed_from = 0.0, first_step
-        for step in range(first_step + 1, max_steps + 1):
-            start, last, record = time.monotonic(), step == max_steps, {}
-            loss, grad_norm = self.step(step, batches)
-            self.progress["loss_sum"] += loss
-            self.progress["num_losses"] += 1
-            logged = last or step <= 2 or step % flags.log_interval == 0
-            if logged or step == first_step + 1:
-                loss.item()  # wait for the GPU before looking at the clock
-            seconds += time.monotonic() - start
-            if logged:
-                record = self.log_step(step, grad_norm, step - timed_from, seconds)
-            if logged or step == first_step + 1:
-                seconds, timed_from = 0.0, step
-            if self.valid and (last or step % flags.eval_interval == 0):
-                record |= self.evaluate(step, stop)
-            if flags.sample_interval and step % flags.sample_interval == 0:
-                self.log_sample(step)
-            if metrics and record:
-                metrics.write(record)
-            # Whatever ends the run on one process ends it on all, and the weights are saved.
-            problem = self.find_problem(step, logged)
-            stopping = any_process(stop or problem)
-            due = last or stopping or step % flags.save_interval == 0
-            best = flags.keep_best and self.progress["best_step"] == step
-            if due or best:
-                self.save(step, due, best)
-            if stopping:
-                break
-        batches.close()
-        self.finish(problem)
-        if step < max_steps:
-            log(f"stopped by a signal after step {step}; continue with --resume")
-            return 128 + (stop[0] if stop else signal.SIGTERM)
-        return 0
 
 
 # Exercises
@@ -5385,7 +5428,7 @@ def generate_command(config: GenerateConfig, devices: DeviceConfig) -> None:
             size = min(model.config.context_length,
                        max(map(len, rows)) + config.max_new_tokens)  # of the cache
             generators = [torch.Generator(device).manual_seed(next(seeds)) for _ in rows]
-            new = generate_batch(model, rows, config.max_new_tokens, generator=generators,
+            new = generate_batch(model, rows, config.max_new_tokens, generators=generators,
                                  cached_model=decoder(model, len(rows), size), **how)
             # A single text is shown as it comes, several one after the other at the end.
             columns: Any = zip(*new) if len(rows) > 1 else [(ids[0] for ids in new)]

@@ -85,6 +85,7 @@ from scratchformer import (
     count_files,
     count_pretokens,
     cross_entropy,
+    empty_cache,
     encode_file,
     find_pretokens,
     gather_state,
@@ -93,6 +94,7 @@ from scratchformer import (
     generate_naive,
     get_batch,
     gradient_norm,
+    hidden_states_cached,
     input_files,
     last_safe_split,
     learn_merges,
@@ -126,6 +128,7 @@ from scratchformer import (
     take_local_gradients,
     text_to_bytes,
     to_hf,
+    token_probabilities,
     tokenizer_to_json,
     train_bpe,
     train_model,
@@ -1711,12 +1714,21 @@ def test_top_k_and_top_p_keep_exactly_the_likeliest(how, kept):
     got = frequencies([math.log(p) for p in odds], **how)
     assert got == pytest.approx(expected, abs=0.015)
     assert [i for i, share in enumerate(got) if share] == sorted(kept)
+    p = token_probabilities(torch.tensor([odds]).log(), **how)
+    assert p[0].tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_lowest_temperature_is_the_likeliest_token():
     logits = torch.tensor([[3.0, 88.0, -70.0, 87.0]])
     for temperature in (1e-38, 1e-45, 1e-3):
-        assert sample(logits, temperature).item() == 1
+        assert sample(logits, temperature=temperature).item() == 1
+
+
+def test_a_model_with_damaged_logits_still_draws_ids():
+    """A sample during training must not end a run that would recover."""
+    for bad in (math.nan, math.inf, -math.inf):
+        logits = torch.tensor([[0.0, bad, 1.0], [bad, bad, bad]])
+        assert sample(logits).max() < 3 and sample(logits, top_p=0.5, top_k=2).min() >= 0
 
 
 def test_naive_generation_is_the_argmax_loop():
@@ -1739,23 +1751,18 @@ def test_text_with_a_cache_is_the_text_without(seed, how):
     assert one == other and len(one) == 21
 
 
-@pytest.mark.parametrize("borders", [[1], [2, 3, 4], [7, 8, 9, 10, 24], [5, 6, 20], [24]])
+BORDERS = [[1], [2, 3, 4], [7, 8, 9, 10, 24], [5, 6, 20], [24]]
+
+
+@pytest.mark.parametrize("borders", BORDERS)
 def test_hidden_states_with_a_cache_equal_those_without(borders):
     """However many tokens the model reads at a time."""
     model = tiny_model()
-    tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(2))
-    cached, edges = CachedModel(model, 3), [0, *borders, *range(borders[-1] + 1, 25)]
-    steps = [cached(tokens[:, start:end], torch.arange(start, end).expand(3, -1))
+    tokens = torch.randint(61, (1, 24), generator=torch.Generator().manual_seed(2))
+    cache, edges = empty_cache(model), [0, *borders, *range(borders[-1] + 1, 25)]
+    steps = [hidden_states_cached(model, tokens[:, start:end], cache)
              for start, end in zip(edges, edges[1:])]  # fmt: skip
     assert torch.allclose(torch.cat(steps, 1), model.hidden_states(tokens), atol=2e-5)
-
-
-def test_a_cache_can_be_used_again_for_another_text():
-    cached = CachedModel(model := tiny_model())
-    texts = [list(generate(model, prompt, 15, temperature=0, cached_model=cached))
-             for prompt in ([1, 2, 3, 4, 5, 6], [7], [7])]  # fmt: skip
-    alone = list(generate(tiny_model(), [7], 15, temperature=0))
-    assert texts[1] == texts[2] == alone != texts[0]
 
 
 def test_a_seed_repeats_and_another_does_not():
@@ -2145,13 +2152,31 @@ def test_texts_in_a_batch_are_the_texts_one_by_one(lengths, seed, how, kv_heads)
     prompts = [[(row + 7 * i) % 61 for i in range(n)] for row, n in enumerate(lengths)]
     seeded = [torch.Generator().manual_seed(row) for row in range(len(prompts))]
     how = {**how, "eos_ids": [3, 9], "suppressed": torch.tensor([5, 8])}
-    steps = list(generate_batch(model, prompts, 45, generator=seeded, **how))
+    steps = list(generate_batch(model, prompts, 45, generators=seeded, **how))
     for row, prompt in enumerate(prompts):
         how["generator"] = torch.Generator().manual_seed(row)
         alone = list(generate(model, prompt, 45, **how))
         assert not {5, 8} & set(alone)
         expected = alone + [None] * (len(steps) - len(alone))
         assert [ids[row] for ids in steps] == expected
+
+
+@pytest.mark.parametrize("borders", BORDERS)
+def test_hidden_states_of_many_texts_with_a_cache_equal_those_without(borders):
+    model = tiny_model()
+    tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(2))
+    cached, edges = CachedModel(model, 3), [0, *borders, *range(borders[-1] + 1, 25)]
+    steps = [cached(tokens[:, start:end], torch.arange(start, end).expand(3, -1))
+             for start, end in zip(edges, edges[1:])]  # fmt: skip
+    assert torch.allclose(torch.cat(steps, 1), model.hidden_states(tokens), atol=2e-5)
+
+
+def test_a_cache_can_be_used_again_for_another_text():
+    cached = CachedModel(model := tiny_model())
+    texts = [sum(generate_batch(model, [prompt], 15, temperature=0, cached_model=cached), [])
+             for prompt in ([1, 2, 3, 4, 5, 6], [7], [7])]  # fmt: skip
+    alone = list(generate(tiny_model(), [7], 15, temperature=0))
+    assert texts[1] == texts[2] == alone != texts[0]
 
 
 def test_cuda_graphs_without_a_cuda_device_are_refused():
@@ -2166,20 +2191,19 @@ def test_cuda_graphs_without_a_cuda_device_are_refused():
 def test_text_by_cuda_graphs_is_the_same(prompt, how, kv_heads):
     config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads)
     model = tiny_model(config=config).to("cuda")
-    decoder = CUDAGraphDecoder(model)
-    plain, graph, again = (
-        list(generate(model, prompt, 60, **how, cached_model=cached,
-                      generator=torch.Generator("cuda").manual_seed(7)))
-        for cached in (None, decoder, decoder)
-    )
-    assert plain == graph == again  # 60 tokens: beyond the context
-    assert "top_k" not in how or len(set(plain)) > 3  # sampled text varies
-    one, other = (
-        list(generate_batch(model, [[1], prompt, prompt], 60, **how, cached_model=cached,
-                            generator=[torch.Generator("cuda").manual_seed(7)] * 3))
-        for cached in (None, CUDAGraphDecoder(model, 3))
-    )
-    assert one == other
+    one, three = CUDAGraphDecoder(model), CUDAGraphDecoder(model, 3)
+    for prompts, decoder in (([prompt], one), ([[1], prompt, prompt], three)):
+        plain, graph, again = (
+            list(generate_batch(
+                model, prompts, 60, **how, cached_model=cached,
+                generators=[torch.Generator("cuda").manual_seed(7) for _ in prompts]))
+            for cached in (None, decoder, decoder)
+        )  # fmt: skip
+        assert plain == graph == again  # 60 tokens: beyond the context
+    alone = list(generate(model, prompt, 60, **how,
+                          generator=torch.Generator("cuda").manual_seed(7)))  # fmt: skip
+    assert "top_k" not in how or len(set(alone)) > 3  # sampled text varies
+    assert "top_k" in how or [ids[1] for ids in plain] == alone
 
 
 @pytest.mark.parametrize("rows, width", [(64, 6), (50, 3), (7, 5), (192, 2)])
@@ -4434,8 +4458,8 @@ def test_generation_against_peers():
         given, texts = torch.tensor([prompt], device=device), {}
 
         def ours(model=model, prompt=prompt, texts=texts, cached=cached):
-            new = generate(model, prompt, 512, temperature=0, cached_model=cached)
-            texts["ours"] = list(new)
+            new = generate_batch(model, [prompt], 512, temperature=0, cached_model=cached)
+            texts["ours"] = sum(new, [])
 
         @torch.no_grad()
         def peer(theirs=theirs, given=given, texts=texts):
