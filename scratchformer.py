@@ -3391,6 +3391,8 @@ def sample_rows(
     without the logarithm.)
     """
     p = token_probabilities(logits, **sampling)  # (B, V)
+    if sampling.get("temperature") == 0:  # p is 1 for one id: no race is needed
+        return p.argmax(-1)
     e = torch.empty_like(p)
     for row, generator in zip(e, generators or itertools.repeat(None)):
         row.exponential_(generator=generator)
@@ -3463,7 +3465,9 @@ def generate_batch(
         T = int(lengths.max())
         tokens = torch.tensor([row + [0] * (T - len(row)) for row in new], device=device)
         positions = starts[:, None] + torch.arange(T)  # (B, T)
-        hidden = cached_model(tokens, positions)[torch.arange(len(new)), lengths - 1]  # (B, D)
+        hidden = cached_model(tokens, positions)  # (B, T, D)
+        # TRAP: indices made on a CPU would make it wait for the GPU, for every token.
+        hidden = hidden[:, 0] if T == 1 else hidden[torch.arange(len(new)), lengths - 1]
         ids = sample_rows(model.lm_head(hidden), generators, **sampling).tolist()
         refill = False
         yield [None if end else i for end, i in zip(ended, ids)]
