@@ -639,15 +639,18 @@ class PairIndex:
         lengths = np.array([0, *map(len, words)])
         self.token, size = data.astype(np.int64), len(data)
         self.token[np.cumsum(lengths + 1) - 1] = -1
-        self.before, self.after = np.arange(-1, size - 1), np.arange(1, size + 1)
+        # WHY 32 bits for positions and pairs: this index is the largest thing in memory.
+        self.before = np.arange(-1, size - 1, dtype=np.int32)
+        self.after = np.arange(1, size + 1, dtype=np.int32)
         self.weight = np.repeat(np.array([0, *counts]), lengths + 1)
         # Preallocate for all pairs. There are fewer than `size` at first, and merging at one
         # position creates at most two pairs and unlinks one position. (The system supplies
         # memory for np.zeros only when it is first written.)
         self.left, self.right, self.count, self.start = np.zeros((4, 3 * size + 2), np.int64)
-        self.positions, self.pair_at = np.zeros(3 * size, np.int64), np.full(size, -1)
+        self.positions = np.zeros(3 * size, np.int32)
+        self.pair_at = np.full(size, -1, np.int32)
         self.num_pairs = 0
-        at = np.flatnonzero((self.token[:-1] >= 0) & (self.token[1:] >= 0))
+        at = np.flatnonzero((self.token[:-1] >= 0) & (self.token[1:] >= 0)).astype(np.int32)
         # WHY 16 bits: numpy sorts such integers in linear time.
         at = at[(data[at] * np.uint16(256) + data[at + 1]).argsort(kind="stable")]
         self.add_pairs(self.token[at] << 32 | self.token[at + 1], at)
@@ -662,9 +665,8 @@ class PairIndex:
         self.positions[used : used + len(positions)] = positions
         self.start[created] = used + starts
         self.start[self.num_pairs] = used + len(positions)
-        kinds = is_first.cumsum() - 1
-        self.pair_at[positions] = first + kinds
-        self.count[created] = np.bincount(kinds, self.weight[positions], len(starts))
+        self.pair_at[positions] = is_first.cumsum(dtype=np.int32) + (first - 1)
+        self.count[created] = np.add.reduceat(self.weight[positions], starts)
         return range(first, self.num_pairs)
 
     def occurrences(self, pairs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
