@@ -169,7 +169,10 @@ def pretokenize(text: str, pattern: str = PRETOKEN_PATTERN) -> list[str]:
 
 
 def text_to_bytes(text: str) -> bytes:
-    """The UTF-8 bytes of `text`. Raises UserError for a lone surrogate (no character).
+    """The UTF-8 bytes of `text`.
+
+    Raises UserError for a lone surrogate: U+D800 to U+DFFF are code points that a str can hold
+    and that stand for no character. (Those made by `bytes_to_text`, below, become bytes again.)
 
     >>> list(text_to_bytes("aé"))
     [97, 195, 169]
@@ -370,7 +373,8 @@ class Tokenizer:
         check_pattern(pattern)
         self.vocab, self.merges, self.pattern = dict(vocab), list(merges), pattern
         self.ignore_merges = ignore_merges
-        # Reversed, so that of two entries with the same bytes the first one wins.
+        # Reversed, because the last entry of a dict wins: of two ids with the same bytes we
+        # want the first.
         self.token_to_id = {token: i for i, token in reversed(self.vocab.items())}
         check_merges(self.merges, self.token_to_id)
         self.special_tokens: dict[str, int] = {}
@@ -721,7 +725,7 @@ class PairIndex:
         maker = np.maximum(created >> 32, created & LOW_32)[is_first] - new
         counts = np.bincount(is_first.cumsum() - 1, self.weight[positions])
         np.maximum.at(highest, maker, counts)  # highest[i]: the count of merge i's best pair
-        # The next pair is next indeed if it beats all that earlier merges create.
+        # The next pair comes next only if its count exceeds those of all newly created pairs.
         is_next = self.count[pairs[1:]] > np.maximum.accumulate(highest)[:-1]
         taken = which <= int(np.append(is_next, False).argmin())
         return at[taken], which[taken]
@@ -835,7 +839,7 @@ CLASS_OF_CODE = np.full(0x110000, UNKNOWN, np.uint8)  # of every code point
 def classify(codes: Iterable[int]) -> None:
     """Fill in CLASS_OF_CODE, asking the regex package so that both agree on Unicode."""
     characters = "".join(map(chr, codes))
-    # First all are OTHER, since `.` matches any character.
+    # Start with OTHER for all, since `.` matches any character.
     for pattern, c in {".": OTHER, r"\p{L}": LETTER, r"\p{N}": NUMBER, r"\s": SPACE}.items():
         found = regex.findall(pattern, characters, regex.DOTALL)
         CLASS_OF_CODE[list(map(ord, found))] = c
@@ -918,7 +922,7 @@ def find_pretokens(text: str, pattern: str, special_pattern: re.Pattern) -> Pret
     edges = np.array([edge for match in matches for edge in match.span()], np.int64)
     edges = edges.reshape(-1, 2)  # the start and the end of each special token
     if pattern == PRETOKEN_PATTERN:
-        # Inside special tokens nothing starts, and no code means anything.
+        # Inside special tokens nothing starts, and code points are ignored.
         codes_outside, classes = codes.copy(), character_classes(codes)
         inside = ragged_indices(edges[:, 0], edges[:, 1] - edges[:, 0])
         codes_outside[inside], classes[inside] = 0, SPECIAL
@@ -1973,9 +1977,9 @@ if __name__ == "__main__":
 # the targets are the same window one token later, and B windows are a batch.
 #
 # A *step* of training looks at one batch, and an *epoch* is one pass over the corpus: every
-# window once, in random order. Which window comes when depends only on the seed. So there's no
-# random state to save when a run is interrupted, and no matter how many devices share the work
-# (chapter 10), each step looks at the same windows.
+# window once, in random order. The order depends only on the seed. So an interrupted run has no
+# random state to save, and each step looks at the same windows however many devices share the
+# work (chapter 10).
 # ----------------------------------------------------------------------------------------
 
 import torch
@@ -2021,9 +2025,9 @@ def shuffle_windows(seed: int, epoch: int, num_tokens: int, context_length: int)
 
     The windows lie end to end: the last target of one is the first input of the next. The first
     begins at a random offset, so most epochs cut the text at different points. (They leave out
-    up to 2 * T tokens in total, before the first window and after the last.) By hand: four
-    windows of 5 tokens out of 29 leave 9, so the offset is 0 to 8, and the last target is token
-    28 at most. In epoch 0 it's 8, in epoch 1 it's 2:
+    up to 2 * T tokens in total, before the first window and after the last.) By hand: for T =
+    5, four windows take 20 inputs and one more token for the last target, 21 of 29 tokens. So
+    the offset is 0 to 8. Here are the inputs; in epoch 0 the offset is 8, in epoch 1 it's 2:
 
         epoch 0    ........[ 8-12][13-17][18-22][23-27].
         epoch 1    ..[ 2- 6][ 7-11][12-16][17-21].......
@@ -2062,17 +2066,18 @@ def get_batch(
 #    and Tokenizer.load("out/demo/tokenizer.json"). Print `tokenizer.decode(inputs[0].tolist())`
 #    and the same for targets: the same text, one token apart.
 # 2. Sample with replacement, as many projects do: let every window start at a random place,
-#    `rng.integers(len(tokens) - T)`. In one epoch, what fraction of the tokens does the model
-#    then never see? (Close to 1 / e.)
+#    `np.random.default_rng(1).integers(len(tokens) - T, size=B)`. In one epoch, what fraction
+#    of the tokens does the model then never see? (Close to 1 / e.)
 
 
 # ----------------------------------------------------------------------------------------
 # 6. The Transformer
 #
-# Which function maps T tokens to a prediction of each next token? Look up a vector of D
-# numbers for every token. Let every block add two updates to it: attention mixes in
-# what earlier tokens have to say; a small network, the MLP, works on each position separately.
-# At the end, a matrix turns each vector into V scores, the logits, one per possible token.
+# Which function maps T tokens to a prediction of each next token? Look up a vector of D numbers
+# for every token. Then pass it through a stack of equal blocks, each of which adds two updates
+# to it: attention mixes in what earlier tokens have to say; a small network, the MLP, works on
+# each position separately. At the end, a matrix turns each vector into V scores, the logits,
+# one per possible token.
 # (Vaswani et al. 2017, arXiv 1706.03762, with the changes of Llama: Touvron et al. 2023,
 # arXiv 2302.13971, section 2.2)
 #
@@ -2108,8 +2113,10 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # TRAP: float32 inside. x may have 16 bits (chapter 9). In float16 a square may be
-        # infinite, and dividing by infinity makes the row 0; in bfloat16 the mean is inexact.
+        # TRAP: float32 inside, since x may have 16 bits (chapter 9). Of the two formats,
+        # float16 ends at 65,504, so a square may be infinite, and dividing by infinity makes
+        # the row 0; bfloat16 has float32's range but only 8 significant bits, so the mean is
+        # inexact.
         x_float = x.float()
         scale = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
         return (x_float * scale * self.weight).type_as(x)
@@ -2122,7 +2129,7 @@ class RMSNorm(nn.Module):
 # well does a key match a query? Take the dot product. Vectors that point the same way have a
 # large one, (1, 2) . (2, 4) = 10; perpendicular vectors have (1, 2) . (-2, 1) = 0;
 # opposite ones a negative one. So for vectors of similar length the dot product measures
-# similarity. Learning makes a query and a key that belong together point the same way.
+# similarity. Training makes a query and a key that belong together point the same way.
 #
 # Softmax turns the scores into weights, and each position takes the weighted average of all
 # values: mostly those whose keys match its query.
@@ -2189,7 +2196,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 # Rotary position embedding (RoPE)
 # --------------------------------
-# Dot products don't know where in the text a key stands: "dog bites man" and "man bites dog"
+# Dot products don't know where in the text a key is: "dog bites man" and "man bites dog"
 # give the same scores. RoPE fixes that by rotating queries and keys. Treat a vector of K
 # numbers as K/2 points in the plane, and rotate each by an angle proportional to the position.
 # The dot product of two rotated points depends on the difference of their angles. So a score
@@ -2298,7 +2305,8 @@ class SwiGLU(nn.Module):
     something nonlinear in between, matrices in a row are no more than one matrix. WHY a
     product: in Shazeer's experiments gates beat all activations without a gate.
     WHY F is about 8/3 D: three matrices of that size hold as many weights as the two of a
-    classic MLP with F = 4 D. Source: Shazeer 2020 (arXiv 2002.05202), equation 6.
+    classic MLP with F = 4 D. (The demo takes 2 D, to be fast.) Source: Shazeer 2020 (arXiv
+    2002.05202), equation 6.
     """
 
     def __init__(self, d_model: int, d_ff: int):
@@ -2370,16 +2378,16 @@ class ModelConfig(Config):
 
 
 def initial_weight(name: str, like: Tensor, num_layers: int, seed: int) -> Tensor:
-    """The initial values of parameter `name`, shaped `like`: 1 for norms, else noise.
+    """The initial values of parameter `name`, shaped `like`: 1 for norms, else random.
 
-    The noise is normal with standard deviation 0.02, as in GPT-2. The two matrices of a block
-    that write to the residual stream get 0.02 / sqrt(n) for n = 2 * num_layers such writes.
-    Variances of independent numbers add, so the sum of all writes has the same size in models
-    of any depth (Radford et al. 2019, section 2.3). The weights of lm_head (language-model
-    head) are small as well, so logits are near 0: to a new model, all tokens are about
-    equally likely. Each tensor has a random generator of its own,
-    seeded by (seed, name). WHY: chapter 10 makes the same weights on any number of devices,
-    one tensor at a time.
+    Random numbers are normal with standard deviation 0.02, as in GPT-2. The two matrices of a
+    block that write to the residual stream get 0.02 / sqrt(n) for n = 2 * num_layers such
+    writes. Variances of independent numbers add, so the sum of all writes has the same size in
+    models of any depth (Radford et al. 2019, section 2.3). The weights of lm_head (the matrix
+    that makes the logits; not an attention head) are small as well, so logits are near 0: an
+    untrained model finds all tokens about equally likely. Each tensor has a random generator of
+    its own, seeded by (seed, name). WHY: chapter 10 makes the same weights on any number of
+    devices, one tensor at a time.
     """
     if like.dim() == 1:  # TRAP: a bias, if you add one, should start at 0
         return torch.ones(like.shape, device=like.device)
@@ -2404,7 +2412,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.tie_weights()
-        # A buffer belongs to the model, but isn't learned; if not persistent, nor saved.
+        # A buffer is a tensor that belongs to the model but isn't learned. With
+        # persistent=False it isn't saved either.
         self.rope_cache: Tensor
         self.register_buffer("rope_cache", torch.empty(0), persistent=False)
         # Chapter 10 builds models on the "meta" device, without numbers, and fills them later.
@@ -2495,7 +2504,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     one bit). exp(loss) is the *perplexity*: a loss of 2.3 means a perplexity of 10, which is
     like guessing uniformly among 10 tokens.
 
-    >>> cross_entropy(torch.zeros(1, 4), torch.tensor([2]))  # ln 4: nothing known
+    >>> cross_entropy(torch.zeros(1, 4), torch.tensor([2]))  # ln 4: a uniform guess
     tensor(1.3863)
     >>> logits, targets = torch.tensor([[0.0, 2.0], [1.0, 1.0]]), torch.tensor([1, 0])
     >>> -softmax(logits)[[0, 1], targets].log().mean()  # written out
@@ -2539,9 +2548,9 @@ def gradient_descent_step(parameters: Iterable[Tensor], lr: float) -> None:
 
 # AdamW improves on this in three ways. It averages gradients over recent steps (`m`), since
 # each batch alone gives a noisy one. It divides by the gradient's typical size, sqrt(v), where
-# `v` averages its square, so that weights with small gradients move as fast as the others. And
-# it pulls every matrix towards 0 a little (weight decay), so that only weights which keep being
-# useful stay large.
+# `v` is a running average of its square, so that weights with small gradients move as fast as
+# the others. And it pulls every matrix towards 0 a little (weight decay), so that only weights
+# which keep being useful stay large.
 
 
 def adamw_reference(
@@ -2618,8 +2627,8 @@ def learning_rate(
 
     WHY warm up: AdamW divides by sqrt(v), and at first v is estimated from only a few
     gradients. WHY decay: large steps bounce between the walls of a valley; small ones at the
-    end settle. (Bergsma et al. 2025, arXiv 2502.15938, recommend a straight line to 0, as the
-    demo nearly has it; our default ends at a tenth of the peak, as is customary.)
+    end settle. (Bergsma et al. 2025, arXiv 2502.15938, recommend linear decay to 0. The demo
+    nearly does that; the default ends at a tenth of the peak, a common choice.)
 
     >>> [round(learning_rate(step, 1.0, 0.1, 2, 6), 3) for step in range(7)]
     [0.5, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]
@@ -2721,6 +2730,9 @@ def train_model(
 #     config = OptimizerConfig(max_steps=500, lr=3e-3)
 #     train_model(model, train_tokens, valid_tokens, config, batch_size=8)
 #
+# The loss starts at ln 1536 = 7.3, like guessing. The validation loss is 1.8 after 100 steps,
+# 0.93 after 500, and then the model writes sentences (next chapter).
+#
 # Exercises
 # 1. Replace `optimizer.step()` with `gradient_descent_step(model.parameters(), lr)` and try
 #    lr=0.1, 0.5 and 2. Even at the best of them the loss falls far more slowly.
@@ -2752,8 +2764,8 @@ def token_probabilities(
     top_k keeps the k most likely tokens (including ties). top_p keeps the most likely tokens
     that together reach probability p, at least one. `suppressed` holds ids to remove.
 
-    By hand: at temperature 0.5 the odds of 67 to 24 become their square. In descending order,
-    `before` is 0, 67% and 91%, so the second token alone reaches 0.5.
+    By hand: at temperature 0.5 all odds become their squares. For top_p = 0.5: in descending
+    order the probabilities are 67%, 24% and 9%, and the first alone, token 1, reaches 0.5.
 
     >>> logits = torch.tensor([[0.0, 2.0, 1.0]])
     >>> token_probabilities(logits), token_probabilities(logits, temperature=0.5)
@@ -2761,7 +2773,9 @@ def token_probabilities(
     >>> token_probabilities(logits, top_k=2), token_probabilities(logits, top_p=0.5)
     (tensor([[0.0000, 0.7311, 0.2689]]), tensor([[0., 1., 0.]]))
     """
-    logits = logits.float().nan_to_num()  # sampling from NaN would end a training run
+    # torch.multinomial raises an error for NaN, and even a model that has diverged may be asked
+    # for a sample (chapter 12).
+    logits = logits.float().nan_to_num()
     if suppressed is not None:
         logits = logits.index_fill(-1, suppressed, -math.inf)
     if temperature == 0:
@@ -2810,7 +2824,8 @@ def generate_naive(
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` ids that continue the prompt; stop after one of `eos_ids`.
 
-    `sampling` goes to `sample`. The model sees only the last context_length tokens.
+    `eos_ids` (end of sequence) is usually [tokenizer.eot_id]. `sampling` goes to `sample`. The
+    model sees only the last context_length tokens.
     """
     check_prompt(prompt_ids, model.config.vocab_size)
     ids, device = list(prompt_ids), model.rope_cache.device
@@ -2842,10 +2857,10 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 # The key-value cache
 # -------------------
-# Attention is the only place where a token looks at others, and of an earlier token it needs
-# only the key and the value. Those never change, because no token looks ahead. So keep them,
-# and let the model read nothing but the new token. Attention still looks at all earlier keys,
-# but everything else then costs the same for every token, however long the text is.
+# Attention is the only place where a token looks at others, and all it needs from an earlier
+# token is the key and the value. Those never change, because no token looks ahead. So keep
+# them, and let the model read nothing but the new token. Attention still looks at all earlier
+# keys, but everything else then costs the same for every token, however long the text is.
 
 KVCache = list[tuple[Tensor, Tensor]]  # for each block the keys and values, (1, G, S, K) each
 
@@ -2867,12 +2882,13 @@ def hidden_states_cached(model: Transformer, tokens: Tensor, kv_cache: KVCache) 
     # Row t is the token at position S + t, and a column is a position. By hand, for S = T = 2:
     # [[True, True, True, False], [True, True, True, True]].
     attn_mask = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(S)
-    earlier = iter(kv_cache[:])  # the blocks call `attend` in order
-    kv_cache.clear()
+    block_numbers = itertools.count()  # the blocks call `attend` one after the other
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (torch.cat(pair, dim=2) for pair in zip(next(earlier), (k, v)))  # S grows by T
-        kv_cache.append((k, v))
+        i = next(block_numbers)
+        past_k, past_v = kv_cache[i]  # (1, G, S, K) each
+        k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)  # (1, G, S + T, K)
+        kv_cache[i] = k, v
         grouped = k.shape[1] < q.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask, enable_gqa=grouped)
 
@@ -2890,9 +2906,10 @@ def generate(
     eos_ids: Collection[int] = (),
     **sampling: Any,
 ) -> Iterator[int]:
-    """Like `generate_naive`, with a cache. Up to context_length the ids are the same.
+    """Like `generate_naive`, with a cache: up to rounding, equal random numbers give equal ids.
 
-    When the context is full, the model reads its second half again and continues from there.
+    Once the context is full the texts differ: here the model reads the second half of the
+    context again and continues from there.
     """
     check_prompt(prompt_ids, model.config.vocab_size)
     ids, device, limit = list(prompt_ids), model.rope_cache.device, model.config.context_length
@@ -3010,7 +3027,7 @@ class GradScaler:
 
     @torch.no_grad()
     def step(self, optimizer: Any, grad_norm: Tensor, clip_grad: float) -> None:
-        """optimizer.step() with gradients unscaled and clipped; `grad_norm` is unscaled too."""
+        """Unscale and clip the gradients, then step. `grad_norm` is their unscaled norm."""
         found_inf, divisor = (~grad_norm.isfinite()).float(), self.loss_scale
         if clip_grad:
             divisor = divisor * (grad_norm / clip_grad).clamp(min=1.0)
@@ -3177,9 +3194,9 @@ def muon_reference(
     The momentum is AdamW's m, and `decay` is its beta1. The update mixes in the gradient once
     more (Nesterov momentum).
     WHY 0.2 * sqrt(max(rows, columns)): entries of U @ V.T are about 1 / sqrt(max(rows,
-    columns)) large, and AdamW's updates have entries of about 0.2. With this factor, lr and
-    weight_decay mean what they mean for AdamW. Source: Liu et al. 2025 (arXiv 2502.16982),
-    section 2.2.
+    columns)) large, and AdamW's updates have entries of about 0.2, because gradients change
+    sign. With this factor, lr and weight_decay mean what they mean for AdamW. Source: Liu et
+    al. 2025 (arXiv 2502.16982), section 2.2.
     """
     momentum = decay * momentum + (1 - decay) * grad
     update = orthogonalize((decay * momentum + (1 - decay) * grad)[None])[0]
@@ -3257,7 +3274,8 @@ class Muon(torch.optim.AdamW):
                 divisor = getattr(self, "grad_scale", weights[0].new_ones(()))
                 rows, grads = group["rows"], [weight.grad for weight in weights]
                 momenta = [self.state[weight]["exp_avg"] for weight in weights]
-                # TRAP: a number would be compiled in, and each new one compiled again.
+                # TRAP: a Python number would be compiled in as a constant, and each new value
+                # compiled again.
                 decay = weights[0].new_full((), group["momentum"])
                 updates = self.update_momenta(grads, momenta, decay, divisor, found_inf)
                 updates = self.orthogonalize_all(updates, rows)
@@ -3275,7 +3293,8 @@ class Muon(torch.optim.AdamW):
         """Put the gradients into the momenta. Returns updates [N, rows, columns]."""
         updates = []
         for grad, momentum in zip(grads, momenta):
-            # With found_inf the momentum is its own next gradient, so that it stays.
+            # On overflow, use the momentum itself as the gradient: averaging it with itself
+            # leaves it unchanged.
             grad = torch.where(found_inf > 0, momentum, grad / divisor)
             momentum.lerp_(grad, 1 - decay)  # decay * momentum + (1 - decay) * grad
             updates.append(grad.lerp(momentum, decay).to(self.dtype))
@@ -3932,7 +3951,7 @@ def build_model(
         # which would take twice the memory. (FSDP casts it as well.)
         model.embedding.register_forward_hook(lambda module, args, x: x.to(dtype))
     model.to_empty(device=device)  # memory for what this process holds
-    model.tie_weights()  # TRAP: to_empty gives each of two names a tensor of its own
+    model.tie_weights()  # TRAP: to_empty unties them, giving each name a tensor of its own
     for name, p in model.named_parameters():
         p.data.copy_(distribute(initial_weight(name, p, config.num_layers, seed), p))
     model.init_rope()
