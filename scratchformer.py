@@ -3,7 +3,8 @@
 The file contains a byte-level BPE tokenizer (trainer and encoder), a
 Transformer with RoPE, SwiGLU and RMSNorm, a memory-mapped data loader, and a
 training loop that runs on a laptop, on one GPU, or on many GPUs with FSDP. It
-needs torch, regex and numpy; a few extras need optional packages and say so.
+needs Python 3.10 and three packages (pip install torch regex numpy); a few
+extras need more and say so.
 
 Start with this, in a clone of the repository. It takes a minute or two:
 
@@ -57,8 +58,9 @@ Every command explains its flags: python scratchformer.py COMMAND --help
 #   S cached positions (chapter 8)
 # (In code, F is PyTorch's module of functions, as in F.softmax.)
 #
-# A comment that starts with WHY gives the reason for a choice; TRAP marks something that
-# breaks when changed, and how. Lines that start with >>> are examples; the tests run them.
+# A comment that starts with WHY gives the reason for a choice; TRAP warns of a mistake that is
+# easy to make there. Lines that start with >>> are examples, which the tests in
+# test_scratchformer.py run. (Most of these imports serve the later chapters.)
 
 from __future__ import annotations
 
@@ -171,8 +173,8 @@ def pretokenize(text: str, pattern: str = PRETOKEN_PATTERN) -> list[str]:
 def text_to_bytes(text: str) -> bytes:
     """The UTF-8 bytes of `text`.
 
-    Raises UserError for a lone surrogate: U+D800 to U+DFFF are code points that a str can hold
-    and that stand for no character. (Those made by `bytes_to_text`, below, become bytes again.)
+    Raises UserError for a lone surrogate (U+D800 to U+DFFF), which a Python str can hold but
+    UTF-8 can't, except for those that `bytes_to_text`, below, makes of invalid bytes.
 
     >>> list(text_to_bytes("aé"))
     [97, 195, 169]
@@ -207,19 +209,8 @@ def special_token_pattern(special_tokens: Iterable[str]) -> re.Pattern:
     ['<a><b>', '<a>']
     """
     longest_first = sorted(special_tokens, key=len, reverse=True)
-    # \A(?!) never matches: without special tokens there is nothing to find.
+    # Without special tokens: a pattern that never matches. (\A makes it give up at once.)
     return re.compile("|".join(map(re.escape, longest_first)) or r"\A(?!)")
-
-
-def check_special_tokens(special_tokens: Sequence[str]) -> None:
-    """Raise UserError for a special token that is empty, repeated, or a single byte."""
-    for token, count in Counter(special_tokens).items():
-        if not token:
-            raise UserError("a special token is empty: remove it from the list")
-        if count > 1:
-            raise UserError(f"special token {token!r} is listed {count} times: list it once")
-        if len(text_to_bytes(token)) == 1:
-            raise UserError(f"special token {token!r} is one byte, and bytes have ids already")
 
 
 def count_pretokens(
@@ -267,8 +258,9 @@ def merge_pair(tokens: list, pair: tuple, merged: Any) -> list:
     left, right = pair
     result: list = []
     for token in tokens:
+        # In "aaab", `result` is now ["aa"] when the third "a" comes: that stays on its own.
         if token == right and result and result[-1] == left:
-            result[-1] = merged  # that isn't `left`, so in "aaab" the third "a" stays alone
+            result[-1] = merged
         else:
             result.append(token)
     return result
@@ -332,11 +324,12 @@ def build_vocab(merges: Sequence[Merge], special_tokens: Sequence[str]) -> dict[
 #
 # This is a complete tokenizer. Lines marked "chapter 4" hand long texts to that chapter's
 # faster code, which gives the same ids: ignore them for now. Tokenizers are saved as Hugging
-# Face's tokenizer.json, so other libraries can read ours and we can read theirs.
+# Face's tokenizer.json, so other libraries can read ours and we can read theirs. Chapter 4 has
+# the details of that file, and checks.
 # ----------------------------------------------------------------------------------------
 
 END_OF_TEXT = "<|endoftext|>"  # the special token between documents, named as in GPT-2
-END_OF_TEXTS = (END_OF_TEXT, "<|end_of_text|>")  # and in Llama 3
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>")  # and in Llama 3
 
 
 class Tokenizer:
@@ -369,7 +362,7 @@ class Tokenizer:
         pattern: str = PRETOKEN_PATTERN,
         ignore_merges: bool = False,
     ):
-        check_special_tokens(special_tokens or [])
+        check_special_tokens(special_tokens or [])  # these checks are in chapter 4
         check_pattern(pattern)
         self.vocab, self.merges, self.pattern = dict(vocab), list(merges), pattern
         self.ignore_merges = ignore_merges
@@ -397,14 +390,14 @@ class Tokenizer:
     def apply_merges(self, word: bytes) -> tuple[int, ...]:
         """The ids of one pre-token: apply the merge of lowest rank until none applies.
 
-        This replays learning. Ranks only rise on the way, since a pair that contains "th" was
-        learned after "th" itself. (A list of merges made by hand may break this rule. Then,
-        too, the lowest rank decides, as in other libraries.)
+        This is the same as going through the list of merges once, in the order learned. A merge
+        can only make new pairs possible that contain its token, and those were learned later:
+        after "t" + "h", "th" + "e" becomes possible, whose rank is higher.
         """
         if self.ignore_merges and word in self.token_to_id:
             return (self.token_to_id[word],)
-        if len(word) > MAX_NAIVE:
-            return self.fast.encode_word(word)  # chapter 4, for words of more than 256 bytes
+        if len(word) > MAX_NAIVE:  # 256 bytes
+            return self.fast.encode_word(word)  # chapter 4
         letters = [bytes([byte]) for byte in word]
         ids = [self.token_to_id[letter] for letter in letters if letter in self.token_to_id]
         no_rank = len(self.merges)
@@ -418,8 +411,8 @@ class Tokenizer:
 
     def encode_ordinary(self, text: str) -> list[int]:
         """The ids of `text`. Special tokens in it are treated like any other text."""
-        if len(text) >= LONG_TEXT:
-            return self.fast.encode(text, special=False).tolist()  # chapter 4, for long texts
+        if len(text) >= LONG_TEXT:  # 16,384 characters
+            return self.fast.encode(text, special=False).tolist()  # chapter 4
         ids: list[int] = []
         for pretoken in pretokenize(text, self.pattern):
             ids += self.encode_pretoken(text_to_bytes(pretoken))
@@ -485,12 +478,12 @@ class Tokenizer:
     @property
     def eot_id(self) -> int | None:
         """The id of the special token that ends a text, if there is one."""
-        return next((self.special_tokens[t] for t in END_OF_TEXTS if t in self.special_tokens),
-                    None)
+        ids = map(self.special_tokens.get, END_OF_TEXT_NAMES)
+        return next((i for i in ids if i is not None), None)
 
     @property
     def dtype(self) -> str:
-        """How token files store ids: in 16 bits if that's enough, else in 32."""
+        """How token files store ids: as little-endian integers of 16 bits, or 32 if needed."""
         return "<u2" if self.vocab_size <= 1 << 16 else "<u4"
 
     def fingerprint(self) -> str:
@@ -500,69 +493,6 @@ class Tokenizer:
     def __reduce__(self) -> tuple:  # makes it picklable, for other processes
         specials = list(self.special_tokens)
         return Tokenizer, (self.vocab, self.merges, specials, self.pattern, self.ignore_merges)
-
-
-# The rest of this chapter is bookkeeping; you can skip it, down to the exercises.
-
-
-def check_pattern(pattern: str) -> None:
-    """Raise UserError for a pattern that does not compile or matches the empty string."""
-    try:
-        matches_empty = regex.compile(pattern).match("") is not None
-    except regex.error as error:
-        raise UserError(f"pattern {pattern!r} is not a regular expression: {error}") from None
-    if matches_empty:
-        raise UserError(f"pattern {pattern!r} matches the empty string: use + instead of *")
-
-
-def check_merges(merges: Sequence[Merge], token_to_id: dict[bytes, int]) -> None:
-    """Raise UserError unless every merge joins two earlier tokens and all have ids."""
-    known = {bytes([byte]) for byte in range(256)} & token_to_id.keys()
-    for left, right in merges:
-        if left not in known or right not in known:
-            raise UserError(f"merge {left!r} + {right!r} comes before its parts are made")
-        known.add(left + right)
-    if missing := known - token_to_id.keys():
-        raise UserError(f"the vocabulary lacks {min(missing)!r}, which is a merge")
-    if len(set(merges)) < len(merges):
-        raise UserError("a merge is listed twice")
-
-
-# The tokenizer.json format. JSON can't hold arbitrary bytes, so GPT-2 writes each byte as a
-# visible character.
-
-
-def bytes_to_unicode() -> dict[int, str]:
-    """The character that stands for each byte in a tokenizer.json (GPT-2's encoder.py).
-
-    Printable Latin-1 bytes stand for themselves. The others, such as the space and control
-    characters, take U+0100, U+0101, ... in order. A space becomes "Ġ".
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-BYTE_TO_UNICODE = bytes_to_unicode()
-UNICODE_TO_BYTE = {character: byte for byte, character in BYTE_TO_UNICODE.items()}
-
-
-def token_to_unicode(token: bytes) -> str:
-    """A token as it is spelled in a tokenizer.json.
-
-    >>> token_to_unicode(b" the")
-    'Ġthe'
-    """
-    return token.decode("latin-1").translate(BYTE_TO_UNICODE)
-
-
-def unicode_to_token(name: str) -> bytes:
-    """The inverse of `token_to_unicode`."""
-    try:
-        return bytes([UNICODE_TO_BYTE[character] for character in name])
-    except KeyError:
-        message = f"token {name!r} has characters outside GPT-2's byte alphabet"
-        raise UserError(message) from None
 
 
 # Exercises
@@ -627,7 +557,6 @@ class PairIndex:
     Each pair has a number: `pair_at[p]` is that of the pair (token at p, token after p), or -1
     if one of them is a separator. Pair n is (left[n], right[n]) and occurs count[n] times;
     `positions[start[n] : start[n + 1]]` are the positions where it occurred when it was new.
-    (count[-1] is written like other counts, and never read.)
 
     >>> index = PairIndex([b"low", b"slow"], [5, 2])
     >>> lo = int(index.pair_at[1])
@@ -689,16 +618,19 @@ class PairIndex:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The pairs of new `tokens`, at `at`, with their neighbors, sorted; and where they are.
 
-        If the left neighbor is new as well, the pair is found there, with its right neighbor.
+        A pair of two new tokens is counted for the left one only.
         """
         before = self.before[at]
         x, y = self.token[before], self.token[after]
-        is_left, is_right = (x >= 0) & (x < tokens[0]), y >= 0
+        is_new = x >= tokens.min()  # new tokens have the highest ids
+        is_left, is_right = (x >= 0) & ~is_new, y >= 0
         pairs = np.concatenate([(x << 32 | tokens)[is_left], (tokens << 32 | y)[is_right]])
         order = pairs.argsort(kind="stable")
         return pairs[order], np.concatenate([before[is_left], at[is_right]])[order]
 
-    def independent(self, pairs: Sequence[int], new: int) -> tuple[np.ndarray, np.ndarray]:
+    def select_independent(
+        self, pairs: Sequence[int], new: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Where to merge pairs[0] into the token `new`, pairs[1] into `new` + 1, and so on.
 
         `pairs` are those with the highest counts, in descending order. Only as many are taken
@@ -717,24 +649,26 @@ class PairIndex:
         shares = (left[:, None] == right) | (right[:, None] == left)  # [earlier, later]
         shares_with_earlier = np.triu(shares, 1).any(axis=0)
         pairs = pairs[: int(np.append(shares_with_earlier, True).argmax())]
-        # Second: which pairs would be created, how often, and by which merge? By the later one
-        # of those that make its tokens. (Merging neighbors too can only lower these counts.)
+        # Second: merge i makes the token new + i, and so pairs of this token and a neighbor.
+        # How often does the most frequent of them occur? At most highest[i] times: less often
+        # if the neighbor is merged as well.
         at, which = self.occurrences(pairs)
         created, positions = self.pairs_around(at, self.after[self.after[at]], new + which)
         is_first, highest = run_starts(created), np.zeros(len(pairs))
-        maker = np.maximum(created >> 32, created & LOW_32)[is_first] - new
         counts = np.bincount(is_first.cumsum() - 1, self.weight[positions])
-        np.maximum.at(highest, maker, counts)  # highest[i]: the count of merge i's best pair
-        # The next pair comes next only if its count exceeds those of all newly created pairs.
+        created_by = np.maximum(created >> 32, created & LOW_32)[is_first] - new
+        np.maximum.at(highest, created_by, counts)
+        # The next pair in the list comes next only if it is more frequent than all of these.
         is_next = self.count[pairs[1:]] > np.maximum.accumulate(highest)[:-1]
         taken = which <= int(np.append(is_next, False).argmin())
         return at[taken], which[taken]
 
     def merge(self, pairs: Sequence[int], new: int) -> tuple[int, range]:
-        """Merge the pairs that are `independent`. Returns how many, and the new pairs."""
-        at, which = self.independent(pairs, new)
+        """Merge the first of `pairs` that are independent. Returns how many, and new pairs."""
+        at, which = self.select_independent(pairs, new)
         num_merged, tokens = int(which.max()) + 1, new + which
-        # The pairs on both sides disappear. (In "abab" both are the same pair: count it once.)
+        # The pairs on both sides disappear. (In "abab" both are the same pair: count it
+        # once. At the end of a word the number is -1; count[-1] is never read.)
         right, weight = self.after[at], self.weight[at]
         np.subtract.at(self.count, self.pair_at[right], weight)
         self.pair_at[right] = -1
@@ -778,7 +712,7 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
     count never grows: a pair contains the newest token when it is created, and later merges
     only take occurrences away.) Most pairs are rare and are never merged. So the heap holds
     only pairs above a threshold, which is halved whenever the heap is empty. The top pairs of
-    the heap are merged together, as many as are `independent`: often tens, on a large
+    the heap are merged together, as many as are independent: often tens, on a large
     corpus.
 
     >>> words = {b"low": 5, b"lower": 2, b"newest": 6, b"widest": 3, b"slow": 1}
@@ -868,6 +802,7 @@ def find_gpt2_pretokens(codes: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """
     space, changes = classes == SPACE, classes[1:] != classes[:-1]
     start = np.ones(len(codes) + 3, bool)  # three more, for start[at + 3] below
+    # A pre-token starts where the class changes, with three exceptions.
     # 1. What follows a space doesn't start a pre-token, since the space has started it.
     start[1 : len(codes)] = changes & (space[1:] | (codes[:-1] != ord(" ")))
     # 2. The last whitespace before a word starts one, even inside a run of whitespace. (The
@@ -931,6 +866,7 @@ def find_pretokens(text: str, pattern: str, special_pattern: re.Pattern) -> Pret
         starts = np.flatnonzero(is_start)
     else:
         borders, end = [0, *edges.flat], 0
+        # The text before each special token, and after the last one.
         for start, next_end in [*edges.tolist(), (len(text), 0)]:
             for match in regex.finditer(pattern, text[end:start]):
                 borders += [end + match.start(), end + match.end()]
@@ -1555,8 +1491,79 @@ def entropy_floor(files: Sequence[FileSpan], text_bytes: int) -> float | None:
     return nats / max(text_bytes, 1)
 
 
-# tokenizer.json, and files that are never half-written
-# -----------------------------------------------------
+# Checks, tokenizer.json, and files that are never half-written
+# -------------------------------------------------------------
+
+
+def check_special_tokens(special_tokens: Sequence[str]) -> None:
+    """Raise UserError for a special token that is empty, repeated, or a single byte."""
+    for token, count in Counter(special_tokens).items():
+        if not token:
+            raise UserError("a special token is empty: remove it from the list")
+        if count > 1:
+            raise UserError(f"special token {token!r} is listed {count} times: list it once")
+        if len(text_to_bytes(token)) == 1:
+            raise UserError(f"special token {token!r} is one byte, and bytes have ids already")
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise UserError for a pattern that does not compile or matches the empty string."""
+    try:
+        matches_empty = regex.compile(pattern).match("") is not None
+    except regex.error as error:
+        raise UserError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+    if matches_empty:
+        raise UserError(f"pattern {pattern!r} matches the empty string: use + instead of *")
+
+
+def check_merges(merges: Sequence[Merge], token_to_id: dict[bytes, int]) -> None:
+    """Raise UserError unless every merge joins two earlier tokens and all have ids."""
+    known = {bytes([byte]) for byte in range(256)} & token_to_id.keys()
+    for left, right in merges:
+        if left not in known or right not in known:
+            raise UserError(f"merge {left!r} + {right!r} comes before its parts are made")
+        known.add(left + right)
+    if missing := known - token_to_id.keys():
+        raise UserError(f"the vocabulary lacks {min(missing)!r}, which is a merge")
+    if len(set(merges)) < len(merges):
+        raise UserError("a merge is listed twice")
+
+
+# The tokenizer.json format. JSON can't hold arbitrary bytes, so GPT-2 writes each byte as a
+# visible character.
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """The character that stands for each byte in a tokenizer.json (GPT-2's encoder.py).
+
+    Printable Latin-1 bytes stand for themselves. The others, such as the space and control
+    characters, take U+0100, U+0101, ... in order. A space becomes "Ġ".
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+BYTE_TO_UNICODE = bytes_to_unicode()
+UNICODE_TO_BYTE = {character: byte for byte, character in BYTE_TO_UNICODE.items()}
+
+
+def token_to_unicode(token: bytes) -> str:
+    """A token as it is spelled in a tokenizer.json.
+
+    >>> token_to_unicode(b" the")
+    'Ġthe'
+    """
+    return token.decode("latin-1").translate(BYTE_TO_UNICODE)
+
+
+def unicode_to_token(name: str) -> bytes:
+    """The inverse of `token_to_unicode`."""
+    try:
+        return bytes([UNICODE_TO_BYTE[character] for character in name])
+    except KeyError:
+        message = f"token {name!r} has characters outside GPT-2's byte alphabet"
+        raise UserError(message) from None
 
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
@@ -1837,7 +1844,7 @@ class Parser(argparse.ArgumentParser):
         elif typing.get_origin(kind) is list:
             element = typing.get_args(kind)[0]
             options = {"action": "extend", "type": element, "nargs": "+",
-                       "metavar": metavar.get(element, "X")}  # given twice, it adds
+                       "metavar": metavar.get(element, "X")}  # repeating the flag appends
         group.add_argument("--" + field.name, required=required, help=text, **options)
 
     def parse(self, argv: list[str]) -> dict[str, Any]:
@@ -1874,7 +1881,8 @@ def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[list[Con
     >>> parse_flags("greet", greet, ["--name", "Ann"])
     ([Greeting(name='Ann')], False)
     """
-    kinds = [k for n, k in typing.get_type_hints(command).items() if n != "return"]
+    kinds = [kind for parameter, kind in typing.get_type_hints(command).items()
+             if parameter != "return"]
     parser = Parser(f"scratchformer {name}", "%(prog)s [flags]", inspect.getdoc(command),
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for kind in kinds:
@@ -1993,7 +2001,8 @@ from torch.nn import functional as F
 #
 #     tokens = np.memmap("out/demo/train.bin", "<u2", mode="r")  # <u2: two bytes, unsigned
 #
-# `TokenDataset` (chapter 12) slices like such an array, and checks what it reads.
+# Functions below also take a `TokenDataset` (chapter 12), which slices like such an array, and
+# checks what it reads.
 
 
 def cut_windows(
@@ -2015,7 +2024,10 @@ def cut_windows(
 
 
 def windows_per_epoch(num_tokens: int, context_length: int) -> int:
-    """One less than the number that fit, to leave room for an offset; but at least one."""
+    """How many windows an epoch has: one less than would fit, and at least one.
+
+    The room of the one left out lets `shuffle_windows` begin at a random offset.
+    """
     return max(1, (num_tokens - 1) // context_length - 1)
 
 
@@ -2025,9 +2037,10 @@ def shuffle_windows(seed: int, epoch: int, num_tokens: int, context_length: int)
 
     The windows lie end to end: the last target of one is the first input of the next. The first
     begins at a random offset, so most epochs cut the text at different points. (They leave out
-    up to 2 * T tokens in total, before the first window and after the last.) By hand: for T =
-    5, four windows take 20 inputs and one more token for the last target, 21 of 29 tokens. So
-    the offset is 0 to 8. Here are the inputs; in epoch 0 the offset is 8, in epoch 1 it's 2:
+    up to 2 * T tokens in total, before the first window and after the last.) Worked example:
+    for T = 5, four windows take 20 inputs and one more token for the last target, 21 of 29
+    tokens. So the offset is 0 to 8. Here are the inputs; in epoch 0 the offset is 8, in epoch 1
+    it's 2:
 
         epoch 0    ........[ 8-12][13-17][18-22][23-27].
         epoch 1    ..[ 2- 6][ 7-11][12-16][17-21].......
@@ -2075,9 +2088,9 @@ def get_batch(
 #
 # Which function maps T tokens to a prediction of each next token? Look up a vector of D numbers
 # for every token. Then pass it through a stack of equal blocks, each of which adds two updates
-# to it: attention mixes in what earlier tokens have to say; a small network, the MLP, works on
-# each position separately. At the end, a matrix turns each vector into V scores, the logits,
-# one per possible token.
+# to it: attention mixes in what earlier tokens have to say; an MLP (multilayer perceptron, a
+# small network) works on each position separately. At the end, a matrix turns each vector into
+# V scores, the logits, one per possible token.
 # (Vaswani et al. 2017, arXiv 1706.03762, with the changes of Llama: Touvron et al. 2023,
 # arXiv 2302.13971, section 2.2)
 #
@@ -2099,10 +2112,10 @@ def get_batch(
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension. The shape stays the same.
 
-    Every vector comes out with the same length (before `weight` scales its entries), so no
-    layer has to cope with how large its input happens to be.
+    The entries of every vector come out with a mean square of 1 (before `weight` scales them),
+    so no layer has to cope with inputs that are much larger or smaller than usual.
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4.
-    By hand: the mean square of 3 and 4 is 12.5, and 3 / sqrt(12.5) = 0.8485.
+    Worked example: the mean square of 3 and 4 is 12.5, and 3 / sqrt(12.5) = 0.8485.
 
     >>> RMSNorm(2)(torch.tensor([3.0, 4.0])).data
     tensor([0.8485, 1.1314])
@@ -2113,10 +2126,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # TRAP: float32 inside, since x may have 16 bits (chapter 9). Of the two formats,
-        # float16 ends at 65,504, so a square may be infinite, and dividing by infinity makes
-        # the row 0; bfloat16 has float32's range but only 8 significant bits, so the mean is
-        # inexact.
+        # TRAP: float32 inside. In chapter 9 x may be a tensor of 16-bit numbers, whose squares
+        # would overflow or be rounded to two digits.
         x_float = x.float()
         scale = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
         return (x_float * scale * self.weight).type_as(x)
@@ -2161,8 +2172,8 @@ def attention_reference(
     barely learn.
     Source: Vaswani et al. 2017, equation 1.
 
-    By hand: scores ln 1, ln 2 and ln 3 give weights 1 : 2 : 3. Row 0 sees only 6. Row 1 is
-    (1 * 6 + 2 * 3) / 3 = 4. Row 2 is (1 * 6 + 2 * 3 + 3 * 0) / 6 = 2.
+    Worked example: scores ln 1, ln 2 and ln 3 give weights 1 : 2 : 3. Row 0 sees only 6.
+    Row 1 is (1 * 6 + 2 * 3) / 3 = 4. Row 2 is (1 * 6 + 2 * 3 + 3 * 0) / 6 = 2.
 
     >>> causal_mask = torch.ones(3, 3).tril().bool()
     >>> causal_mask
@@ -2182,13 +2193,14 @@ def attention_reference(
     return softmax(scores) @ v  # (..., T, K)
 
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # a function like `causal_attention`
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same with a causal mask, using PyTorch's function, which never stores T x T scores.
 
-    q, k, v [B, heads, T, K]. (`enable_gqa`: k and v may have fewer heads, see `Attention`.)
+    q, k, v [B, H, T, K]; k and v may have fewer heads, see `Attention` (gqa is short for
+    grouped-query attention).
     """
     grouped = k.shape[1] < q.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -2196,17 +2208,19 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 # Rotary position embedding (RoPE)
 # --------------------------------
-# Dot products don't know where in the text a key is: "dog bites man" and "man bites dog"
-# give the same scores. RoPE fixes that by rotating queries and keys. Treat a vector of K
-# numbers as K/2 points in the plane, and rotate each by an angle proportional to the position.
-# The dot product of two rotated points depends on the difference of their angles. So a score
-# now depends on how far apart two tokens are, and not on where in the text they are.
+# Dot products don't know where in the text a key is: "man" gives "dog" the same score in "dog
+# bites man" and in "dog and cat bite man". RoPE fixes that by rotating queries and keys. Treat
+# a vector of K numbers as K/2 points in the plane, and rotate each by an angle proportional to
+# the position. The dot product of two rotated points depends on the difference of their angles.
+# So a score now depends on how far apart two tokens are, and not on where in the text they are.
 
 
 def make_rope_cache(
     positions: Tensor, head_dim: int, theta: float, scaling: Sequence[float] | None = None
 ) -> Tensor:
-    """Cosine and sine of all angles, float32 [2, ..., K/2] for positions [...].
+    """Cosine and sine of all angles, float32 [2, T, K/2] for positions [T].
+
+    (Positions may have any shape: [B, T] gives [2, B, T, K/2].)
 
     Pair i rotates by position * theta^(-2i / K): the first pairs fast, the last ones slowly,
     like the hands of a clock. Fast pairs distinguish nearby positions, slow ones distant ones.
@@ -2232,19 +2246,19 @@ def apply_rotary(x: Tensor, rope_cache: Tensor) -> Tensor:
 
 
 def apply_rope(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
-    """x [B, ..., T, K] with its pairs rotated by positions [T], or [B, T].
+    """x [..., T, K] with its pairs rotated by positions [T]; [B, T] if each row has its own.
 
     For experiments; the model computes rope_cache once and calls `apply_rotary` itself.
 
-    By hand, one pair at two positions: position 0 doesn't rotate, position 1 rotates by one
+    For example, one pair at two positions: position 0 doesn't rotate, position 1 rotates by one
     radian, to (cos 1, sin 1).
 
     >>> apply_rope(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
     tensor([[1.0000, 0.0000],
             [0.5403, 0.8415]])
     """
-    if positions.dim() == 2:  # if x is [B, H, T, K], make them [B, 1, T]: all heads alike
-        positions = positions.view(len(positions), *[1] * (x.dim() - 3), -1)
+    if positions.dim() == 2 and x.dim() == 4:  # x is (B, H, T, K)
+        positions = positions[:, None]  # (B, 1, T): the same for all heads
     return apply_rotary(x, make_rope_cache(positions, x.shape[-1], theta))
 
 
@@ -2370,7 +2384,7 @@ class ModelConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.num_kv_heads = self.num_kv_heads or self.num_heads
-        check_shape(self)
+        check_shape(self)  # chapter 14: an error if these numbers contradict each other
 
     @property
     def head_dim(self) -> int:
@@ -2385,9 +2399,9 @@ def initial_weight(name: str, like: Tensor, num_layers: int, seed: int) -> Tenso
     writes. Variances of independent numbers add, so the sum of all writes has the same size in
     models of any depth (Radford et al. 2019, section 2.3). The weights of lm_head (the matrix
     that makes the logits; not an attention head) are small as well, so logits are near 0: an
-    untrained model finds all tokens about equally likely. Each tensor has a random generator of
-    its own, seeded by (seed, name). WHY: chapter 10 makes the same weights on any number of
-    devices, one tensor at a time.
+    untrained model gives all tokens roughly equal probability. Each tensor has a random
+    generator of its own, seeded by (seed, name). WHY: chapter 10 makes the same weights on any
+    number of devices, one tensor at a time.
     """
     if like.dim() == 1:  # TRAP: a bias, if you add one, should start at 0
         return torch.ones(like.shape, device=like.device)
@@ -2396,7 +2410,7 @@ def initial_weight(name: str, like: Tensor, num_layers: int, seed: int) -> Tenso
     std = 0.02
     if name.endswith(("attention.output.weight", "mlp.down.weight")):
         std /= math.sqrt(2 * num_layers)
-    return torch.randn(like.shape, generator=generator, device=like.device) * std
+    return torch.randn(like.shape, generator=generator, device=like.device).mul_(std)
 
 
 class Transformer(nn.Module):
@@ -2413,7 +2427,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.tie_weights()
         # A buffer is a tensor that belongs to the model but isn't learned. With
-        # persistent=False it isn't saved either.
+        # persistent=False it isn't saved either. (The first line is for type checkers.)
         self.rope_cache: Tensor
         self.register_buffer("rope_cache", torch.empty(0), persistent=False)
         # Chapter 10 builds models on the "meta" device, without numbers, and fills them later.
@@ -2457,22 +2471,6 @@ class Transformer(nn.Module):
         return self.lm_head(self.hidden_states(tokens))  # (B, T, V)
 
 
-def check_shape(c: ModelConfig) -> None:
-    """Raise UserError if the fields of a ModelConfig contradict each other."""
-    if c.num_heads % c.num_kv_heads:
-        raise UserError(f"num_heads must be divisible by num_kv_heads: {c.num_heads} / "
-                        f"{c.num_kv_heads}")
-    if (r := c.rope_scaling) and not (len(r) == 4 and min(r) > 0 and r[1] < r[2]):
-        raise UserError(f"rope_scaling must be four numbers above 0, the second below the "
-                        f"third, not {r}")
-    shape = f"{c.d_model} / {c.num_heads}"
-    if c.d_model % c.num_heads:
-        raise UserError(f"d_model must be divisible by num_heads: {shape}")
-    if c.head_dim % 2:
-        raise UserError("the head size d_model / num_heads must be even, because RoPE "
-                        f"rotates pairs: {shape} = {c.head_dim}")
-
-
 # Exercises
 # 1. Make `apply_rotary` return x unchanged and train as at the end of chapter 7. The model
 #    still learns, but ends at a clearly higher loss: only the causal mask gives a hint of the
@@ -2496,8 +2494,8 @@ def check_shape(c: ModelConfig) -> None:
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """How surprised the model is by the target token, on average: -log softmax(logits)[target].
 
-    logits [..., V], targets int64 [...]; a scalar in nats. Targets of -100 are ignored
-    (chapter 12 pads with them).
+    logits [..., V], targets int64 [...]; a scalar in nats. Targets of -100 are ignored, as in
+    F.cross_entropy (chapter 12 pads with them).
 
     If the model gave the target token probability p, the loss is -log p: 0 for certainty, 0.69
     for a coin flip, ln V for a model that knows nothing. The unit is the *nat* (0.69 nats are
@@ -2560,9 +2558,9 @@ def adamw_reference(
     """One update of AdamW, written out: the new weight, m and v. `step` counts from 1.
 
     m and v start at 0, and m_hat and v_hat correct for that: after one step m is 0.1 * grad,
-    and dividing it by 1 - 0.9 gives grad. A weight whose gradient hardly changes
-    moves by about lr per step, no matter how large the gradient is. By hand: the first
-    step is lr times the sign, whether the gradient is 5 or 0.05.
+    and dividing it by 1 - 0.9 gives grad. A weight whose gradient hardly changes moves by about
+    lr per step, no matter how large the gradient is. Worked example: the first step is lr times
+    the sign, whether the gradient is 5 or 0.05.
 
     >>> zero, one = torch.zeros(2), torch.ones(2)
     >>> adamw_reference(one, torch.tensor([5.0, 0.05]), zero, zero, 1, 0.1, (0.9, 0.95), 0.0)[0]
@@ -2596,19 +2594,15 @@ class OptimizerConfig(Config):
             self.min_lr = self.lr / 10
         if self.warmup_steps is None:
             self.warmup_steps = min(200, self.max_steps // 10)
-        if self.min_lr > self.lr:
-            raise UserError(f"--min_lr must be at most --lr: {self.min_lr} > {self.lr}")
-        if self.warmup_steps > self.max_steps:
-            raise UserError(f"--warmup_steps {self.warmup_steps} exceed --max_steps "
-                            f"{self.max_steps}")
+        check_schedule(self)  # chapter 14
 
 
 def make_optimizer(
     parameters: Iterable[Tensor], config: OptimizerConfig, fused: bool | None = None
 ) -> torch.optim.AdamW:
-    """PyTorch's AdamW, which skips parameters that have no gradient, such as frozen ones.
+    """PyTorch's AdamW. It skips parameters without a gradient, such as those not to be learned.
 
-    Norm weights don't decay: pulling them towards 0 would mute a layer, not simplify it.
+    Norm weights don't decay: they scale a layer's whole input, which shouldn't shrink.
     `fused` updates all weights in one operation.
     """
     parameters = list(parameters)
@@ -2633,8 +2627,8 @@ def learning_rate(
     >>> [round(learning_rate(step, 1.0, 0.1, 2, 6), 3) for step in range(7)]
     [0.5, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]
 
-    By hand: warmup gives 1/2 and 2/2; step 4 is halfway from 2 to 6, hence 0.55. (Step 6,
-    where min_lr is reached, is one past the last.)
+    Worked example: warmup gives 1/2 and 2/2; step 4 is halfway from 2 to 6, hence 0.55. (Step
+    6, where min_lr is reached, is one past the last.)
     """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
@@ -2762,10 +2756,12 @@ def token_probabilities(
 
     A temperature below 1 makes likely tokens even more likely; 0 leaves only the most likely.
     top_k keeps the k most likely tokens (including ties). top_p keeps the most likely tokens
-    that together reach probability p, at least one. `suppressed` holds ids to remove.
+    that together reach probability p, at least one. `suppressed` holds ids never to draw, such
+    as those that no token has when a vocabulary is rounded up.
 
-    By hand: at temperature 0.5 all odds become their squares. For top_p = 0.5: in descending
-    order the probabilities are 67%, 24% and 9%, and the first alone, token 1, reaches 0.5.
+    Worked example: at temperature 0.5 the ratio of any two probabilities is squared. For
+    top_p=0.5: in descending order they are 67%, 24% and 9%, and the first alone, token 1,
+    reaches 0.5.
 
     >>> logits = torch.tensor([[0.0, 2.0, 1.0]])
     >>> token_probabilities(logits), token_probabilities(logits, temperature=0.5)
@@ -2879,10 +2875,10 @@ def hidden_states_cached(model: Transformer, tokens: Tensor, kv_cache: KVCache) 
     new ones. The new ones are added to the cache.
     """
     T, S, device = tokens.shape[1], kv_cache[0][0].shape[2], tokens.device
-    # Row t is the token at position S + t, and a column is a position. By hand, for S = T = 2:
-    # [[True, True, True, False], [True, True, True, True]].
+    # Row t is the token at position S + t, and a column is a position. With two in the cache
+    # and two new ones: [[True, True, True, False], [True, True, True, True]].
     attn_mask = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(S)
-    block_numbers = itertools.count()  # the blocks call `attend` one after the other
+    block_numbers = itertools.count()  # 0, 1, ...: the blocks call `attend` in this order
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         i = next(block_numbers)
@@ -2906,10 +2902,11 @@ def generate(
     eos_ids: Collection[int] = (),
     **sampling: Any,
 ) -> Iterator[int]:
-    """Like `generate_naive`, with a cache: up to rounding, equal random numbers give equal ids.
+    """`generate_naive` with a cache: given the same random numbers, the same ids.
 
-    Once the context is full the texts differ: here the model reads the second half of the
-    context again and continues from there.
+    (Up to rounding, which rarely decides between two tokens.) Once the context is full the
+    texts differ: here the model reads the second half of the context again and continues from
+    there.
     """
     check_prompt(prompt_ids, model.config.vocab_size)
     ids, device, limit = list(prompt_ids), model.rope_cache.device, model.config.context_length
@@ -3061,20 +3058,20 @@ class GradScaler:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """cross_entropy(x @ weight.T, targets), with the logits of a few rows at a time.
+    """cross_entropy(x @ weight.T, targets), with the logits of R rows of x at a time.
 
     WHY: the logits [B * T, V] are often the largest tensor of a step. But their gradient is
     known as soon as they are:
 
-        d loss / d logits[v] = (softmax(logits)[v] - (1 if v == target else 0)) / rows
+        d loss / d logits[v] = (softmax(logits)[v] - (1 if v == target else 0)) / N
 
-    So compute the logits of some rows, turn them into the gradients of `x` and `weight` right
+    So compute the logits of R rows, turn them into the gradients of `x` and `weight` right
     away, and discard them. This is an operation whose derivative we write ourselves: `forward`
     keeps in `ctx` what `backward` needs, and `backward` turns the derivative with respect to
     the result into one for each input. (Second derivatives aren't supported.)
 
-    x [N, D], weight [V, D], targets int64 [N]; the loss is a float32 scalar.
-    By hand: logits 0 and ln 3 mean 1/4 and 3/4; the target is the second, 3/4 - 1 = -1/4.
+    x [N, D], weight [V, D], targets int64 [N]; the loss is a float32 scalar. Worked example:
+    logits 0 and ln 3 mean 1/4 and 3/4; the target is the second, 3/4 - 1 = -1/4.
 
     >>> weight = torch.tensor([[0.0], [math.log(3)]], requires_grad=True)
     >>> loss = LinearCrossEntropy.apply(torch.ones(1, 1), weight, torch.tensor([1]), True)
@@ -3093,20 +3090,20 @@ class LinearCrossEntropy(torch.autograd.Function):
         # Few enough rows for a CPU's caches, enough to keep a GPU busy; and at most 16 parts,
         # because torch.compile unrolls the loop.
         size = max(512 if x.device.type == "cpu" else 4096, -(-len(x) // 16))
-        for rows, target in zip(x.split(size), targets[:, None].split(size)):
-            mask, target = target >= 0, target.clamp(min=0)  # (rows, 1); False for -100
-            log_p = (rows @ matrix.T).log_softmax(-1, dtype=torch.float32)  # (rows, V)
-            log_p_target = log_p.gather(-1, target)  # (rows, 1)
+        for x_part, target in zip(x.split(size), targets[:, None].split(size)):
+            mask, target = target >= 0, target.clamp(min=0)  # (R, 1); False for -100
+            log_p = (x_part @ matrix.T).log_softmax(-1, dtype=torch.float32)  # (R, V)
+            log_p_target = log_p.gather(-1, target)  # (R, 1)
             loss_sum -= (log_p_target * mask).sum()
             if with_grad:
-                grad = log_p.exp_().to(x.dtype)  # (rows, V)
+                grad = log_p.exp_().to(x.dtype)  # (R, V)
                 # For the target p - 1, from float32: in bfloat16 a p of 0.999 is 1.
                 grad.scatter_(-1, target, (log_p_target.exp() - 1).to(x.dtype))
-                grad_x.append((grad @ matrix) * mask)  # (rows, D)
+                grad_x.append((grad @ matrix) * mask)  # (R, D)
                 # TRAP: a sum over thousands of rows may exceed float16's 65,504. The division
                 # by their number, in `backward`, comes too late. Hence the 256 (a power of
                 # two, so that it costs no precision).
-                grad_weight += grad.T @ (rows * mask / 256)  # (V, D)
+                grad_weight += grad.T @ (x_part * mask / 256)  # (V, D)
         num_targets = (targets >= 0).sum().clamp(min=1)
         if with_grad:
             ctx.save_for_backward(torch.cat(grad_x), grad_weight, num_targets)
@@ -3167,7 +3164,8 @@ def orthogonalize(x: Tensor) -> Tensor:
     a Newton-Schulz iteration, and 16 bits are enough for it.
     Source of a, b and c: Jordan et al. 2024.
 
-    By hand: this update stretches (1, 1) by 3.9 and (1, -1) by 0.1; then both by roughly 1.
+    Worked example: this update stretches (1, 1) by 3.9 and (1, -1) by 0.1; afterwards
+    both by roughly 1.
 
     >>> update = torch.tensor([[[2.0, 1.9], [1.9, 2.0]]])
     >>> torch.linalg.svdvals(update), torch.linalg.svdvals(orthogonalize(update))
@@ -3716,7 +3714,7 @@ def load_batches(
 
     A step may have several *micro-steps*, whose gradients add up (chapter 12). All windows of a
     run are numbered (chapter 5), and in every micro-step each process takes the next batch_size
-    of them. By hand, a step of eight windows, two at a time:
+    of them. For example, a step of eight windows, two at a time:
 
                         process 0    process 1
         micro-step 0    0, 1         2, 3
@@ -3742,7 +3740,7 @@ def average_gradients(model: nn.Module) -> None:
     """Replace every gradient by its mean over the processes. (FSDP has done so already.)
 
     WHY this makes many devices learn what one does: the mean over all rows is the mean of the
-    means over equal shares of them. By hand, eight rows on two processes:
+    means over equal shares of them. For example, eight rows on two processes:
 
     >>> loss_of_row = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8])
     >>> [share.mean().item() for share in loss_of_row.chunk(2)], loss_of_row.mean().item()
@@ -3795,10 +3793,8 @@ def shard_model(
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for unit in [*model.blocks, model] if per_block else [model]:
         # The last unit holds the head, which the backward pass needs at once: keep it gathered.
-        # On one device, gathering is only a copy in `dtype`: keep it, too.
-        drop = unit is not model and mesh.shape[-1] > 1
         sharded: Any = fully_shard(
-            unit, mesh=mesh, mp_policy=policy, reshard_after_forward=drop)
+            unit, mesh=mesh, mp_policy=policy, reshard_after_forward=unit is not model)
         if device.type == "cpu":
             # TRAP: asked for an average, gloo in torch 2.8 returns the sum.
             sharded.set_force_sum_reduction_for_comms(True)
@@ -3907,22 +3903,21 @@ def gradient_norm(params: dict[Any, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def distribute(whole: Tensor | None, like: Any, from_main: bool = False) -> Any:
-    """The tensor `whole` as this process holds it: sharded, if the parameter `like` is.
+def distribute(whole: Tensor | None, like: Any, from_main: bool = False) -> Tensor:
+    """What this process holds of a tensor: its shard if the parameter `like` is sharded.
 
-    Every process has the whole tensor. Or with `from_main` only process 0 has it and sends it
+    Every process has the `whole` tensor. Or with `from_main` only process 0 has it and sends it
     to the others: they give None, and this is a collective.
     """
     kind = {"dtype": like.dtype, "device": like.device}
     whole = torch.empty(like.shape, **kind) if whole is None else whole.to(**kind)
-    if hasattr(like, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(whole, like.device_mesh, like.placements,
-                                 src_data_rank=0 if from_main else None)
     if from_main and get_world_size() > 1:
         torch.distributed.broadcast(whole, 0)
-    return whole
+    if not hasattr(like, "device_mesh"):
+        return whole
+    shards = whole.chunk(like.device_mesh.shape[-1])  # rows; this is how FSDP splits, too
+    index = like.device_mesh.get_local_rank("shard")
+    return shards[index] if index < len(shards) else whole[:0]  # fewer rows than processes
 
 
 def build_model(
@@ -3938,13 +3933,14 @@ def build_model(
     with torch.device("meta"):  # shapes without numbers
         model = TransformerWithLoss(config)
     num_weights = sum(p.numel() for p in model.parameters())
-    per_block = flags.fsdp and (
+    fsdp = flags.fsdp and get_world_size() > 1  # one process has nothing to shard
+    per_block = fsdp and (
         flags.fsdp_unit == "block" or flags.fsdp_unit == "auto" and num_weights > 1e9)
     if flags.activation_checkpointing:
         checkpoint_activations(model)
     if flags.compile:
         compile_model(model, per_block)
-    if flags.fsdp:
+    if fsdp:
         shard_model(model, device, dtype, per_block, flags.shard_size)
     elif dtype != torch.float32:
         # WHY: autocast would leave the embedding in float32, and with it the residual stream,
@@ -3953,7 +3949,8 @@ def build_model(
     model.to_empty(device=device)  # memory for what this process holds
     model.tie_weights()  # TRAP: to_empty unties them, giving each name a tensor of its own
     for name, p in model.named_parameters():
-        p.data.copy_(distribute(initial_weight(name, p, config.num_layers, seed), p))
+        initial = initial_weight(name, p, config.num_layers, seed)
+        local_shard(p.data).copy_(distribute(initial, p))
     model.init_rope()
     return model
 
@@ -4153,7 +4150,8 @@ def restore_state(
     adam: dict = content.get("optimizer") or {key: {} for key in (*ADAM_STATE, "step")}
     steps, names = broadcast((adam["step"], {key: list(adam[key]) for key in ADAM_STATE}))
     for name, p in model.named_parameters():
-        p.data.copy_(distribute(content["model"].get(name), p, from_main=True))
+        weight = content["model"].get(name)
+        local_shard(p.data).copy_(distribute(weight, p, from_main=True))
         local = params.get(p)
         by_muon = bool(optimizer.state.get(local))  # its matrices have a state from the start
         keys = ADAM_STATE[:1] if by_muon else ADAM_STATE
@@ -4161,8 +4159,7 @@ def restore_state(
             continue  # frozen, or the optimizer starts afresh for this one
         # TRAP: `saved` is mapped from a file, which may be deleted: hence clone.
         moments = {
-            key: local_shard(distribute(adam[key].get(name), p, from_main=True)).clone()
-            for key in keys}
+            key: distribute(adam[key].get(name), p, from_main=True).clone() for key in keys}
         if not by_muon:  # the fused kernel counts steps on the device, as float32
             moments["step"] = torch.full((), float(steps[name]), device=p.device)
         optimizer.state[local] = moments
@@ -4264,7 +4261,7 @@ class Trainer:
             self.optimizer = kind(
                 self.model, self.params, self.optim, precision, fused, compiled)
         self.scaler = GradScaler(self.device, enabled=self.dtype == torch.float16)
-        self.autocast = make_autocast(self.device, self.dtype, self.processes.fsdp)
+        self.autocast = make_autocast(self.device, self.dtype, is_fsdp(self.model))
         rows = data.batch_size * data.grad_accum_steps * get_world_size()
         self.tokens_per_step = rows * self.model_config.context_length
         self.run_flags = {"rows_per_step": rows, "dtype": str(self.dtype)[6:]}
@@ -4280,7 +4277,7 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 number - 1, o.lr, o.min_lr, o.warmup_steps, o.max_steps)
-            group["momentum"] = momentum_decay(number - 1)  # Muon's
+            group["momentum"] = momentum_decay(number - 1)  # Muon's; AdamW ignores it
         total_loss = torch.zeros((), device=self.device)
         for micro_step in range(micro_steps):
             inputs, targets = next(batches)  # (B, T) each
@@ -4342,6 +4339,7 @@ class Trainer:
         self.finish(problem)
         if step < max_steps:
             log(f"stopped by a signal after step {step}; continue with --resume")
+            # `stop` is empty if the signal went to another process.
             return 128 + (stop[0] if stop else signal.SIGTERM)
         return 0
 
@@ -4611,8 +4609,8 @@ class TokenDataset:
                 # as this process's memory, until it holds the whole file.
                 with reading(file.name, "token file"):
                     mapped = np.memmap(file, dtype, mode="r", shape=(length,))
-                first = length - (end - start)
-                parts.append(mapped[first : first + stop - start].astype(np.int64))
+                offset = length - (end - start)  # of `start` in this file
+                parts.append(mapped[offset : offset + stop - start].astype(np.int64))
                 start += len(parts[-1])
         ids = np.concatenate(parts)
         # TRAP: on a GPU, an id outside the embedding triggers a device-side assert that names
@@ -4631,9 +4629,9 @@ class ValidationSet:
     """Windows of tokens to evaluate models on, and what a loss on them means.
 
     All windows, end to end, or `limit` of them, spread evenly. The last may be shorter, so that
-    all tokens but the first are predicted once. By hand, of 12 tokens and with a context of 2,
-    they begin at 0, 2, 4, 6, 8 and 10; three of them at 0, 4 and 10. Raises UserError if there
-    are fewer than two tokens, or ids that `tokenizer` lacks.
+    all tokens but the first are predicted once. For example, of 12 tokens and with a context of
+    2, they begin at 0, 2, 4, 6, 8 and 10; three of them at 0, 4 and 10. Raises UserError if
+    there are fewer than two tokens, or ids that `tokenizer` lacks.
     """
 
     def __init__(
@@ -4737,10 +4735,10 @@ def unknown_ids(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
 def flops_per_token(config: ModelConfig) -> float:
     """Floating-point operations of one token's forward and backward pass.
 
-    6 for each weight in a matmul (2 forward, 4 backward), and 6 * T * D per block for
-    attention, half of the full square (Chowdhery et al. 2022, PaLM, appendix B). By hand: one
-    block of width 2 with d_ff 3 has 4 * 4 + 3 * 6 = 34 weights, the head 5 * 2, tied or not,
-    and attention counts as 7 * 2: 6 * (34 + 10 + 14) = 348.
+    6 for each weight in a matmul (2 forward, 4 backward), and 6 * T * D per block for attention
+    (Chowdhery et al. 2022, PaLM, appendix B, halved, since the mask hides half of the scores).
+    Worked example: one block of width 2 with d_ff 3 has 4 * 4 + 3 * 6 = 34 weights, the head
+    5 * 2, tied or not, and attention counts as 7 * 2: 6 * (34 + 10 + 14) = 348.
 
     >>> flops_per_token(ModelConfig(5, 7, num_layers=1, d_model=2, num_heads=1, d_ff=3))
     348
@@ -4943,15 +4941,15 @@ def hf_names(name: str) -> list[str]:
     return [f"{prefix}{theirs}.weight" for theirs in HF_NAMES[part]]
 
 
-def interleaved_to_half_split(weight: Tensor, head_dim: int, back: bool = False) -> Tensor:
+def interleaved_to_half_split(weight: Tensor, head_dim: int, inverse: bool = False) -> Tensor:
     """Rows of a query or key matrix [H * K, D], reordered from our pairs to Hugging Face's.
 
-    Within each head, row 2i goes to i, and row 2i + 1 to i + K/2. `back` is the inverse.
+    Within each head, row 2i goes to i, and row 2i + 1 to i + K/2. `inverse` undoes this.
 
     >>> interleaved_to_half_split(torch.arange(4.0)[:, None], 4)[:, 0]
     tensor([0., 2., 1., 3.])
     """
-    pairs = (-1, 2, head_dim // 2) if back else (-1, head_dim // 2, 2)
+    pairs = (-1, 2, head_dim // 2) if inverse else (-1, head_dim // 2, 2)
     return weight.unflatten(0, pairs).transpose(1, 2).flatten(0, 2)
 
 
@@ -4992,7 +4990,7 @@ def from_hf(files: dict[str, Any], config: ModelConfig) -> dict[str, Tensor]:
     def read(theirs: str) -> Tensor:
         weight = files[theirs].get_tensor(theirs).float()
         if theirs.endswith(ROTARY_WEIGHTS):
-            weight = interleaved_to_half_split(weight, config.head_dim, back=True)
+            weight = interleaved_to_half_split(weight, config.head_dim, inverse=True)
         return weight
 
     return {name: torch.cat([read(theirs) for theirs in hf_names(name)]) for name in model}
@@ -5127,6 +5125,30 @@ def find_tokenizer(checkpoint: Path) -> Path | None:
 # -----
 
 
+def check_shape(c: ModelConfig) -> None:
+    """Raise UserError if the fields of a ModelConfig contradict each other."""
+    if c.num_heads % c.num_kv_heads:
+        raise UserError(f"num_heads must be divisible by num_kv_heads: {c.num_heads} / "
+                        f"{c.num_kv_heads}")
+    if (r := c.rope_scaling) and not (len(r) == 4 and min(r) > 0 and r[1] < r[2]):
+        raise UserError(f"rope_scaling must be four numbers above 0, the second below the "
+                        f"third, not {r}")
+    shape = f"{c.d_model} / {c.num_heads}"
+    if c.d_model % c.num_heads:
+        raise UserError(f"d_model must be divisible by num_heads: {shape}")
+    if c.head_dim % 2:
+        raise UserError("the head size d_model / num_heads must be even, because RoPE "
+                        f"rotates pairs: {shape} = {c.head_dim}")
+
+
+def check_schedule(c: OptimizerConfig) -> None:
+    """Raise UserError if the fields of an OptimizerConfig contradict each other."""
+    if c.min_lr > c.lr:
+        raise UserError(f"--min_lr must be at most --lr: {c.min_lr} > {c.lr}")
+    if c.warmup_steps > c.max_steps:
+        raise UserError(f"--warmup_steps {c.warmup_steps} exceed --max_steps {c.max_steps}")
+
+
 class ModelFlags(ModelConfig):
     """Model"""
 
@@ -5138,7 +5160,7 @@ class ModelFlags(ModelConfig):
 # Vocabulary and model for a text: the last line whose minimums (MB of text, and minutes on a
 # CPU or on a GPU) you meet. A larger model learns more per token and is slower; on little text
 # it memorizes.
-SIZES = """
+PRESETS = """
 MB   CPU  GPU  vocab_size context_length num_layers d_model num_heads d_ff batch_size lr
 0    0    0    1024       256            2          128     4         352  8          1e-2
 1    0    0    2048       256            4          128     4         352  8          1e-2
@@ -5149,13 +5171,13 @@ MB   CPU  GPU  vocab_size context_length num_layers d_model num_heads d_ff batch
 """
 
 
-def choose_size(megabytes: float, minutes: float, device: str) -> dict[str, str]:
-    """The last line of SIZES whose minimum text and minutes are met, by name.
+def choose_preset(megabytes: float, minutes: float, device: str) -> dict[str, str]:
+    """The last line of PRESETS whose minimum text and minutes are met, by name.
 
-    >>> choose_size(4.0, 60, "cpu")["d_model"], choose_size(4.0, 5, "cpu")["d_model"]
+    >>> choose_preset(4.0, 60, "cpu")["d_model"], choose_preset(4.0, 5, "cpu")["d_model"]
     ('256', '128')
     """
-    names, *lines = (line.split() for line in SIZES.strip().splitlines())
+    names, *lines = (line.split() for line in PRESETS.strip().splitlines())
     sizes = [dict(zip(names, line)) for line in lines]
     column = "GPU" if device == "cuda" else "CPU"
     return [size for size in sizes
@@ -5168,7 +5190,7 @@ def small_defaults(given: Collection[str]) -> dict[str, int]:
     >>> small_defaults(["vocab_size"])["num_layers"], small_defaults(["num_layers"])
     (4, {})
     """
-    size = choose_size(1.0, 0.0, "cpu")
+    size = choose_preset(1.0, 0.0, "cpu")
     small = {name: int(size[name]) for name in list(size)[4:-1]}  # context_length to batch_size
     return {} if {*small, "num_kv_heads"} & {*given} else small
 
@@ -5586,7 +5608,7 @@ def demo_commands(config: DemoConfig, out: Path) -> Iterator[str]:
         yield f"split --text_path {shlex.join(map(str, own))} --outdir {here}"
         minutes, device = config.minutes or 5.0, pick_device("auto").type
         megabytes = (out / "train.txt").stat().st_size / 1e6
-        size = choose_size(megabytes, minutes, device)
+        size = choose_preset(megabytes, minutes, device)
         log(f"\n{megabytes:.1f} MB, {minutes:g} minutes, {device}: {size['num_layers']} blocks "
             f"of width {size['d_model']}; a few steps show how fast it is")
         flags = " ".join(f"--{name} {value}" for name, value in list(size.items())[4:])

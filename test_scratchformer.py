@@ -2314,7 +2314,7 @@ def steps_of_fsdp():
                 assert (norm.full_tensor() != 1).all()  # it learned
             if step in (29, 59):
                 gc.collect()
-                print("objects", len(gc.get_objects()))
+                print(f"process {get_rank()} objects", len(gc.get_objects()))
         del model, params, optimizer, p, norm
 
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # each task meets at a port of its own
@@ -2380,8 +2380,7 @@ def spread(toy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    tasks = [["peak_memory", False], ["steps_of_fsdp"]]
-    return end_tasks(1, start_tasks(tmp_path_factory.mktemp("one"), 1, *tasks))
+    return end_tasks(1, start_tasks(tmp_path_factory.mktemp("one"), 1, ["peak_memory", True]))
 
 
 @pytest.fixture(scope="module")
@@ -2395,6 +2394,7 @@ def two_processes(toy, spread):
     resumed, stopped = copy_interrupted(spread / "one", spread / "one_fsdp"), spread / "stopped"
     started = start_tasks(
         spread, 2,
+        ["steps_of_fsdp"],
         *(["run", 0, spread_training(toy, spread / how, how)]
           for how, (world_size, _) in SPREAD.items() if world_size == 2),
         ["run", 2, ["train", "--train_tokens", str(spread / "missing.bin"), "--device", "cpu"]],
@@ -2460,9 +2460,9 @@ def test_a_device_that_is_not_there_is_refused(toy, tmp_path, capsys):
 
 
 @slow
-def test_steps_of_fsdp_leave_nothing_behind(one_process):
+def test_steps_of_fsdp_leave_nothing_behind(two_processes):
     """Nor does a frozen parameter disturb them."""
-    early, late = map(int, re.findall(r"objects (\d+)", one_process[0]))
+    early, late = map(int, re.findall(r"process 0 objects (\d+)", two_processes[0]))
     assert late - early < 30  # objects of Python, in 30 steps; one for each would be a leak
 
 
