@@ -173,8 +173,9 @@ def pretokenize(text: str, pattern: str = PRETOKEN_PATTERN) -> list[str]:
 def text_to_bytes(text: str) -> bytes:
     """The UTF-8 bytes of `text`.
 
-    Raises UserError for a lone surrogate (U+D800 to U+DFFF), which a Python str can hold but
-    UTF-8 can't, except for those that `bytes_to_text`, below, makes of invalid bytes.
+    A str can hold code points that UTF-8 can't encode, the surrogates (U+D800 to U+DFFF).
+    `bytes_to_text`, below, uses 128 of them for bytes that are not valid UTF-8, and they become
+    those bytes again. Any other surrogate raises UserError.
 
     >>> list(text_to_bytes("aé"))
     [97, 195, 169]
@@ -189,8 +190,8 @@ def text_to_bytes(text: str) -> bytes:
 def bytes_to_text(data: bytes) -> str:
     """The inverse of `text_to_bytes`, for arbitrary bytes.
 
-    Files are not always valid UTF-8. Python's "surrogateescape" maps each invalid byte to a
-    reserved character (U+DC80 to U+DCFF), and `text_to_bytes` maps it back.
+    Files are not always valid UTF-8. Python's "surrogateescape" maps each invalid byte to one
+    of 128 surrogates (U+DC80 to U+DCFF).
 
     >>> text_to_bytes(bytes_to_text(b"caf\\xc3\\xa9 \\xff"))
     b'caf\\xc3\\xa9 \\xff'
@@ -258,9 +259,8 @@ def merge_pair(tokens: list, pair: tuple, merged: Any) -> list:
     left, right = pair
     result: list = []
     for token in tokens:
-        # In "aaab", `result` is now ["aa"] when the third "a" comes: that stays on its own.
         if token == right and result and result[-1] == left:
-            result[-1] = merged
+            result[-1] = merged  # never equal to `left`, so it can't be merged again
         else:
             result.append(token)
     return result
@@ -366,8 +366,8 @@ class Tokenizer:
         check_pattern(pattern)
         self.vocab, self.merges, self.pattern = dict(vocab), list(merges), pattern
         self.ignore_merges = ignore_merges
-        # Reversed, because the last entry of a dict wins: of two ids with the same bytes we
-        # want the first.
+        # Reversed, because the last entry of a dict wins. If a special token has the same bytes
+        # as an ordinary token, we want the ordinary one, which comes first.
         self.token_to_id = {token: i for i, token in reversed(self.vocab.items())}
         check_merges(self.merges, self.token_to_id)
         self.special_tokens: dict[str, int] = {}
@@ -390,9 +390,9 @@ class Tokenizer:
     def apply_merges(self, word: bytes) -> tuple[int, ...]:
         """The ids of one pre-token: apply the merge of lowest rank until none applies.
 
-        This is the same as going through the list of merges once, in the order learned. A merge
-        can only make new pairs possible that contain its token, and those were learned later:
-        after "t" + "h", "th" + "e" becomes possible, whose rank is higher.
+        This replays learning: it goes through the merges in the order learned. A merge creates
+        only pairs that contain the new token, and those were learned later. For example,
+        "t" + "h" creates "th" + "e", whose rank is higher.
         """
         if self.ignore_merges and word in self.token_to_id:
             return (self.token_to_id[word],)
@@ -509,11 +509,11 @@ class Tokenizer:
 # gigabytes of text. (Its second half is files, processes, progress and flags, none of it about
 # language: the tokenizer's commands need that before PyTorch is imported.)
 #
-# Four ideas make it fast. Learn merges without recounting: a merge changes only the words
-# that contain the pair. Make merges together that can't affect each other. Do the work once
-# per *distinct* word, since text repeats itself. And process a megabyte at a time with numpy,
-# instead of a word at a time in Python. Tests check that the results equal those of chapters
-# 1 to 3, on arbitrary bytes. "Word" means pre-token.
+# Four ideas make it fast. Learn merges without recounting: a merge changes only the words that
+# contain the pair. Apply merges that can't affect each other in one batch. Do the work once per
+# *distinct* word, since text repeats itself. And process a megabyte at a time with numpy,
+# instead of a word at a time in Python. Tests check that the results equal those of chapters 1
+# to 3, on arbitrary bytes. "Word" means pre-token.
 # ----------------------------------------------------------------------------------------
 
 import numpy as np
@@ -521,7 +521,7 @@ import numpy as np
 CHUNK = 1 << 20  # bytes, or characters, processed at a time
 LONG_TEXT = 1 << 14  # `Tokenizer.encode` uses this chapter for texts of at least this length
 MAX_NAIVE = 256  # `Tokenizer.apply_merges` uses it for words longer than this
-LOW_32 = (1 << 32) - 1
+MASK_32 = (1 << 32) - 1
 
 
 def run_starts(values: np.ndarray) -> np.ndarray:
@@ -535,6 +535,16 @@ def run_starts(values: np.ndarray) -> np.ndarray:
     return starts
 
 
+def ragged_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The concatenation of the ranges starts[i], ..., starts[i] + lengths[i] - 1.
+
+    >>> ragged_indices(np.array([10, 5]), np.array([2, 3])).tolist()
+    [10, 11, 5, 6, 7]
+    """
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
+
+
 # Learning merges without recounting
 # ----------------------------------
 
@@ -545,8 +555,8 @@ class PairIndex:
     In plain Python one would keep a dictionary from pair to the set of words that contain it.
     This is the same idea in arrays, so that many merges take a few numpy calls.
 
-    Every byte of every word has a position. `token[p]` is the token there, `before[p]` and
-    `after[p]` are the positions of its neighbors. Merging a pair at p writes the new token to
+    Every byte of every word has a position. `token[p]` is the token there, `prev[p]` and
+    `next[p]` are the positions of its neighbors. Merging a pair at p writes the new token to
     p and unlinks the position after it. Here are "low" and "slow", and what merging l + o into
     token 256 leaves. A token -1 separates words; x marks the positions that are unlinked.
 
@@ -554,7 +564,7 @@ class PairIndex:
         token   -1   l   o   w  -1   s   l   o   w  -1
                 -1 256   x   w  -1   s 256   x   w  -1
 
-    Each pair has a number: `pair_at[p]` is that of the pair (token at p, token after p), or -1
+    Each distinct pair has a number: `pair_at[p]` is that of (token at p, token after p), or -1
     if one of them is a separator. Pair n is (left[n], right[n]) and occurs count[n] times;
     `positions[start[n] : start[n + 1]]` are the positions where it occurred when it was new.
 
@@ -573,8 +583,8 @@ class PairIndex:
         self.token, size = data.astype(np.int64), len(data)
         self.token[np.cumsum(lengths + 1) - 1] = -1
         # WHY 32 bits for positions and pairs: this index is the largest thing in memory.
-        self.before = np.arange(-1, size - 1, dtype=np.int32)
-        self.after = np.arange(1, size + 1, dtype=np.int32)
+        self.prev = np.arange(-1, size - 1, dtype=np.int32)
+        self.next = np.arange(1, size + 1, dtype=np.int32)
         self.weight = np.repeat(np.array([0, *counts]), lengths + 1)
         # Preallocate for all pairs. There are fewer than `size` at first, and merging at one
         # position creates at most two pairs and unlinks one position. (The system supplies
@@ -583,10 +593,10 @@ class PairIndex:
         self.positions = np.zeros(3 * size, np.int32)
         self.pair_at = np.full(size, -1, np.int32)
         self.num_pairs = 0
-        at = np.flatnonzero((self.token[:-1] >= 0) & (self.token[1:] >= 0)).astype(np.int32)
+        pos = np.flatnonzero((self.token[:-1] >= 0) & (self.token[1:] >= 0)).astype(np.int32)
         # WHY 16 bits: numpy sorts such integers in linear time.
-        at = at[(data[at] * np.uint16(256) + data[at + 1]).argsort(kind="stable")]
-        self.add_pairs(self.token[at] << 32 | self.token[at + 1], at)
+        pos = pos[(data[pos] * np.uint16(256) + data[pos + 1]).argsort(kind="stable")]
+        self.add_pairs(self.token[pos] << 32 | self.token[pos + 1], pos)
 
     def add_pairs(self, pairs: np.ndarray, positions: np.ndarray) -> range:
         """Number these pairs, each left << 32 | right, sorted. Returns the numbers."""
@@ -594,7 +604,7 @@ class PairIndex:
         starts, first = np.flatnonzero(is_first), self.num_pairs
         self.num_pairs += len(starts)
         created, used = slice(first, self.num_pairs), self.start[first]
-        self.left[created], self.right[created] = pairs[starts] >> 32, pairs[starts] & LOW_32
+        self.left[created], self.right[created] = pairs[starts] >> 32, pairs[starts] & MASK_32
         self.positions[used : used + len(positions)] = positions
         self.start[created] = used + starts
         self.start[self.num_pairs] = used + len(positions)
@@ -606,27 +616,27 @@ class PairIndex:
         """Where these pairs occur, without overlaps, and which one: an index into `pairs`."""
         numbers = np.array(pairs)
         first, lengths = self.start[numbers], self.start[numbers + 1] - self.start[numbers]
-        at = self.positions[ragged_indices(first, lengths)]
-        which = np.repeat(np.arange(len(pairs)), lengths)
-        unchanged = self.pair_at[at] == numbers[which]  # earlier merges have changed some
-        at, which = at[unchanged], which[unchanged]
-        keep = without_overlaps(at, self.after[at])
-        return at[keep], which[keep]
+        pos = self.positions[ragged_indices(first, lengths)]
+        pair_index = np.repeat(np.arange(len(pairs)), lengths)
+        unchanged = self.pair_at[pos] == numbers[pair_index]  # earlier merges have changed some
+        pos, pair_index = pos[unchanged], pair_index[unchanged]
+        keep = without_overlaps(pos, self.next[pos])
+        return pos[keep], pair_index[keep]
 
     def pairs_around(
-        self, at: np.ndarray, after: np.ndarray, tokens: np.ndarray
+        self, pos: np.ndarray, next_pos: np.ndarray, tokens: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The pairs of new `tokens`, at `at`, with their neighbors, sorted; and where they are.
+        """The pairs that new `tokens` at `pos` form with their neighbors; and where they are.
 
-        A pair of two new tokens is counted for the left one only.
+        The pairs are sorted. If both tokens of a pair are new, it's in the result only once.
         """
-        before = self.before[at]
-        x, y = self.token[before], self.token[after]
+        prev_pos = self.prev[pos]
+        x, y = self.token[prev_pos], self.token[next_pos]
         is_new = x >= tokens.min()  # new tokens have the highest ids
         is_left, is_right = (x >= 0) & ~is_new, y >= 0
         pairs = np.concatenate([(x << 32 | tokens)[is_left], (tokens << 32 | y)[is_right]])
         order = pairs.argsort(kind="stable")
-        return pairs[order], np.concatenate([before[is_left], at[is_right]])[order]
+        return pairs[order], np.concatenate([prev_pos[is_left], pos[is_right]])[order]
 
     def select_independent(
         self, pairs: Sequence[int], new: int
@@ -639,8 +649,8 @@ class PairIndex:
 
         - A pair begins with the token that an earlier one ends with, or the reverse. Merging
           l + o first would leave fewer occurrences of o + w.
-        - Earlier merges create a pair that occurs as often as the next pair. s + t creates
-          e + st, 9 times, and that comes before o + w, 8 times.
+        - Earlier merges create a pair that occurs at least as often as the next pair. s + t
+          creates e + st, 9 times, and that comes before o + w, 8 times.
 
         Returns positions, and for each the index of its pair in `pairs`.
         """
@@ -652,45 +662,45 @@ class PairIndex:
         # Second: merge i makes the token new + i, and so pairs of this token and a neighbor.
         # How often does the most frequent of them occur? At most highest[i] times: less often
         # if the neighbor is merged as well.
-        at, which = self.occurrences(pairs)
-        created, positions = self.pairs_around(at, self.after[self.after[at]], new + which)
+        pos, pair_index = self.occurrences(pairs)
+        created, positions = self.pairs_around(pos, self.next[self.next[pos]], new + pair_index)
         is_first, highest = run_starts(created), np.zeros(len(pairs))
         counts = np.bincount(is_first.cumsum() - 1, self.weight[positions])
-        created_by = np.maximum(created >> 32, created & LOW_32)[is_first] - new
+        created_by = np.maximum(created >> 32, created & MASK_32)[is_first] - new
         np.maximum.at(highest, created_by, counts)
         # The next pair in the list comes next only if it is more frequent than all of these.
         is_next = self.count[pairs[1:]] > np.maximum.accumulate(highest)[:-1]
-        taken = which <= int(np.append(is_next, False).argmin())
-        return at[taken], which[taken]
+        taken = pair_index <= int(np.append(is_next, False).argmin())
+        return pos[taken], pair_index[taken]
 
     def merge(self, pairs: Sequence[int], new: int) -> tuple[int, range]:
         """Merge the first of `pairs` that are independent. Returns how many, and new pairs."""
-        at, which = self.select_independent(pairs, new)
-        num_merged, tokens = int(which.max()) + 1, new + which
+        pos, pair_index = self.select_independent(pairs, new)
+        num_merged, tokens = int(pair_index.max()) + 1, new + pair_index
         # The pairs on both sides disappear. (In "abab" both are the same pair: count it
         # once. At the end of a word the number is -1; count[-1] is never read.)
-        right, weight = self.after[at], self.weight[at]
+        right, weight = self.next[pos], self.weight[pos]
         np.subtract.at(self.count, self.pair_at[right], weight)
         self.pair_at[right] = -1
-        np.subtract.at(self.count, self.pair_at[self.before[at]], weight)
+        np.subtract.at(self.count, self.pair_at[self.prev[pos]], weight)
         self.count[pairs[:num_merged]] = 0
         # Write the new tokens and unlink the right ones.
-        self.token[at], self.pair_at[at] = tokens, -1
-        self.after[at] = self.after[right]
-        self.before[self.after[at]] = at
-        return num_merged, self.add_pairs(*self.pairs_around(at, self.after[at], tokens))
+        self.token[pos], self.pair_at[pos] = tokens, -1
+        self.next[pos] = self.next[right]
+        self.prev[self.next[pos]] = pos
+        return num_merged, self.add_pairs(*self.pairs_around(pos, self.next[pos], tokens))
 
 
-def without_overlaps(at: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Which pairs to merge, of those whose tokens are at at[i] and right[i], ascending.
+def without_overlaps(left_pos: np.ndarray, right_pos: np.ndarray) -> np.ndarray:
+    """Which pairs to merge, of those with tokens at left_pos[i] and right_pos[i], ascending.
 
     Pairs overlap in a run of equal tokens. "aaaa" has three: merge the first and the third.
 
     >>> without_overlaps(np.array([0, 1, 2, 7]), np.array([1, 2, 3, 8])).tolist()
     [True, False, True, True]
     """
-    index, starts_run = np.arange(len(at)), np.ones(len(at), bool)
-    starts_run[1:] = right[:-1] != at[1:]
+    index, starts_run = np.arange(len(left_pos)), np.ones(len(left_pos), bool)
+    starts_run[1:] = right_pos[:-1] != left_pos[1:]
     first_of_run = np.maximum.accumulate(np.where(starts_run, index, 0))
     return (index - first_of_run) % 2 == 0
 
@@ -808,7 +818,7 @@ def find_gpt2_pretokens(codes: np.ndarray, classes: np.ndarray) -> np.ndarray:
     # 2. The last whitespace before a word starts one, even inside a run of whitespace. (The
     #    classes below SPACE are letters, numbers and others.)
     start[1 : max(1, len(codes) - 1)] |= space[1:-1] & space[:-2] & (classes[2:] < SPACE)
-    # 3. A contraction is one pre-token where nothing is in front: 's 't 'm 'd 'll 've 're.
+    # 3. An apostrophe that starts a pre-token may start a contraction: 's 't 'm 'd 'll 've 're.
     at = np.flatnonzero((codes == ord("'")) & start[: len(codes)])
     padded = np.append(codes, np.zeros(2, codes.dtype))
     next1, next2 = padded[at + 1], padded[at + 2]
@@ -821,16 +831,6 @@ def find_gpt2_pretokens(codes: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return start[: len(codes)]
 
 
-def ragged_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The concatenation of the ranges starts[i], ..., starts[i] + lengths[i] - 1.
-
-    >>> ragged_indices(np.array([10, 5]), np.array([2, 3])).tolist()
-    [10, 11, 5, 6, 7]
-    """
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
-
-
 class Pretokens(typing.NamedTuple):
     """The UTF-8 bytes of a text, and the pre-tokens in it."""
 
@@ -840,9 +840,9 @@ class Pretokens(typing.NamedTuple):
     special_at: np.ndarray  # which of them are special tokens; int64
     special_tokens: list[str]  # and which tokens these are
 
-    def cut(self, which: np.ndarray) -> list[bytes]:
+    def cut(self, indices: np.ndarray) -> list[bytes]:
         """The pre-tokens with these indices."""
-        spans = zip(self.starts[which].tolist(), self.lengths[which].tolist())
+        spans = zip(self.starts[indices].tolist(), self.lengths[indices].tolist())
         return [self.data[start : start + length] for start, length in spans]
 
 
@@ -898,7 +898,7 @@ HASH_FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)  # 
 def word_keys(words: Pretokens) -> np.ndarray:
     """Bytes 0 to 7 of each word; bytes 8 to 14, with the length in the top byte; uint64 [N, 2].
 
-    Words of more than 15 bytes count as 16 bytes long; their keys are of no use.
+    Words of more than 15 bytes count as 16 bytes long; their keys are never used.
     """
     padded = words.data + bytes(16)
     # A view of the same memory, with an item of 16 bytes starting at every byte.
@@ -912,9 +912,10 @@ def word_keys(words: Pretokens) -> np.ndarray:
 class WordTable:
     """Gives each distinct word a number, the next free one when it is first seen.
 
-    A word's hash names the slot where it is stored. A word that's already there is overwritten;
-    when it reappears, it gets another number. So a word can have several numbers, but a number
-    always means one word. Words longer than 15 bytes are rare: they're kept in a dictionary.
+    A word's hash determines the slot where it is stored. A word that's already there is
+    overwritten; when it reappears, it gets another number. So a word can have several numbers,
+    but a number always means one word. Words longer than 15 bytes are rare: they're kept in a
+    dictionary.
     """
 
     BITS = 18
@@ -961,11 +962,12 @@ class WordTable:
 
 
 def merge_levels(id_merges: Sequence[tuple[tuple[int, int], int]]) -> list[int]:
-    """Gives consecutive merges the same level if their order makes no difference.
+    """Gives consecutive merges the same level if they never compete for a token.
 
-    That's so if no merge begins with a token that another ends with: then no two of them ever
-    compete for a token. So "th" + "e" may be in the same level as "t" + "h", but "h" + "e"
-    may not, since "the" has only one h. Tens of merges share a level.
+    "t" + "h" and "h" + "e" do, since "the" has only one h; there the order matters. In general,
+    two merges compete if one begins with a token that the other ends with. "th" + "e" needs the
+    result of "t" + "h", but doesn't compete with it: both may be in one level, which then takes
+    two rounds of `encode_words`. Tens of merges share a level.
 
     >>> th, the, he = 256, 257, 258  # as in chapter 3, and then i + n
     >>> merge_levels([((116, 104), th), ((th, 101), the), ((104, 101), he), ((105, 110), 259)])
@@ -1031,12 +1033,12 @@ class FastEncoder:
         return self.pool.take(ragged_indices(starts, ends - starts))
 
     def encode_words(
-        self, words: Pretokens, which: np.ndarray
+        self, words: Pretokens, indices: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The ids of some words, concatenated, and how many each has.
 
         The ids of all words are in one flat array, and `word` tells which word each belongs
-        to. In every round each word makes all its merges of the lowest level. A word without
+        to. In every round all merges of a word's lowest level are applied. A word without
         any merge left is done. With the merges th, the, he:
 
             ids    t h e n t h      word    0 0 0 0 1 1      before the first round
@@ -1046,16 +1048,17 @@ class FastEncoder:
         Each round passes over whole words, so a single word of a megabyte, which takes
         hundreds of rounds, takes seconds.
         """
-        whole: dict[int, int] = {}  # words that are one token without any merge
-        if self.tokenizer.ignore_merges:
-            id_of = self.tokenizer.token_to_id
-            whole = {n: id_of[word] for n, word in enumerate(words.cut(which)) if word in id_of}
-        done = [(np.array([*whole.values()], np.int64), np.array([*whole], np.int64))]
-        lengths = words.lengths[which]
-        lengths[done[0][1]] = 0
-        word = np.repeat(np.arange(len(which)), lengths)
+        none, lengths = np.empty(0, np.int64), words.lengths[indices]
+        done_ids, done_words = [none], [none]
+        if self.tokenizer.ignore_merges:  # some words are one token without any merge
+            id_of, cut = self.tokenizer.token_to_id, words.cut(indices)
+            whole = {n: id_of[word] for n, word in enumerate(cut) if word in id_of}
+            done_ids.append(np.array([*whole.values()], np.int64))
+            done_words.append(np.array([*whole], np.int64))
+            lengths[done_words[-1]] = 0
+        word = np.repeat(np.arange(len(indices)), lengths)
         data = np.frombuffer(words.data, np.uint8)
-        ids = self.byte_ids[data[ragged_indices(words.starts[which], lengths)]]
+        ids = self.byte_ids[data[ragged_indices(words.starts[indices], lengths)]]
         ids, word = ids[ids >= 0], word[ids >= 0]  # without bytes that have no token
         ranks = self.pair_ranks(ids, word, np.arange(len(ids)))
         while len(ids):
@@ -1063,31 +1066,33 @@ class FastEncoder:
             lowest = np.minimum.reduceat(levels, starts)
             lowest = np.repeat(lowest, np.diff(starts, append=len(ids)))
             is_done = lowest == self.no_merge
-            done.append((ids[is_done], word[is_done]))
-            at = np.flatnonzero((levels == lowest) & ~is_done)
-            at = at[without_overlaps(at, at + 1)]
-            ids[at] = self.merged_ids[ranks[at]]
+            done_ids.append(ids[is_done])
+            done_words.append(word[is_done])
+            pos = np.flatnonzero((levels == lowest) & ~is_done)
+            pos = pos[without_overlaps(pos, pos + 1)]
+            ids[pos] = self.merged_ids[ranks[pos]]
             keep = ~is_done
-            keep[at + 1] = False
-            at = np.cumsum(keep)[at] - 1  # where the merged tokens are after the removal
+            keep[pos + 1] = False
+            new_pos = np.cumsum(keep)[pos] - 1  # where the merged tokens are after the removal
             ids, word, ranks = ids[keep], word[keep], ranks[keep]
-            changed = np.append(at[at > 0] - 1, at)
+            changed = np.append(new_pos[new_pos > 0] - 1, new_pos)
             ranks[changed] = self.pair_ranks(ids, word, changed)
-        all_ids, all_words = map(np.concatenate, zip(*done))
+        all_ids, all_words = np.concatenate(done_ids), np.concatenate(done_words)
         order = all_words.argsort(kind="stable")
-        return all_ids[order], np.bincount(all_words, minlength=len(which))
+        return all_ids[order], np.bincount(all_words, minlength=len(indices))
 
     def encode_word(self, word: bytes) -> tuple[int, ...]:
         """The ids of one word."""
         words = Pretokens(word, np.array([0]), np.array([len(word)]), np.array([]), [])
         return tuple(self.encode_words(words, np.array([0]))[0].tolist())
 
-    def pair_ranks(self, ids: np.ndarray, word: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """The rank of each pair (at, at + 1); never a pair of two words."""
-        after = np.minimum(at + 1, len(ids) - 1)
-        pairs = ids[at] << 32 | ids[after]
+    def pair_ranks(self, ids: np.ndarray, word: np.ndarray, pos: np.ndarray) -> np.ndarray:
+        """The rank of the pair at each `pos` and pos + 1; no rank if these are two words."""
+        next_pos = np.minimum(pos + 1, len(ids) - 1)
+        pairs = ids[pos] << 32 | ids[next_pos]
         found = self.pairs.searchsorted(pairs)
-        has_rank = (self.pairs[found] == pairs) & (word[at] == word[after]) & (at != after)
+        one_word = (word[pos] == word[next_pos]) & (pos != next_pos)
+        has_rank = (self.pairs[found] == pairs) & one_word
         return np.where(has_rank, self.rank_of_pair[found], self.no_merge)
 
 
@@ -1112,7 +1117,8 @@ def last_safe_split(text: str, pattern: str, special_tokens: Iterable[str]) -> i
     finder = SAFE_SPLIT
     if pattern not in (PRETOKEN_PATTERN, GPT4_PATTERN):
         finder = f"(?r)(?<={special_token_pattern(specials).pattern})"
-    # Both ends of `text` may hold part of a special token, or of a character of four bytes.
+    # Both ends of `text` may hold part of a special token, or of a character of four bytes. And
+    # a special token that ends at the cut may begin one margin before it.
     margin = max([4, *(len(text_to_bytes(token)) for token in specials)])
 
     def crossed(p: int) -> bool:  # does a special token begin before p and end after it?
@@ -1121,8 +1127,8 @@ def last_safe_split(text: str, pattern: str, special_tokens: Iterable[str]) -> i
     start, end = 2 * margin, max(0, len(text) - margin)
     for match in regex.finditer(finder, text, pos=start, endpos=end):
         cut = match.start()
-        # TRAP: special tokens can overlap. Of <a> and a>b, only the first is found in "<a>b",
-        # so nothing may cross the start of a token that ends here, either.
+        # TRAP: special tokens can overlap. With <a> and a>b, "<a>b" is read as <a> and a "b".
+        # There the end of a>b isn't a safe place, since something crosses its start.
         ended = [len(token) for token in specials if text.endswith(token, 0, cut)]
         if not crossed(cut) and not crossed(cut - max(ended, default=0)):
             return cut
@@ -1132,7 +1138,7 @@ def last_safe_split(text: str, pattern: str, special_tokens: Iterable[str]) -> i
 def safe_pieces(
     chunks: Iterable[str], pattern: str, special_tokens: Iterable[str], size: int = 1 << 13
 ) -> Iterator[str]:
-    """The text of `chunks` in pieces of about `size` characters that encode independently."""
+    """The text of `chunks` in pieces of about `size` characters, to be encoded one by one."""
     text, wanted = "", size
     for chunk in chunks:
         for start in range(0, len(chunk), size):
@@ -1319,7 +1325,7 @@ def count_files(
     """`count_pretokens` of text files of any size."""
     files, counts = input_files(paths), Counter[bytes]()
     total, done = sum(file.end for file in files), 0.0
-    # Few large tasks: each result repeats the words that the others also found.
+    # Use few, large tasks, since most words are in the result of every task.
     size = min(max(total // (num_workers or available_cores()), 4 * CHUNK), 32 * CHUNK)
     spans = [s for file in files for s in split_file(file, pattern, special_tokens, size)]
     count = functools.partial(count_span, pattern=pattern, special_tokens=special_tokens)
@@ -1627,16 +1633,17 @@ def pattern_from_json(content: dict) -> str:
     """The pattern of a tokenizer.json. Raises UserError if it isn't one regular expression."""
     whole = content.get("pre_tokenizer") or {}
     steps = whole.get("pretokenizers") or [whole]
-    kinds, use_regex = [step.get("type") for step in steps], steps[-1].get("use_regex", True)
+    step_types = [step.get("type") for step in steps]
+    use_regex = steps[-1].get("use_regex", True)
     if steps[-1].get("add_prefix_space"):
         raise UserError("its pre-tokenizer adds a space before the text")
-    if kinds == ["ByteLevel"] and use_regex:
+    if step_types == ["ByteLevel"] and use_regex:
         return PRETOKEN_PATTERN
-    if kinds == ["Split", "ByteLevel"] and not use_regex:
+    if step_types == ["Split", "ByteLevel"] and not use_regex:
         pieces_stay = steps[0]["behavior"] == "Isolated" and not steps[0].get("invert")
         if pieces_stay and "Regex" in steps[0]["pattern"]:
             return steps[0]["pattern"]["Regex"]
-    if kinds == ["Digits", "ByteLevel"] and use_regex:
+    if step_types == ["Digits", "ByteLevel"] and use_regex:
         # Digits are split off first, one by one or as a run; then GPT-2's pattern sees each
         # piece alone, so whitespace before a digit behaves like whitespace at the end.
         digits = r"\p{N}" if steps[0].get("individual_digits") else r"\p{N}+"
@@ -1649,15 +1656,15 @@ def pattern_from_json(content: dict) -> str:
 def check_supported(content: Any) -> None:
     """Raise UserError if a tokenizer.json does something that `Tokenizer` does not."""
     model, after = content["model"], content.get("post_processor") or {}
-    after = after.get("processors", [after])
-    kinds = {step.get("type", "ByteLevel") for step in after}
+    after_types = {step.get("type", "ByteLevel") for step in after.get("processors", [after])}
     unsupported = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     reasons = [
         (model.get("type", "BPE") != "BPE", f"its model is {model.get('type')}, not BPE"),
         *((model.get(key), f"its {key} is {model.get(key)!r}") for key in unsupported),
         (model.get("byte_fallback"), "it is a SentencePiece conversion (byte_fallback)"),
         (content.get("normalizer"), f"it normalizes text: {content.get('normalizer')}"),
-        (kinds - {"ByteLevel", "TemplateProcessing"}, f"its post-processor is {kinds}"),
+        (after_types - {"ByteLevel", "TemplateProcessing"},
+         f"its post-processor is {after_types}"),
         *((entry.get("single_word") or entry.get("lstrip") or entry.get("rstrip"),
            f"added token {entry['content']!r} also matches spaces around it")
           for entry in content["added_tokens"]),
@@ -1731,8 +1738,9 @@ def flag(
     default: Any, help: str, at_least: float = -math.inf, at_most: float = math.inf
 ) -> Any:
     """A dataclass field that is also a command-line flag. `...` as default means required."""
-    required = {} if default is ... else {"default": default}
-    return dataclasses.field(**required, metadata={"help": help, "range": (at_least, at_most)})
+    default_value = {} if default is ... else {"default": default}
+    metadata = {"help": help, "range": (at_least, at_most)}
+    return dataclasses.field(**default_value, metadata=metadata)
 
 
 class Config:
@@ -1871,7 +1879,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[list[Config], bool]:
+def parse_flags(
+    command_name: str, command: Callable, argv: list[str]
+) -> tuple[list[Config], bool]:
     """The dataclasses that `command` takes, filled from `argv`; and whether --quiet was given.
 
     >>> @dataclasses.dataclass
@@ -1881,22 +1891,24 @@ def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[list[Con
     >>> parse_flags("greet", greet, ["--name", "Ann"])
     ([Greeting(name='Ann')], False)
     """
-    kinds = [kind for parameter, kind in typing.get_type_hints(command).items()
-             if parameter != "return"]
-    parser = Parser(f"scratchformer {name}", "%(prog)s [flags]", inspect.getdoc(command),
-                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for kind in kinds:
-        group, hints = parser.add_argument_group(kind.__doc__), typing.get_type_hints(kind)
-        for field in dataclasses.fields(kind):
-            parser.add_field(group, field, hints[field.name])
+    parameters = typing.get_type_hints(command)
+    config_types = [kind for name, kind in parameters.items() if name != "return"]
+    parser = Parser(f"scratchformer {command_name}", "%(prog)s [flags]",
+                    inspect.getdoc(command), allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    for config_type in config_types:
+        group = parser.add_argument_group(config_type.__doc__)
+        types_of_fields = typing.get_type_hints(config_type)
+        for field in dataclasses.fields(config_type):
+            parser.add_field(group, field, types_of_fields[field.name])
     parser.add_argument("--quiet", action="store_true", help="print errors and results only")
     given = parser.parse(argv)  # the flags in argv; dataclasses know the defaults of the rest
     configs = []
-    for kind in kinds:
-        of_kind = {field.name: given[field.name] for field in dataclasses.fields(kind)
-                   if field.name in given}
-        configs.append(kind(**of_kind))
-        configs[-1].given = of_kind
+    for config_type in config_types:
+        names = {field.name for field in dataclasses.fields(config_type)}
+        values = {name: value for name, value in given.items() if name in names}
+        configs.append(config_type(**values))
+        configs[-1].given = values
     return configs, "quiet" in given
 
 
@@ -1916,7 +1928,8 @@ def main(argv: list[str] | None = None) -> int:
 
     0 means success, 2 a user's error, 128 + n stopped by signal n.
     """
-    argv, Progress.enabled = sys.argv[1:] if argv is None else argv, True
+    argv = sys.argv[1:] if argv is None else argv
+    Progress.enabled = True
     for name in ("stdin", "stdout", "stderr"):
         stream: Any = getattr(sys, name) or open(os.devnull, "r+")  # None: it was closed
         if hasattr(stream, "reconfigure"):  # any bytes pass through
@@ -2024,9 +2037,9 @@ def cut_windows(
 
 
 def windows_per_epoch(num_tokens: int, context_length: int) -> int:
-    """How many windows an epoch has: one less than would fit, and at least one.
+    """How many windows an epoch has: at least one, and one fewer than would fit.
 
-    The room of the one left out lets `shuffle_windows` begin at a random offset.
+    The space that this leaves lets `shuffle_windows` begin at a random offset.
     """
     return max(1, (num_tokens - 1) // context_length - 1)
 
@@ -2036,14 +2049,14 @@ def shuffle_windows(seed: int, epoch: int, num_tokens: int, context_length: int)
     """Where the windows of one epoch begin, in random order; int64 [windows per epoch].
 
     The windows lie end to end: the last target of one is the first input of the next. The first
-    begins at a random offset, so most epochs cut the text at different points. (They leave out
-    up to 2 * T tokens in total, before the first window and after the last.) Worked example:
-    for T = 5, four windows take 20 inputs and one more token for the last target, 21 of 29
-    tokens. So the offset is 0 to 8. Here are the inputs; in epoch 0 the offset is 8, in epoch 1
-    it's 2:
+    begins at a random offset, so most epochs cut the text at different points. Here are the
+    inputs for 29 tokens and T = 5. The offset is 8 in epoch 0 and 2 in epoch 1:
 
         epoch 0    ........[ 8-12][13-17][18-22][23-27].
         epoch 1    ..[ 2- 6][ 7-11][12-16][17-21].......
+
+    (Four windows take 20 inputs and one more token for the last target, 21 of 29 tokens. So the
+    offset can be 0 to 8. Up to 2 * T tokens of the text are left out of an epoch.)
 
     >>> shuffle_windows(1, 0, 29, 5).tolist(), shuffle_windows(1, 1, 29, 5).tolist()
     ([18, 13, 8, 23], [12, 17, 7, 2])
@@ -2061,13 +2074,14 @@ def get_batch(
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets, int64 [B, T], of the windows with these indices.
 
-    Windows are counted from 0 in the order in which a run sees them, through all epochs. With
-    B windows per batch, step s sees s * B, ..., s * B + B - 1.
+    Windows are numbered from 0 in the order in which a run sees them, across epochs. With B
+    windows per batch, step s sees s * B, ..., s * B + B - 1.
 
     A window may start in the middle of a document and run into the next one. The model
     learns that what follows an end-of-text token has nothing to do with what came before.
     """
-    N, T, starts = len(tokens), context_length, []
+    N, T = len(tokens), context_length
+    starts = []
     for i in indices:
         epoch, index = divmod(i, windows_per_epoch(N, T))
         starts.append(shuffle_windows(seed, epoch, N, T)[index])
@@ -2087,10 +2101,10 @@ def get_batch(
 # 6. The Transformer
 #
 # Which function maps T tokens to a prediction of each next token? Look up a vector of D numbers
-# for every token. Then pass it through a stack of equal blocks, each of which adds two updates
-# to it: attention mixes in what earlier tokens have to say; an MLP (multilayer perceptron, a
-# small network) works on each position separately. At the end, a matrix turns each vector into
-# V scores, the logits, one per possible token.
+# for every token. Then pass it through a stack of identical blocks, each of which adds two
+# updates to it: attention mixes in what earlier tokens have to say; an MLP (multilayer
+# perceptron, a small network) works on each position separately. At the end, a matrix turns
+# each vector into V scores, the logits, one per possible token.
 # (Vaswani et al. 2017, arXiv 1706.03762, with the changes of Llama: Touvron et al. 2023,
 # arXiv 2302.13971, section 2.2)
 #
@@ -2098,8 +2112,8 @@ def get_batch(
 # width, V vocabulary.
 # ----------------------------------------------------------------------------------------
 
-# What we use of PyTorch here. A Tensor is an array of numbers. An nn.Parameter is a tensor to
-# be learned. An nn.Module is a function with parameters, its own and those of the modules in
+# The parts of PyTorch that we use: a Tensor is an array of numbers. An nn.Parameter is a tensor
+# to be learned. An nn.Module is a function with parameters, its own and those of the modules in
 # it, which have names such as blocks.0.attention.qkv.weight; calling a module runs `forward`.
 # nn.Embedding(V, D) is a table with one row of D numbers per token. nn.Linear(a, b) multiplies
 # by a matrix: rows of `a` numbers become rows of `b`. (It stores the matrix as [b, a] and
@@ -2193,7 +2207,7 @@ def attention_reference(
     return softmax(scores) @ v  # (..., T, K)
 
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # a function like `causal_attention`
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -2208,11 +2222,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 # Rotary position embedding (RoPE)
 # --------------------------------
-# Dot products don't know where in the text a key is: "man" gives "dog" the same score in "dog
-# bites man" and in "dog and cat bite man". RoPE fixes that by rotating queries and keys. Treat
-# a vector of K numbers as K/2 points in the plane, and rotate each by an angle proportional to
-# the position. The dot product of two rotated points depends on the difference of their angles.
-# So a score now depends on how far apart two tokens are, and not on where in the text they are.
+# Dot products don't know where in the text a key is: a word gets the same score from the next
+# word as from one a page later. RoPE fixes that by rotating queries and keys. Treat a vector of
+# K numbers as K/2 points in the plane, and rotate each by an angle proportional to the
+# position. The dot product of two rotated points depends on the difference of their angles. So
+# a score now depends on how far apart two tokens are, and not on where in the text they are.
 
 
 def make_rope_cache(
@@ -2224,7 +2238,7 @@ def make_rope_cache(
 
     Pair i rotates by position * theta^(-2i / K): the first pairs fast, the last ones slowly,
     like the hands of a clock. Fast pairs distinguish nearby positions, slow ones distant ones.
-    TRAP: float32, since bfloat16 would round position 257 to 256.
+    TRAP: float32. With the 16-bit numbers of chapter 9, position 257 may be rounded to 256.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     frequencies = theta**-exponents  # (K/2,)
@@ -2283,16 +2297,17 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(
-        self, x: Tensor, rope_cache: Tensor | None = None, attend: Attend = causal_attention
+        self, x: Tensor, rope_cache: Tensor | None = None,
+        attend: AttentionFunction = causal_attention,
     ) -> Tensor:
         """rope_cache [2, T, K/2] or [2, B, T, K/2]; None: no RoPE. Chapter 8 swaps `attend`."""
         (B, T, D), H, G = x.shape, self.num_heads, self.num_kv_heads
         heads = self.qkv(x).view(B, T, H + 2 * G, D // H)
-        q, k, v = heads.split([H, G, G], dim=2)  # (B, T, H, K), (B, T, G, K), (B, T, G, K)
+        qk, v = heads.split([H + G, G], dim=2)  # (B, T, H + G, K), (B, T, G, K)
         if rope_cache is not None:
-            # q and k are (B, T, H, K), and all their heads rotate alike: broadcast over H.
-            rope_cache = rope_cache.unsqueeze(-2)  # (2, T, 1, K/2) or (2, B, T, 1, K/2)
-            q, k = apply_rotary(q, rope_cache), apply_rotary(k, rope_cache)
+            # All heads of queries and keys rotate alike: (2, T, 1, K/2) or (2, B, T, 1, K/2).
+            qk = apply_rotary(qk, rope_cache.unsqueeze(-2))
+        q, k = qk.split([H, G], dim=2)  # (B, T, H, K), (B, T, G, K)
         # Attention wants the heads in front: (B, H, T, K).
         attn_out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.output(attn_out.transpose(1, 2).reshape(B, T, D))
@@ -2316,11 +2331,10 @@ class SwiGLU(nn.Module):
 
     Attention moves information between positions; this works on each position separately. The
     gate decides for each of F hidden numbers how much of it is passed on. WHY a silu: without
-    something nonlinear in between, matrices in a row are no more than one matrix. WHY a
-    product: in Shazeer's experiments gates beat all activations without a gate.
-    WHY F is about 8/3 D: three matrices of that size hold as many weights as the two of a
-    classic MLP with F = 4 D. (The demo takes 2 D, to be fast.) Source: Shazeer 2020 (arXiv
-    2002.05202), equation 6.
+    something nonlinear in between, consecutive matrix products collapse into one. WHY a
+    product: in Shazeer's experiments gates beat all activations without a gate. WHY F is about
+    8/3 D: three matrices of that size hold as many weights as the two of a classic MLP of width
+    4 D. (The demo takes 2 D, to be fast.) Source: Shazeer 2020 (arXiv 2002.05202), equation 6.
     """
 
     def __init__(self, d_model: int, d_ff: int):
@@ -2351,7 +2365,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.d_model, config.d_ff)
 
     def forward(
-        self, x: Tensor, rope_cache: Tensor | None = None, attend: Attend = causal_attention
+        self, x: Tensor, rope_cache: Tensor | None = None,
+        attend: AttentionFunction = causal_attention,
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope_cache, attend)
         return x + self.mlp(self.mlp_norm(x))
@@ -2379,7 +2394,7 @@ class ModelConfig(Config):
     num_kv_heads: int = flag(0, "heads of keys and values; 0: as many as num_heads", 0)
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the output")
     rope_scaling: list[float] | None = flag(
-        None, "of Llama 3.1: factor, low and high frequency factor, original context")
+        None, "Llama 3.1's: factor, low and high frequency factor, original context")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -2494,7 +2509,7 @@ class Transformer(nn.Module):
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """How surprised the model is by the target token, on average: -log softmax(logits)[target].
 
-    logits [..., V], targets int64 [...]; a scalar in nats. Targets of -100 are ignored, as in
+    logits [..., V], targets int64 [...]; a scalar. Targets of -100 are ignored, as in
     F.cross_entropy (chapter 12 pads with them).
 
     If the model gave the target token probability p, the loss is -log p: 0 for certainty, 0.69
@@ -2510,7 +2525,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     >>> cross_entropy(logits, targets)
     tensor(0.4100)
     """
-    # TRAP: bfloat16 has 8 significant bits; a sum of 50,000 exponentials needs float32.
+    # TRAP: float32. A sum of 50,000 exponentials in 16 bits (chapter 9) would be inexact.
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
@@ -2520,7 +2535,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 # lower the loss, move against it: w -= lr * w.grad. The *learning rate* `lr` is how far to go.
 #
 # Where do gradients come from? While PyTorch computes the loss, it records every operation and
-# keeps what it needs to differentiate it (the *activations*, most of the memory of training).
+# keeps what it needs to differentiate it (the *activations*, most of the memory that training
+# uses).
 # `loss.backward()` then walks this record backwards and applies the chain rule at each
 # operation. This is backpropagation: one pass gives the gradients of all weights, for about
 # twice the work of computing the loss.
@@ -2540,7 +2556,7 @@ def gradient_descent_step(parameters: Iterable[Tensor], lr: float) -> None:
     tensor(3.4000)
     """
     for w in parameters:
-        if w.grad is not None:  # None: nothing depends on w, or w isn't to be learned
+        if w.grad is not None:  # None: w is frozen (not trained), or doesn't affect the loss
             w -= lr * w.grad
 
 
@@ -2600,7 +2616,7 @@ class OptimizerConfig(Config):
 def make_optimizer(
     parameters: Iterable[Tensor], config: OptimizerConfig, fused: bool | None = None
 ) -> torch.optim.AdamW:
-    """PyTorch's AdamW. It skips parameters without a gradient, such as those not to be learned.
+    """PyTorch's AdamW. It skips parameters without a gradient, such as frozen ones.
 
     Norm weights don't decay: they scale a layer's whole input, which shouldn't shrink.
     `fused` updates all weights in one operation.
@@ -2650,7 +2666,7 @@ def train_step(
         group["lr"] = lr
     loss = cross_entropy(model(inputs), targets)
     loss.backward()  # fills p.grad for every parameter p
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)  # 0: no limit
     optimizer.step()
     optimizer.zero_grad()  # or the next backward() would add to these gradients
     return loss.detach()
@@ -2667,7 +2683,7 @@ def train_step(
 @torch.no_grad()
 def validation_loss(model: Transformer, tokens: np.ndarray | TokenDataset) -> float:
     """The mean loss over all full, non-overlapping windows of `tokens`."""
-    model.eval()  # would switch off dropout, if the model had any
+    model.eval()  # evaluation mode; matters for layers such as dropout, which we don't have
     T = model.config.context_length
     windows = [cut_windows(tokens, [i], T) for i in range(0, len(tokens) - T, T)]
     losses = [cross_entropy(model(inputs), targets) for inputs, targets in windows]
@@ -2690,7 +2706,8 @@ def train_model(
     ln 3 = 1.10, like guessing among three tokens, and ends near 0:
 
     >>> tokens = np.array([0, 1, 2] * 40)
-    >>> model = Transformer(ModelConfig(3, 8, num_layers=1, d_model=16, num_heads=2, d_ff=32))
+    >>> model = Transformer(ModelConfig(
+    ...     vocab_size=3, context_length=8, num_layers=1, d_model=16, num_heads=2, d_ff=32))
     >>> config = OptimizerConfig(max_steps=60, lr=0.01)
     >>> losses = train_model(model, tokens, tokens, config, batch_size=4, eval_interval=1000)
     >>> round(losses[0], 1), losses[-1] < 0.1
@@ -2711,10 +2728,10 @@ def train_model(
     return losses
 
 
-# To see it learn from stories (two minutes; the demo makes the files, and trains its own model
-# with Muon, chapter 9):
+# To see it learn from stories (two minutes). The demo makes these files, and trains a model of
+# one block on them, with Muon (chapter 9).
 #
-#     from scratchformer import *
+#     from scratchformer import *  # np included
 #     tokenizer = Tokenizer.load("out/demo/tokenizer.json")
 #     train_tokens, valid_tokens = (
 #         np.memmap(f"out/demo/{name}.bin", "<u2", mode="r") for name in ("train", "valid"))
@@ -2724,8 +2741,9 @@ def train_model(
 #     config = OptimizerConfig(max_steps=500, lr=3e-3)
 #     train_model(model, train_tokens, valid_tokens, config, batch_size=8)
 #
-# The loss starts at ln 1536 = 7.3, like guessing. The validation loss is 1.8 after 100 steps,
-# 0.93 after 500, and then the model writes sentences (next chapter).
+# The loss starts at ln 1536 = 7.3, that of a uniform guess. The validation loss is 1.8 after
+# 100 steps and 0.93 after 500. It's that low because a simple program made the stories
+# (data/make_stories.py). And now the model writes sentences (next chapter).
 #
 # Exercises
 # 1. Replace `optimizer.step()` with `gradient_descent_step(model.parameters(), lr)` and try
@@ -2756,8 +2774,8 @@ def token_probabilities(
 
     A temperature below 1 makes likely tokens even more likely; 0 leaves only the most likely.
     top_k keeps the k most likely tokens (including ties). top_p keeps the most likely tokens
-    that together reach probability p, at least one. `suppressed` holds ids never to draw, such
-    as those that no token has when a vocabulary is rounded up.
+    that together reach probability p, at least one. `suppressed` holds ids that must never be
+    sampled.
 
     Worked example: at temperature 0.5 the ratio of any two probabilities is squared. For
     top_p=0.5: in descending order they are 67%, 24% and 9%, and the first alone, token 1,
@@ -2871,17 +2889,15 @@ def empty_cache(model: Transformer) -> KVCache:
 def hidden_states_cached(model: Transformer, tokens: Tensor, kv_cache: KVCache) -> Tensor:
     """`Transformer.hidden_states` of the tokens [1, T] that follow the S tokens in `kv_cache`.
 
-    The same loop over the blocks, but `attend` puts the earlier keys and values in front of the
-    new ones. The new ones are added to the cache.
+    The same loop over the blocks, but in block i, `attend` puts the earlier keys and values in
+    front of the new ones. The new ones are added to the cache.
     """
     T, S, device = tokens.shape[1], kv_cache[0][0].shape[2], tokens.device
     # Row t is the token at position S + t, and a column is a position. With two in the cache
     # and two new ones: [[True, True, True, False], [True, True, True, True]].
     attn_mask = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(S)
-    block_numbers = itertools.count()  # 0, 1, ...: the blocks call `attend` in this order
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        i = next(block_numbers)
+    def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         past_k, past_v = kv_cache[i]  # (1, G, S, K) each
         k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)  # (1, G, S + T, K)
         kv_cache[i] = k, v
@@ -2889,8 +2905,8 @@ def hidden_states_cached(model: Transformer, tokens: Tensor, kv_cache: KVCache) 
         return F.scaled_dot_product_attention(q, k, v, attn_mask, enable_gqa=grouped)
 
     x, rope_cache = model.embedding(tokens), model.rope_cache[:, S : S + T]
-    for block in model.blocks:
-        x = block(x, rope_cache, attend)  # (1, T, D)
+    for i, block in enumerate(model.blocks):
+        x = block(x, rope_cache, functools.partial(attend, i))  # (1, T, D)
     return model.norm(x)
 
 
@@ -3041,7 +3057,7 @@ class GradScaler:
         if self.enabled:
             self.good_steps = (self.good_steps + 1) * (1 - found_inf)  # a skipped step: 0
             grow = (self.good_steps >= self.GROWTH_INTERVAL).float()
-            # Double it if `grow` is 1, halve it if found_inf is 1; both never are.
+            # Double it if `grow` is 1, halve it if found_inf is 1 (never both).
             self.loss_scale = self.loss_scale * (1 + grow) * (1 - 0.5 * found_inf)
             self.good_steps = self.good_steps * (1 - grow)
 
@@ -3097,7 +3113,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss_sum -= (log_p_target * mask).sum()
             if with_grad:
                 grad = log_p.exp_().to(x.dtype)  # (R, V)
-                # For the target p - 1, from float32: in bfloat16 a p of 0.999 is 1.
+                # The target's is p - 1. Subtract in float32: in bfloat16, p = 0.999 is 1.
                 grad.scatter_(-1, target, (log_p_target.exp() - 1).to(x.dtype))
                 grad_x.append((grad @ matrix) * mask)  # (R, D)
                 # TRAP: a sum over thousands of rows may exceed float16's 65,504. The division
@@ -3144,7 +3160,7 @@ class TransformerWithLoss(Transformer):
 # Newhouse 2024, arXiv 2409.20325: why it's steepest descent in the norm that fits matrices)
 #
 # It's for the matrices of the blocks. AdamW still learns the norm weights, the embedding and
-# the head. The last two are tables with one row per token, and each row is used on its own.
+# lm_head. The last two are tables with one row per token, and each row is used on its own.
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -3190,11 +3206,10 @@ def muon_reference(
     """One update of Muon for one matrix, written out: the new weight and the new momentum.
 
     The momentum is AdamW's m, and `decay` is its beta1. The update mixes in the gradient once
-    more (Nesterov momentum).
-    WHY 0.2 * sqrt(max(rows, columns)): entries of U @ V.T are about 1 / sqrt(max(rows,
-    columns)) large, and AdamW's updates have entries of about 0.2, because gradients change
-    sign. With this factor, lr and weight_decay mean what they mean for AdamW. Source: Liu et
-    al. 2025 (arXiv 2502.16982), section 2.2.
+    more (Nesterov momentum). WHY 0.2 * sqrt(max(rows, columns)): entries of U @ V.T are about 1
+    / sqrt(max(rows, columns)) large. The entries of AdamW's updates are about 0.2 in practice
+    (less than 1, because gradients change sign). With this factor, lr and weight_decay mean
+    what they mean for AdamW. Source: Liu et al. 2025 (arXiv 2502.16982), section 2.2.
     """
     momentum = decay * momentum + (1 - decay) * grad
     update = orthogonalize((decay * momentum + (1 - decay) * grad)[None])[0]
@@ -3231,11 +3246,11 @@ class Muon(torch.optim.AdamW):
     """`muon_reference` for the matrices of the blocks, AdamW for all other parameters.
 
     `params` has for each parameter the tensor to update: itself, except under FSDP (see
-    `local_params`, chapter 10).
-    The same weight of all blocks is one group of parameters, a stack, so that equal matrices
-    are orthogonalized together. Its "rows" are the `split_sizes` of such a weight: [D, D, D]
-    for attention.qkv. As in fused AdamW, gradients are divided by `grad_scale`, and nothing
-    changes if `found_inf` is 1. `dtype` is the precision of `orthogonalize`.
+    `local_params`, chapter 10). Corresponding weights of all blocks, such as all mlp.down, are
+    one group of parameters, a *stack*: matrices of the same shape are orthogonalized together.
+    Its "rows" are the `split_sizes` of such a weight: [D, D, D] for attention.qkv. As in fused
+    AdamW, gradients are divided by `grad_scale`, and nothing changes if `found_inf` is 1.
+    `dtype` is the precision of `orthogonalize`.
     """
 
     def __init__(
@@ -3257,9 +3272,9 @@ class Muon(torch.optim.AdamW):
                 self.state[weight]["exp_avg"] = torch.zeros_like(weight)  # the momentum
         self.dtype = dtype
         if compiled:  # fewer passes over memory
-            compile = functools.partial(torch.compile, dynamic=False)
-            self.update_momenta = compile(self.update_momenta)  # type: ignore[method-assign]
-            self.apply_update = compile(self.apply_update)  # type: ignore[method-assign]
+            compile_static = functools.partial(torch.compile, dynamic=False)
+            self.update_momenta = compile_static(self.update_momenta)  # type: ignore[method-assign]
+            self.apply_update = compile_static(self.apply_update)  # type: ignore[method-assign]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -3376,12 +3391,12 @@ class CachedModel:
         S = S or int(positions.max()) + 1
         model, device = self.model, tokens.device
         positions, rows = positions.to(device), torch.arange(len(tokens), device=device)
-        attn_mask = positions[:, :, None] >= torch.arange(S, device=device)  # (B, T, S)
-        attn_mask = attn_mask[:, None]  # (B, 1, T, S): the same for all heads
-        caches = iter(self.kv_cache)  # one per block; the blocks call `attend` in order
+        visible = positions[:, None, :, None] >= torch.arange(S, device=device)  # (B, 1, T, S)
+        # Numbers to add to the scores: a boolean mask would be converted in every block.
+        attn_mask = torch.where(visible, 0.0, -math.inf).to(self.kv_cache.dtype)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k_cache, v_cache = next(caches)  # (B, size, G, K) each
+        def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k_cache, v_cache = self.kv_cache[i]  # (B, size, G, K) each
             # Token t of text b goes to position positions[b, t] of row b.
             k_cache[rows[:, None], positions] = k.transpose(1, 2)  # (B, T, G, K)
             v_cache[rows[:, None], positions] = v.transpose(1, 2)
@@ -3393,8 +3408,8 @@ class CachedModel:
 
         rope_cache = model.rope_cache[:, positions]  # (2, B, T, K/2)
         x = model.embedding(tokens)  # (B, T, D)
-        for block in model.blocks:
-            x = block(x, rope_cache, attend)  # (B, T, D)
+        for i, block in enumerate(model.blocks):
+            x = block(x, rope_cache, functools.partial(attend, i))  # (B, T, D)
         return model.norm(x)
 
 
@@ -3454,6 +3469,59 @@ class CUDAGraphDecoder(CachedModel):
 
 
 @torch.no_grad()
+def next_ids(
+    cached_model: CachedModel, prompts: Sequence[Sequence[int]],
+    generators: Sequence[torch.Generator] | None = None, **sampling: Any,
+) -> Iterator[Tensor]:
+    """Yields the next id of each of B texts, int64 [B], without end.
+
+    They all begin at position 0. Short ones are padded at the end; no token sees the padding,
+    because it comes later, and new tokens overwrite it in the cache.
+    """
+    model = cached_model.model
+    limit, device = model.config.context_length, model.rope_cache.device
+    windows = [list(prompt[-limit:]) for prompt in prompts]  # what the model sees of each text
+    while True:
+        lengths = torch.tensor([len(window) for window in windows])
+        T = int(lengths.max())
+        tokens = torch.tensor([window + [0] * (T - len(window)) for window in windows])
+        positions = torch.arange(T).expand(len(windows), T)  # (B, T)
+        hidden = cached_model(tokens.to(device), positions)  # (B, T, D)
+        hidden = hidden[torch.arange(len(windows)), lengths - 1]  # (B, D)
+        drawn: list[Tensor] = []
+        positions = lengths[:, None].to(device)  # (B, 1)
+        while True:
+            # TRAP: nothing in this loop reads a number from a GPU, which would make the CPU
+            # wait for it.
+            drawn.append(sample_rows(model.lm_head(hidden), generators, **sampling))
+            yield drawn[-1]
+            if (S := T + len(drawn)) > limit:
+                break
+            hidden = cached_model(drawn[-1][:, None], positions, S)[:, 0]  # (B, D)
+            positions = positions + 1
+        # Keep half of the context. The positions change, so nothing cached is valid.
+        for window, new in zip(windows, torch.stack(drawn, 1).tolist()):
+            window += new
+            if len(window) > limit:
+                del window[: -(limit // 2 + 1)]
+
+
+def read_behind(tensors: Iterable[Tensor]) -> Iterator[list]:
+    """Yields each tensor of a GPU as a list, after the work for the next one has been launched.
+
+    WHY: reading waits for the GPU. If it has more to do meanwhile, it never waits for us.
+    """
+    unread: Any = None
+    for tensor in itertools.chain(tensors, [None]):
+        if unread:
+            copy, copied = unread
+            copied.synchronize()
+            yield copy.tolist()
+        if tensor is not None:
+            unread = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+            unread[1].record()  # happens when the GPU has done all of the above
+
+
 def generate_batch(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -3463,41 +3531,21 @@ def generate_batch(
     cached_model: CachedModel | None = None,
     **sampling: Any,
 ) -> Iterator[list[int | None]]:
-    """`generate` for many texts: each time the next id of every text, None once it has ended.
+    """`generate` for many texts: yields the next id of each, or None once a text has ended.
 
-    A batch takes little more time than one text, since both read all weights once per token.
-    All rows begin at position 0. Short ones are padded at the end; no token sees the padding,
-    because it comes later, and new tokens overwrite it in the cache. So up to rounding, each
-    row is the text that it would be alone, given a generator per row. `cached_model` is a cache
-    to reuse, or a faster one.
+    A batch takes little more time than one text, since both read all weights once per token. Up
+    to rounding, each row is the text that it would be alone, given a generator per row.
+    `cached_model` is a cache to reuse, or a faster one.
     """
     for prompt in prompts:
         check_prompt(prompt, model.config.vocab_size)
-    limit, device = model.config.context_length, model.rope_cache.device
     cached_model = cached_model or CachedModel(model, len(prompts))
-    windows = [list(prompt[-limit:]) for prompt in prompts]  # what the model sees of each text
-    ended, refill = [False] * len(prompts), True  # refill: read whole windows
-    for _ in range(max_new_tokens):
-        new = windows if refill else [window[-1:] for window in windows]
-        lengths = torch.tensor([len(row) for row in new])
-        starts = torch.tensor([len(window) for window in windows]) - lengths
-        T = int(lengths.max())
-        tokens = torch.tensor([row + [0] * (T - len(row)) for row in new], device=device)
-        positions = starts[:, None] + torch.arange(T)  # (B, T)
-        hidden = cached_model(tokens, positions)  # (B, T, D)
-        # TRAP: indices made on a CPU would make it wait for the GPU, for every token.
-        hidden = hidden[:, 0] if T == 1 else hidden[torch.arange(len(new)), lengths - 1]
-        ids = sample_rows(model.lm_head(hidden), generators, **sampling).tolist()
-        refill = False
+    steps = itertools.islice(
+        next_ids(cached_model, prompts, generators, **sampling), max_new_tokens)
+    ended = [False] * len(prompts)
+    for ids in read_behind(steps) if model.rope_cache.is_cuda else map(Tensor.tolist, steps):
         yield [None if end else i for end, i in zip(ended, ids)]
-        for row, (window, i) in enumerate(zip(windows, ids)):
-            ended[row] |= i in eos_ids
-            if not ended[row]:  # a finished row feeds its last token again, to no effect
-                window.append(i)
-            if len(window) > limit:
-                # Keep the second half. Its positions have changed, so nothing cached is valid.
-                del window[: -(limit // 2 + 1)]
-                refill = True
+        ended = [end or i in eos_ids for end, i in zip(ended, ids)]  # the others go on
         if all(ended):
             return
 
@@ -3639,7 +3687,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     except BaseException as error:
         if get_world_size() > 1 and not isinstance(error, SharedError):
-            # The others may be waiting for this process in a collective, so leaving in order
+            # The others may be waiting for this process in a collective, so a clean shutdown
             # would hang. Say why and exit; torchrun then ends the others.
             if not isinstance(error, UserError):
                 traceback.print_exc()
@@ -3695,7 +3743,7 @@ def any_process(condition: Any) -> bool:
 def wait_for_main(future: Future | None) -> None:
     """Collective: wait until process 0's `future` is done, whatever comes of it.
 
-    WHY in rounds: waiting in one collective for ten minutes is taken for a failure.
+    WHY in rounds: a collective that takes ten minutes times out.
     """
     while any_process(future and concurrent.futures.wait([future], 5).not_done):
         pass
@@ -3782,8 +3830,8 @@ def shard_model(
 
     size, make_mesh = get_world_size(), torch.distributed.init_device_mesh
     if shard_size in (0, size):
-        # TRAP: not two dimensions, one of size 1. With their extra process groups, some CPU
-        # runs ended abnormally.
+        # TRAP: don't make this mesh two-dimensional with one dimension of size 1. It would have
+        # more process groups, with which some CPU runs ended abnormally.
         mesh = make_mesh(device.type, (size,), mesh_dim_names=("shard",))
     else:
         grid = (size // shard_size, shard_size)
@@ -3803,7 +3851,7 @@ def shard_model(
 def set_gradient_sync(model: Any, last: bool) -> None:
     """Tell FSDP whether this is the step's last micro-step, after which gradients are averaged.
 
-    Until then each process adds up its own, which takes fewer messages and more memory.
+    Until then each process accumulates its own, which takes fewer messages and more memory.
     """
     if is_fsdp(model):
         model.set_requires_gradient_sync(last)
@@ -3862,7 +3910,8 @@ class DistributedMuon(Muon):
         n, total = torch.distributed.get_world_size(self.group), sum(rows)
         count, held, _ = updates.shape  # how many weights, and how many rows of each we hold
         size = total if self.group is None else -(-total // n)  # rows per process, at most
-        # Pad to M weights for each process, and to `size` rows: (n * M, size, columns).
+        # Zeros make the number of weights divisible by n, M for each process, and the number
+        # of rows the same on all: (n * M, size, columns).
         updates = F.pad(updates, (0, 0, 0, size - held, 0, -count % n))
         received = torch.empty_like(updates)
         if self.group is None:
@@ -3909,8 +3958,8 @@ def distribute(whole: Tensor | None, like: Any, from_main: bool = False) -> Tens
     Every process has the `whole` tensor. Or with `from_main` only process 0 has it and sends it
     to the others: they give None, and this is a collective.
     """
-    kind = {"dtype": like.dtype, "device": like.device}
-    whole = torch.empty(like.shape, **kind) if whole is None else whole.to(**kind)
+    options = {"dtype": like.dtype, "device": like.device}
+    whole = torch.empty(like.shape, **options) if whole is None else whole.to(**options)
     if from_main and get_world_size() > 1:
         torch.distributed.broadcast(whole, 0)
     if not hasattr(like, "device_mesh"):
@@ -3922,7 +3971,7 @@ def distribute(whole: Tensor | None, like: Any, from_main: bool = False) -> Tens
 
 def build_model(
     config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype,
-    flags: ProcessConfig,
+    process_config: ProcessConfig,
 ) -> TransformerWithLoss:
     """The model, with initial weights, ready to train on all processes. The order matters.
 
@@ -3933,15 +3982,15 @@ def build_model(
     with torch.device("meta"):  # shapes without numbers
         model = TransformerWithLoss(config)
     num_weights = sum(p.numel() for p in model.parameters())
-    fsdp = flags.fsdp and get_world_size() > 1  # one process has nothing to shard
-    per_block = fsdp and (
-        flags.fsdp_unit == "block" or flags.fsdp_unit == "auto" and num_weights > 1e9)
-    if flags.activation_checkpointing:
+    fsdp = process_config.fsdp and get_world_size() > 1  # one process has nothing to shard
+    unit = process_config.fsdp_unit
+    per_block = fsdp and (unit == "block" or unit == "auto" and num_weights > 1e9)
+    if process_config.activation_checkpointing:
         checkpoint_activations(model)
-    if flags.compile:
+    if process_config.compile:
         compile_model(model, per_block)
     if fsdp:
-        shard_model(model, device, dtype, per_block, flags.shard_size)
+        shard_model(model, device, dtype, per_block, process_config.shard_size)
     elif dtype != torch.float32:
         # WHY: autocast would leave the embedding in float32, and with it the residual stream,
         # which would take twice the memory. (FSDP casts it as well.)
@@ -3993,7 +4042,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """The checkpoints in a directory, the newest last. Other names (copies) don't count."""
+    """The checkpoints in a directory, the newest last. Files of other names are ignored."""
     found = [p for p in directory.glob("*") if re.fullmatch(r"step_\d{6,}\.pt", p.name)]
     return sorted(found, key=lambda p: int(p.stem[5:]))
 
@@ -4059,7 +4108,7 @@ def model_from_checkpoint(
         if bad := [k for k, w in state["model"].items() if not w.isfinite().all()]:
             raise UserError(f"{bad[0]} is not finite")
         model.tie_weights()
-    model.init_rope()  # TRAP: in float32, which model.to(dtype) would round
+    model.init_rope()  # in float32, whatever `dtype` is
     return model.eval()
 
 
@@ -4156,7 +4205,7 @@ def restore_state(
         by_muon = bool(optimizer.state.get(local))  # its matrices have a state from the start
         keys = ADAM_STATE[:1] if by_muon else ADAM_STATE
         if local is None or any(name not in names[key] for key in keys):
-            continue  # frozen, or the optimizer starts afresh for this one
+            continue  # frozen, or without a saved state: the optimizer begins a new one
         # TRAP: `saved` is mapped from a file, which may be deleted: hence clone.
         moments = {
             key: distribute(adam[key].get(name), p, from_main=True).clone() for key in keys}
@@ -4228,7 +4277,7 @@ class RunConfig(Config):
 
 # What a resumed run must know to log as if it had never stopped: the sum of the losses since
 # the last line of the log, and the best validation loss.
-PROGRESS = {"loss_sum": 0.0, "num_losses": 0, "best_loss": math.inf, "best_step": 0}
+INITIAL_PROGRESS = {"loss_sum": 0.0, "num_losses": 0, "best_loss": math.inf, "best_step": 0}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -4238,7 +4287,7 @@ class Trainer:
     model_config: ModelConfig
     data: DataConfig
     optim: LearningConfig
-    flags: RunConfig
+    run_config: RunConfig
     processes: ProcessConfig
     device: torch.device
     dtype: torch.dtype
@@ -4256,27 +4305,28 @@ class Trainer:
         if self.optim.optimizer == "adamw":
             self.optimizer = make_optimizer(self.params.values(), self.optim, fused)
         else:
-            kind = DistributedMuon if get_world_size() > 1 else Muon
+            optimizer_class = DistributedMuon if get_world_size() > 1 else Muon
             precision = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
-            self.optimizer = kind(
+            self.optimizer = optimizer_class(
                 self.model, self.params, self.optim, precision, fused, compiled)
         self.scaler = GradScaler(self.device, enabled=self.dtype == torch.float16)
         self.autocast = make_autocast(self.device, self.dtype, is_fsdp(self.model))
         rows = data.batch_size * data.grad_accum_steps * get_world_size()
         self.tokens_per_step = rows * self.model_config.context_length
-        self.run_flags = {"rows_per_step": rows, "dtype": str(self.dtype)[6:]}
-        self.run_flags |= flags_to_save(self.processes, data, self.optim, self.flags)
-        self.progress: dict[str, Any] = dict(PROGRESS)
+        self.dtype_name = str(self.dtype).removeprefix("torch.")
+        self.run_flags = {"rows_per_step": rows, "dtype": self.dtype_name}
+        self.run_flags |= flags_to_save(self.processes, data, self.optim, self.run_config)
+        self.progress: dict[str, Any] = dict(INITIAL_PROGRESS)
         self.writer = ThreadPoolExecutor(1)
-        self.written: Future | None = None
+        self.pending_write: Future | None = None
 
     def step(self, number: int, batches: Iterator) -> tuple[Tensor, Tensor]:
         """One update of the weights, number 1, 2, ...; the loss and the gradient norm."""
         model, optimizer, scaler = self.model, self.optimizer, self.scaler
-        o, micro_steps = self.optim, self.data.grad_accum_steps
+        optim, micro_steps = self.optim, self.data.grad_accum_steps
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
-                number - 1, o.lr, o.min_lr, o.warmup_steps, o.max_steps)
+                number - 1, optim.lr, optim.min_lr, optim.warmup_steps, optim.max_steps)
             group["momentum"] = momentum_decay(number - 1)  # Muon's; AdamW ignores it
         total_loss = torch.zeros((), device=self.device)
         for micro_step in range(micro_steps):
@@ -4290,16 +4340,17 @@ class Trainer:
         average_gradients(model)
         take_local_gradients(self.params)
         grad_norm = gradient_norm(self.params) / scaler.loss_scale
-        scaler.step(optimizer, grad_norm, o.clip_grad)  # unscale, clip, update
+        scaler.step(optimizer, grad_norm, optim.clip_grad)  # unscale, clip, update
         optimizer.zero_grad()
         model.zero_grad()  # under FSDP these aren't the optimizer's
         return total_loss, grad_norm
 
-    def run(self, first_step: int, stop: list[int]) -> int:
+    def run(self, first_step: int, signals: list[int]) -> int:
         """Train from `first_step` to the last step or a signal; the exit status."""
-        flags, data, max_steps = self.flags, self.data, self.optim.max_steps
+        run_config, data, max_steps = self.run_config, self.data, self.optim.max_steps
         self.log_setup(first_step)
-        metrics = is_main_process() and Metrics(flags.outdir, first_step, flags.tensorboard)
+        metrics = (Metrics(run_config.outdir, first_step, run_config.tensorboard)
+                   if is_main_process() else None)
         batches = load_batches(
             self.tokens, self.model_config.context_length, range(first_step, max_steps),
             self.device, data.batch_size, data.grad_accum_steps, data.seed, get_rank(),
@@ -4312,7 +4363,7 @@ class Trainer:
             loss, grad_norm = self.step(step, batches)
             self.progress["loss_sum"] += loss
             self.progress["num_losses"] += 1
-            logged = last or step <= 2 or step % flags.log_interval == 0
+            logged = last or step <= 2 or step % run_config.log_interval == 0
             if logged or step == first_step + 1:
                 loss.item()  # wait for the GPU before looking at the clock
             seconds += time.monotonic() - start
@@ -4320,36 +4371,36 @@ class Trainer:
                 record = self.log_step(step, grad_norm, step - timed_from, seconds)
             if logged or step == first_step + 1:
                 seconds, timed_from = 0.0, step
-            if self.valid and (last or step % flags.eval_interval == 0):
-                record |= self.evaluate(step, stop)
-            if flags.sample_interval and step % flags.sample_interval == 0:
+            if self.valid and (last or step % run_config.eval_interval == 0):
+                record |= self.evaluate(step, signals)
+            if run_config.sample_interval and step % run_config.sample_interval == 0:
                 self.log_sample(step)
             if metrics and record:
                 metrics.write(record)
             # Whatever ends the run on one process ends it on all, and the weights are saved.
             problem = self.find_problem(step, logged)
-            stopping = any_process(stop or problem)
-            due = last or stopping or step % flags.save_interval == 0
-            best = flags.keep_best and self.progress["best_step"] == step
-            if due or best:
-                self.save(step, due, best)
+            stopping = any_process(signals or problem)
+            is_due = last or stopping or step % run_config.save_interval == 0
+            is_best = run_config.keep_best and self.progress["best_step"] == step
+            if is_due or is_best:
+                self.save(step, is_due, is_best)
             if stopping:
                 break
         batches.close()
         self.finish(problem)
         if step < max_steps:
             log(f"stopped by a signal after step {step}; continue with --resume")
-            # `stop` is empty if the signal went to another process.
-            return 128 + (stop[0] if stop else signal.SIGTERM)
+            # `signals` is empty if another process got the signal.
+            return 128 + (signals[0] if signals else signal.SIGTERM)
         return 0
 
-    def save(self, step: int, due: bool, best: bool) -> None:
-        """Collective: write a checkpoint if `due`, the weights as BEST if `best`, or both.
+    def save(self, step: int, is_due: bool, is_best: bool) -> None:
+        """Collective: write a checkpoint if `is_due`, the weights as BEST if `is_best`.
 
         Only the copy to host memory happens here; a thread of process 0 writes the files.
         """
-        flags = self.flags
-        weights_only = not due or flags.weights_only and step == self.optim.max_steps
+        run_config = self.run_config
+        weights_only = not is_due or run_config.weights_only and step == self.optim.max_steps
         state = gather_state(self.model, self.params, self.optimizer, weights_only)
         state |= {"model_config": vars(self.model_config), "step": step,
                   "scaler": self.scaler.state_dict(), "run": self.run_flags,
@@ -4358,15 +4409,15 @@ class Trainer:
                       self.tokenizer and self.tokenizer.fingerprint())}
 
         def write() -> None:
-            if best:
+            if is_best:
                 weights = {name: x for name, x in state.items() if name != "optimizer"}
-                write_checkpoint(flags.outdir, weights, flags.keep_checkpoints, BEST)
-            if due:
-                write_checkpoint(flags.outdir, state, flags.keep_checkpoints)
+                write_checkpoint(run_config.outdir, weights, run_config.keep_checkpoints, BEST)
+            if is_due:
+                write_checkpoint(run_config.outdir, state, run_config.keep_checkpoints)
 
-        wait_for_main(self.written)  # at most one copy of the state waits for the disk
+        wait_for_main(self.pending_write)  # at most one copy of the state waits for the disk
         if is_main_process():
-            self.written = self.writer.submit(write)
+            self.pending_write = self.writer.submit(write)
 
     def restore(self, saved: dict, start: dict) -> None:
         """Collective: continue from a checkpoint, or start with its weights.
@@ -4377,7 +4428,7 @@ class Trainer:
         if "scaler" in start:
             self.scaler.load_state_dict(start["scaler"])
         with reading(start["path"], "checkpoint"):
-            self.progress |= {name: type(PROGRESS[name])(value)
+            self.progress |= {name: type(INITIAL_PROGRESS[name])(value)
                               for name, value in start.get("progress", {}).items()}
         old, new = {"optimizer": "adamw", **start.get("run", {})}, self.run_flags
         changed = [f"{name} {old[name]} -> {new[name]}" for name in new
@@ -4387,7 +4438,8 @@ class Trainer:
 
     def find_problem(self, step: int, logged: bool) -> BaseException | None:
         """What must end the run, if anything: a failed save, or too many skipped updates."""
-        if self.written and self.written.done() and (error := self.written.exception()):
+        write = self.pending_write
+        if write and write.done() and (error := write.exception()):
             return error
         # Asking the scaler waits for the GPU; a step that is logged has waited already.
         skips = int(self.scaler.consecutive_skips) if logged else 0
@@ -4398,11 +4450,11 @@ class Trainer:
 
     def finish(self, problem: BaseException | None) -> None:
         """Collective: wait for the last save, and raise what has ended the run, if anything."""
-        wait_for_main(self.written)
+        wait_for_main(self.pending_write)
 
         def check() -> None:
-            if self.written:
-                self.written.result()
+            if self.pending_write:
+                self.pending_write.result()
             if problem:
                 raise problem
 
@@ -4445,11 +4497,11 @@ class Trainer:
                 "--max_steps shorten it")
         return record
 
-    def evaluate(self, step: int, stop: list[int]) -> dict:
+    def evaluate(self, step: int, signals: list[int]) -> dict:
         """A row with the loss on valid_tokens; {} if a signal has come."""
-        flags, progress = self.flags, self.progress
+        run_config, progress = self.run_config, self.progress
         assert self.valid
-        loss = self.valid.loss(self.model, self.data.batch_size, self.autocast, stop)
+        loss = self.valid.loss(self.model, self.data.batch_size, self.autocast, signals)
         if loss is None:
             return {}
         compare = step == self.optim.max_steps and is_main_process()
@@ -4457,10 +4509,10 @@ class Trainer:
         log(f"step {step}: valid {text}")
         if loss < progress["best_loss"]:
             progress |= {"best_loss": loss, "best_step": step}
-        elif step - progress["best_step"] == 3 * flags.eval_interval:
+        elif step - progress["best_step"] == 3 * run_config.eval_interval:
             log(f"the validation loss has not fallen since step {progress['best_step']}: the "
                 "model may be memorizing; more text, fewer steps or a smaller model would help"
-                f"{'' if flags.keep_best else ', and --keep_best keeps the best weights'}")
+                f"{'' if run_config.keep_best else ', and --keep_best keeps the best weights'}")
         return {"step": step, **report, "best_valid_loss": progress["best_loss"]}
 
     def log_sample(self, step: int) -> None:
@@ -4486,9 +4538,9 @@ class Trainer:
         name = names.get(kind) or torch.cuda.get_device_name(self.device)
         how = f"{'FSDP' if self.processes.fsdp else 'data parallel'} on {size}"
         num_weights = sum(p.numel() for p in self.model.parameters())
-        log(f"{name}, {str(self.dtype)[6:]}{', compiled' * self.processes.compile}, "
+        log(f"{name}, {self.dtype_name}{', compiled' * self.processes.compile}, "
             f"{how if size > 1 else 'one process'}: {num_weights:,} weights in "
-            f"{self.flags.outdir}, steps {first_step} to {self.optim.max_steps}")
+            f"{self.run_config.outdir}, steps {first_step} to {self.optim.max_steps}")
         log(f"{self.run_flags['rows_per_step']} sequences = {self.tokens_per_step:,} tokens "
             f"per step: batch_size {data.batch_size} x grad_accum_steps "
             f"{data.grad_accum_steps} x processes {size}")
@@ -4513,7 +4565,7 @@ def check_types(content: dict, expected: dict[str, Any]) -> None:
 
 
 def load_metadata(token_file: Path) -> dict:
-    """What NAME.bin.json says about NAME.bin; {} if there's none, as beside nanoGPT's files."""
+    """What NAME.bin.json says about NAME.bin; {} if there's none, as for nanoGPT's files."""
     path, kind = Path(f"{token_file}.json"), "metadata file"
     if not path.is_file():
         return {}
@@ -4656,9 +4708,9 @@ class ValidationSet:
     @torch.no_grad()
     def loss(
         self, model: TransformerWithLoss, batch_size: int, autocast: Any = None,
-        stop: Sequence[int] = (),
+        signals: Sequence[int] = (),
     ) -> float | None:
-        """Collective: the mean loss of all tokens, in nats; None if `stop` isn't empty.
+        """Collective: the mean loss of all tokens, in nats; None if `signals` isn't empty.
 
         It doesn't depend on batch_size or the number of processes.
         """
@@ -4679,7 +4731,7 @@ class ValidationSet:
                 loss = model(inputs, targets)
             count = int((targets >= 0).sum())
             sums += torch.tensor([loss.item() * count, count])
-            if stopped := any_process(stop):
+            if stopped := any_process(signals):
                 break
         reshard(model)
         model.train(training)
@@ -5153,7 +5205,8 @@ class ModelFlags(ModelConfig):
     """Model"""
 
     def __init__(self, **given: Any):
-        # Only what the user wrote can contradict the model that training starts from.
+        # Nothing but the flags that the user wrote. The others get their values later: from the
+        # model that training starts from, or from ModelConfig's defaults.
         self.given = given
 
 
@@ -5195,7 +5248,7 @@ def small_defaults(given: Collection[str]) -> dict[str, int]:
     return {} if {*small, "num_kv_heads"} & {*given} else small
 
 
-def load_start(run: RunConfig) -> dict:
+def load_initial_state(run: RunConfig) -> dict:
     """What training starts from: a state to resume, a model's weights, or {}. Process 0 only.
 
     Raises UserError rather than mix a fresh run with the files of another.
@@ -5327,13 +5380,13 @@ def train(
     use_cuda = devices.device != "cpu" and torch.cuda.is_available()
     with (
         process_group(torch.device("cuda" if use_cuda else "cpu")),
-        catch_signals() as stop,
+        catch_signals() as signals,
         contextlib.ExitStack() as stack,
     ):
         on_every_process(processes.check)
         device = on_every_process(lambda: pick_device(devices.device))
         dtype = on_every_process(lambda: pick_dtype(devices.dtype, device))
-        saved = on_every_process(lambda: load_start(run) if is_main_process() else {})
+        saved = on_every_process(lambda: load_initial_state(run) if is_main_process() else {})
         start = broadcast({k: x for k, x in saved.items() if k not in ("model", "optimizer")})
         config, tokens, valid, tokenizer = on_every_process(
             lambda: open_run(start, data, model_flags, optim, run, device))
@@ -5346,13 +5399,13 @@ def train(
                               "from it with --init_from, or remove it")
         on_every_process(lambda: prepare_outdir(run.outdir, tokenizer, stack))
         trainer = Trainer(
-            model_config=config, data=data, optim=optim, flags=run, processes=processes,
+            model_config=config, data=data, optim=optim, run_config=run, processes=processes,
             device=device, dtype=dtype, tokens=tokens, valid=valid,
             tokenizer=broadcast(tokenizer))
         if start:
             trainer.restore(saved, start)
         saved = None  # frees its tensors
-        return trainer.run(first_step, stop)
+        return trainer.run(first_step, signals)
 
 
 # eval, generate, export
@@ -5368,11 +5421,11 @@ class SavedModelConfig(Config):
     tokenizer_path: Path | None = flag(None, "tokenizer.json (default: beside the checkpoint)")
 
     def load(
-        self, *how: Any, need_tokenizer: bool = True
+        self, *options: Any, need_tokenizer: bool = True
     ) -> tuple[dict, TransformerWithLoss, Any]:
-        """The checkpoint; its model, made as `how` says; and the tokenizer, perhaps None."""
+        """The checkpoint; its model, given `options`; and the tokenizer, perhaps None."""
         state = load_any_checkpoint(self.checkpoint)
-        model = model_from_checkpoint(state, *how)
+        model = model_from_checkpoint(state, *options)
         path = self.tokenizer_path or find_tokenizer(self.checkpoint)
         if need_tokenizer and not path:
             raise UserError(f"no tokenizer beside {self.checkpoint}: give --tokenizer_path")
@@ -5462,7 +5515,7 @@ def generate_command(config: GenerateConfig, devices: DeviceConfig) -> None:
     eot = tokenizer.eot_id
     eos = state.get("special_ids", {}).get("eos_token_id", eot)  # a number, a list or None
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    how: dict[str, Any] = {
+    sampling: dict[str, Any] = {
         "eos_ids": eos_ids, "temperature": config.temperature, "top_k": config.top_k,
         "top_p": config.top_p,
         "suppressed": unknown_ids(tokenizer, model.config.vocab_size).to(device)}
@@ -5476,8 +5529,9 @@ def generate_command(config: GenerateConfig, devices: DeviceConfig) -> None:
                        max(map(len, rows)) + config.max_new_tokens)  # of the cache
             generators = [torch.Generator(device).manual_seed(next(seeds)) for _ in rows]
             new = generate_batch(model, rows, config.max_new_tokens, generators=generators,
-                                 cached_model=decoder(model, len(rows), size), **how)
-            # A single text is shown as it comes, several one after the other at the end.
+                                 cached_model=decoder(model, len(rows), size), **sampling)
+            # A single text is printed token by token. Several are printed one after the other,
+            # when all are complete.
             columns: Any = zip(*new) if len(rows) > 1 else [(ids[0] for ids in new)]
             for number, (prompt, ids) in enumerate(zip(batch, columns), first + 1):
                 if len(texts) > 1:
