@@ -30,7 +30,7 @@ Every command explains its flags: python scratchformer.py COMMAND --help
 # From top to bottom. Chapters marked * tell the whole story, each idea in its plainest form:
 # text becomes numbers, a model learns to predict the next number, and the model writes text.
 # The other chapters make it fast, distributed and convenient; skip them the first time.
-# (Search for "# 5. " to find chapter 5.)
+# (Search for "5. Data" to find chapter 5.)
 #
 #   PART ONE: TEXT
 #    1 * Pre-tokenization      splitting text into words before anything is learned
@@ -260,7 +260,7 @@ def merge_pair(tokens: list, pair: tuple, merged: Any) -> list:
     result: list = []
     for token in tokens:
         if token == right and result and result[-1] == left:
-            result[-1] = merged  # never equal to `left`, so it can't be merged again
+            result[-1] = merged  # longer than `left`, so it isn't merged again
         else:
             result.append(token)
     return result
@@ -398,8 +398,8 @@ class Tokenizer:
             return (self.token_to_id[word],)
         if len(word) > MAX_NAIVE:  # 256 bytes
             return self.fast.encode_word(word)  # chapter 4
-        letters = [bytes([byte]) for byte in word]
-        ids = [self.token_to_id[letter] for letter in letters if letter in self.token_to_id]
+        single_bytes = [bytes([byte]) for byte in word]
+        ids = [self.token_to_id[byte] for byte in single_bytes if byte in self.token_to_id]
         no_rank = len(self.merges)
         while len(ids) > 1:
             rank = min([self.merge_rank.get(pair, no_rank) for pair in zip(ids, ids[1:])])
@@ -774,7 +774,7 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
 # --------------------------------------
 # For GPT-2's pattern it is enough to know the class of each character: a pre-token starts
 # where the class changes, with three exceptions. N is the number of characters. (Any other
-# pattern takes the regular expression, several times slower: see `find_pretokens`.)
+# pattern goes through the regular expression, several times slower: see `find_pretokens`.)
 
 LETTER, NUMBER, OTHER, SPACE, SPECIAL, UNKNOWN = range(6)
 CLASS_OF_CODE = np.full(0x110000, UNKNOWN, np.uint8)  # of every code point
@@ -1059,7 +1059,7 @@ class FastEncoder:
         word = np.repeat(np.arange(len(indices)), lengths)
         data = np.frombuffer(words.data, np.uint8)
         ids = self.byte_ids[data[ragged_indices(words.starts[indices], lengths)]]
-        ids, word = ids[ids >= 0], word[ids >= 0]  # without bytes that have no token
+        ids, word = ids[ids >= 0], word[ids >= 0]  # drop bytes that no token stands for
         ranks = self.pair_ranks(ids, word, np.arange(len(ids)))
         while len(ids):
             levels, starts = self.levels[ranks], np.flatnonzero(run_starts(word))
@@ -1484,8 +1484,8 @@ def entropy_floor(files: Sequence[FileSpan], text_bytes: int) -> float | None:
     """The entropy floor stated in a .json file beside each text file, if all have one.
 
     The bundled stories come from data/make_stories.py, which draws every word with a known
-    probability p and adds up -log p. Chapter 7 measures models in the same unit, nats, and on
-    new stories no model can be expected to get below this sum. In nats per byte of text.
+    probability p and adds up -log p. On new stories no model can be expected to have a lower
+    loss than that. The unit is chapter 7's, nats, but per byte of text instead of per token.
     """
     nats = 0.0
     for file in files:
@@ -1614,7 +1614,7 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
 
 def tokenizer_from_json(content: Any, path: str | Path) -> Tokenizer:
     """The tokenizer described by the content of the tokenizer.json at `path`."""
-    with reading(path, "tokenizer.json"):
+    with file_errors(path, "tokenizer.json"):
         check_supported(content)
         specials = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
         vocab = {i: text_to_bytes(name) if name in specials else unicode_to_token(name)
@@ -1676,7 +1676,7 @@ def check_supported(content: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears at `path` complete, or not at all.
+    """Write a file that appears at `path` complete, or not at all.
 
     The bytes go to a temporary file in the same directory, which is renamed at the end:
     renaming is atomic on POSIX. If the block raises, whatever was at `path` stays. Missing
@@ -1711,7 +1711,7 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: str | Path, kind: str) -> Iterator[None]:
+def file_errors(path: str | Path, kind: str) -> Iterator[None]:
     """Turn any failure while reading a file into one line: PATH is not a valid KIND: why."""
     try:
         yield
@@ -1724,7 +1724,7 @@ def reading(path: str | Path, kind: str) -> Iterator[None]:
 
 def read_json(path: str | Path, kind: str) -> Any:
     """The content of a JSON file. `kind` names it in error messages."""
-    with reading(path, kind):
+    with file_errors(path, kind):
         return json.loads(Path(path).read_bytes())
 
 
@@ -1746,7 +1746,7 @@ def flag(
 class Config:
     """Base class of the dataclasses that are filled from flags. Checks ranges."""
 
-    given: dict[str, Any] | None = None  # the flags that the user wrote; None: made in Python
+    given: dict[str, Any] | None = None  # the user's flags; None: not made from flags
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -1789,7 +1789,7 @@ def read_special_tokens(path: Path | None) -> list[str]:
     """The special tokens in a file, one per line."""
     if path is None:
         return []
-    with reading(path, "list of special tokens"):
+    with file_errors(path, "list of special tokens"):
         lines = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
         tokens = lines.removesuffix("\n").split("\n") if lines else []
         check_special_tokens(tokens)
@@ -1926,7 +1926,7 @@ def error_message(error: Exception) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command in `argv`, without the program's name. Returns the exit status.
 
-    0 means success, 2 a user's error, 128 + n stopped by signal n.
+    0 means success, 2 a user error, and 128 + n that signal n has stopped the command.
     """
     argv = sys.argv[1:] if argv is None else argv
     Progress.enabled = True
@@ -2137,7 +2137,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         # TRAP: float32 inside. In chapter 9 x may be a tensor of 16-bit numbers, whose squares
@@ -2301,13 +2302,14 @@ class Attention(nn.Module):
         attend: AttentionFunction = causal_attention,
     ) -> Tensor:
         """rope_cache [2, T, K/2] or [2, B, T, K/2]; None: no RoPE. Chapter 8 swaps `attend`."""
-        (B, T, D), H, G = x.shape, self.num_heads, self.num_kv_heads
+        B, T, D = x.shape
+        H, G = self.num_heads, self.num_kv_heads
         heads = self.qkv(x).view(B, T, H + 2 * G, D // H)
-        qk, v = heads.split([H + G, G], dim=2)  # (B, T, H + G, K), (B, T, G, K)
+        q, k, v = heads.split([H, G, G], dim=2)  # (B, T, H, K), (B, T, G, K), (B, T, G, K)
         if rope_cache is not None:
-            # All heads of queries and keys rotate alike: (2, T, 1, K/2) or (2, B, T, 1, K/2).
-            qk = apply_rotary(qk, rope_cache.unsqueeze(-2))
-        q, k = qk.split([H, G], dim=2)  # (B, T, H, K), (B, T, G, K)
+            # All heads rotate by the same angles.
+            rope_cache = rope_cache.unsqueeze(-2)  # (2, T, 1, K/2) or (2, B, T, 1, K/2)
+            q, k = apply_rotary(q, rope_cache), apply_rotary(k, rope_cache)
         # Attention wants the heads in front: (B, H, T, K).
         attn_out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.output(attn_out.transpose(1, 2).reshape(B, T, D))
@@ -2386,7 +2388,7 @@ class ModelConfig(Config):
     vocab_size: int = flag(0, "size of the vocabulary; 0: take it from the token file", 0)
     context_length: int = flag(512, "maximum sequence length, in tokens", 1, 2**22)
     num_layers: int = flag(8, "number of blocks", 1, 1000)
-    d_model: int = flag(768, "width of the model: numbers per token", 1)
+    d_model: int = flag(768, "width of the model: the length of each token's vector", 1)
     num_heads: int = flag(16, "attention heads", 1)
     d_ff: int = flag(2048, "width inside SwiGLU, about 8/3 of d_model", 1)
     rope_theta: float = flag(10000.0, "base of RoPE; larger means slower rotations", 1.0)
@@ -2394,7 +2396,7 @@ class ModelConfig(Config):
     num_kv_heads: int = flag(0, "heads of keys and values; 0: as many as num_heads", 0)
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the output")
     rope_scaling: list[float] | None = flag(
-        None, "Llama 3.1's: factor, low and high frequency factor, original context")
+        None, "RoPE scaling of Llama 3.1: factor, low and high frequency factor, old context")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -2409,14 +2411,17 @@ class ModelConfig(Config):
 def initial_weight(name: str, like: Tensor, num_layers: int, seed: int) -> Tensor:
     """The initial values of parameter `name`, shaped `like`: 1 for norms, else random.
 
-    Random numbers are normal with standard deviation 0.02, as in GPT-2. The two matrices of a
-    block that write to the residual stream get 0.02 / sqrt(n) for n = 2 * num_layers such
-    writes. Variances of independent numbers add, so the sum of all writes has the same size in
-    models of any depth (Radford et al. 2019, section 2.3). The weights of lm_head (the matrix
-    that makes the logits; not an attention head) are small as well, so logits are near 0: an
-    untrained model gives all tokens roughly equal probability. Each tensor has a random
-    generator of its own, seeded by (seed, name). WHY: chapter 10 makes the same weights on any
-    number of devices, one tensor at a time.
+    Random numbers are normal with standard deviation 0.02, as in GPT-2.
+
+    The two matrices of a block that write to the residual stream get 0.02 / sqrt(n), where n is
+    the number of such writes, 2 * num_layers. Variances of independent numbers add, so the sum
+    of all writes has the same size in models of any depth (Radford et al. 2019, section 2.3).
+
+    The weights of lm_head (the matrix that makes the logits; not an attention head) are small
+    as well, so logits are near 0: an untrained model gives all tokens similar probabilities.
+
+    Each tensor has a random generator of its own, seeded by (seed, name). WHY: chapter 10 makes
+    the same weights on any number of devices, one tensor at a time.
     """
     if like.dim() == 1:  # TRAP: a bias, if you add one, should start at 0
         return torch.ones(like.shape, device=like.device)
@@ -2976,7 +2981,7 @@ def generate(
 class DeviceConfig(Config):
     """Devices"""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to compute")
+    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "device to compute on")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "precision of matmuls")
 
@@ -3020,8 +3025,8 @@ class GradScaler:
             optimizer.step()
 
     but this `if` makes the host wait for the GPU. The fused AdamW kernel doesn't: it divides
-    gradients by `optimizer.grad_scale`, and does nothing if `optimizer.found_inf` is 1. What
-    follows in `step` is such an `if`, written as arithmetic with numbers that are 0 or 1.
+    gradients by `optimizer.grad_scale`, and does nothing if `optimizer.found_inf` is 1. And in
+    `step`, x * (1 - found_inf) means: 0 if the step is skipped, else x.
     WHY not torch.amp.GradScaler: under FSDP (chapter 10) it sees one process's shards only, so
     one process would skip a step that the others take.
     """
@@ -3157,7 +3162,7 @@ class TransformerWithLoss(Transformer):
 # update, and along all others the matrix hardly changes. Muon makes the singular values of the
 # update nearly equal, so that rare directions are learned as fast as common ones. The same loss
 # then takes fewer steps. (Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein &
-# Newhouse 2024, arXiv 2409.20325: why it's steepest descent in the norm that fits matrices)
+# Newhouse 2024, arXiv 2409.20325: why it's steepest descent under the spectral norm)
 #
 # It's for the matrices of the blocks. AdamW still learns the norm weights, the embedding and
 # lm_head. The last two are tables with one row per token, and each row is used on its own.
@@ -3175,10 +3180,10 @@ def orthogonalize(x: Tensor) -> Tensor:
     """The matrices x [N, rows, columns], with all singular values moved close to 1.
 
     If x = U @ diag(s) @ V.T, then x @ x.T @ x = U @ diag(s^3) @ V.T. So matmuls alone apply a
-    polynomial to the singular values, here a * s + b * s^3 + c * s^5. With these numbers, five
-    rounds lift everything above 0.01 to about 0.7 to 1.2, and that is close enough. This is
-    a Newton-Schulz iteration, and 16 bits are enough for it.
-    Source of a, b and c: Jordan et al. 2024.
+    polynomial to the singular values, here a * s + b * s^3 + c * s^5. With these coefficients,
+    five rounds lift everything above 0.01 to about 0.7 to 1.2, and that is close enough. This
+    is a Newton-Schulz iteration, and 16 bits are enough for it. Source of a, b and c: Jordan et
+    al. 2024.
 
     Worked example: this update stretches (1, 1) by 3.9 and (1, -1) by 0.1; afterwards
     both by roughly 1.
@@ -3206,8 +3211,9 @@ def muon_reference(
     """One update of Muon for one matrix, written out: the new weight and the new momentum.
 
     The momentum is AdamW's m, and `decay` is its beta1. The update mixes in the gradient once
-    more (Nesterov momentum). WHY 0.2 * sqrt(max(rows, columns)): entries of U @ V.T are about 1
-    / sqrt(max(rows, columns)) large. The entries of AdamW's updates are about 0.2 in practice
+    more (Nesterov momentum). WHY 0.2 * sqrt(max(rows, columns)): the entries of U @ V.T have a
+    magnitude of about 1 / sqrt(max(rows, columns)). The entries of AdamW's updates are about
+    0.2 in practice
     (less than 1, because gradients change sign). With this factor, lr and weight_decay mean
     what they mean for AdamW. Source: Liu et al. 2025 (arXiv 2502.16982), section 2.2.
     """
@@ -3303,7 +3309,7 @@ class Muon(torch.optim.AdamW):
         self, grads: list[Any], momenta: list[Tensor], decay: Tensor, divisor: Tensor,
         found_inf: Tensor,
     ) -> Tensor:
-        """Put the gradients into the momenta. Returns updates [N, rows, columns]."""
+        """Update the momentum buffers. Returns updates [N, rows, columns]."""
         updates = []
         for grad, momentum in zip(grads, momenta):
             # On overflow, use the momentum itself as the gradient: averaging it with itself
@@ -3457,8 +3463,8 @@ class CUDAGraphDecoder(CachedModel):
         self.positions.copy_(positions)
         with torch.cuda.device(self.kv_cache.device):
             if self.graph is None:
-                # The whole cache: reading the last position here would make the CPU wait for
-                # the GPU, and the mask hides what isn't filled. First once without recording,
+                # Attend to the whole cache: to read the last position here, the CPU would wait
+                # for the GPU, and the mask hides what isn't filled. Warm up before recording,
                 # because a first call includes lazy initialization.
                 super().__call__(self.tokens, self.positions, self.size)
                 self.graph = torch.cuda.CUDAGraph()
@@ -3506,10 +3512,11 @@ def next_ids(
                 del window[: -(limit // 2 + 1)]
 
 
-def read_behind(tensors: Iterable[Tensor]) -> Iterator[list]:
+def delayed_read(tensors: Iterable[Tensor]) -> Iterator[list]:
     """Yields each tensor of a GPU as a list, after the work for the next one has been launched.
 
-    WHY: reading waits for the GPU. If it has more to do meanwhile, it never waits for us.
+    WHY: reading a tensor makes the CPU wait until the GPU has computed it. This way, the GPU
+    always has work queued while the CPU does other things.
     """
     unread: Any = None
     for tensor in itertools.chain(tensors, [None]):
@@ -3534,7 +3541,7 @@ def generate_batch(
     """`generate` for many texts: yields the next id of each, or None once a text has ended.
 
     A batch takes little more time than one text, since both read all weights once per token. Up
-    to rounding, each row is the text that it would be alone, given a generator per row.
+    to rounding, each row is the text that it would be on its own, given a generator per row.
     `cached_model` is a cache to reuse, or a faster one.
     """
     for prompt in prompts:
@@ -3543,7 +3550,7 @@ def generate_batch(
     steps = itertools.islice(
         next_ids(cached_model, prompts, generators, **sampling), max_new_tokens)
     ended = [False] * len(prompts)
-    for ids in read_behind(steps) if model.rope_cache.is_cuda else map(Tensor.tolist, steps):
+    for ids in delayed_read(steps) if model.rope_cache.is_cuda else map(Tensor.tolist, steps):
         yield [None if end else i for end, i in zip(ended, ids)]
         ended = [end or i in eos_ids for end, i in zip(ended, ids)]  # the others go on
         if all(ended):
@@ -3576,7 +3583,7 @@ def use_all_cores(model: nn.Module) -> None:
 # 1. Train with --dtype float16 on a CPU and with GROWTH_INTERVAL = 20. Print `loss_scale` in
 #    `step`: it doubles until something overflows, halves, and tries again.
 # 2. In LinearCrossEntropy drop the 256 and train in float16 with a batch of 65,536 tokens that
-#    are all alike: a test finds the overflow.
+#    are all alike: the gradient overflows, and a test of LinearCrossEntropy fails.
 
 
 # ----------------------------------------------------------------------------------------
@@ -3585,8 +3592,8 @@ def use_all_cores(model: nn.Module) -> None:
 # How do several devices train one model? *Data parallel*: each process holds the whole
 # model, sees different rows of the batch, and all average their gradients before the update.
 # FSDP, fully sharded data parallel: each process also holds just a shard of every weight,
-# gathers the rest when a matmul needs it, and drops it afterwards. A weight costs 16 bytes
-# (4 itself, 4 its gradient, 8 AdamW's m and v); only 2 to 4 must be gathered for a matmul.
+# gathers the rest when a matmul needs it, and drops it afterwards. A parameter costs 16 bytes
+# (4 itself, 4 its gradient, 8 AdamW's m and v), but a matmul only needs its value, 2 to 4.
 #
 # On eight GPUs: torchrun --nproc_per_node=8 scratchformer.py train ..., with --fsdp if a model
 # and its optimizer don't fit on one. --batch_size counts sequences per process.
@@ -3741,7 +3748,7 @@ def any_process(condition: Any) -> bool:
 
 
 def wait_for_main(future: Future | None) -> None:
-    """Collective: wait until process 0's `future` is done, whatever comes of it.
+    """Collective: wait until process 0's `future` is done, whether or not it succeeds.
 
     WHY in rounds: a collective that takes ten minutes times out.
     """
@@ -3797,7 +3804,7 @@ def average_gradients(model: nn.Module) -> None:
     if get_world_size() == 1 or is_fsdp(model):
         return
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    # One long message, because many short ones would wait for each other.
+    # One long message is faster than many short ones.
     flat = torch.nn.utils.parameters_to_vector(grads)
     torch.distributed.all_reduce(flat)
     torch.nn.utils.vector_to_parameters(flat / get_world_size(), grads)
@@ -3830,14 +3837,14 @@ def shard_model(
 
     size, make_mesh = get_world_size(), torch.distributed.init_device_mesh
     if shard_size in (0, size):
-        # TRAP: don't make this mesh two-dimensional with one dimension of size 1. It would have
-        # more process groups, with which some CPU runs ended abnormally.
+        # TRAP: don't make this mesh two-dimensional with one dimension of size 1. That makes
+        # more process groups, which made some CPU runs crash at exit.
         mesh = make_mesh(device.type, (size,), mesh_dim_names=("shard",))
     else:
         grid = (size // shard_size, shard_size)
         mesh = make_mesh(device.type, grid, mesh_dim_names=("replicate", "shard"))
     # Weights are gathered in `dtype`, gradients summed in float32. TRAP: by default FSDP also
-    # casts what enters a unit, the float32 RoPE cache among it.
+    # casts the inputs of a unit, and so the RoPE cache, which must stay float32.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for unit in [*model.blocks, model] if per_block else [model]:
         # The last unit holds the head, which the backward pass needs at once: keep it gathered.
@@ -3935,7 +3942,7 @@ class DistributedMuon(Muon):
 def take_local_gradients(params: dict[Any, Any]) -> None:
     """Hand the gradients of all parameters to the plain tensors of `local_params`."""
     for p, local in params.items():
-        # The data too, because FSDP may move a shard in the first forward pass.
+        # The data too, because FSDP may give a shard new memory in the first forward pass.
         local.data, local.grad = local_shard(p), local_shard(p.grad)
 
 
@@ -4008,8 +4015,8 @@ def build_model(
 # 1. Put the demo's `train` command under `torchrun --nproc_per_node=2` with half the
 #    --batch_size, --device cpu and another --outdir: the losses of one process, with --fsdp and
 #    without.
-# 2. Let `average_gradients` return at once. Each process now learns from its own rows alone,
-#    and a test of this chapter sees the losses diverge.
+# 2. Make `average_gradients` return at once. Each process now learns from its own rows alone,
+#    and the models drift apart: a test of this chapter fails.
 
 
 # ----------------------------------------------------------------------------------------
@@ -4019,7 +4026,7 @@ def build_model(
 # optimizer's m and v, and the step: batches are a function of the step (chapter 5). A
 # checkpoint holds whole tensors under the names of the plain model, so it can be loaded on
 # any number of processes; the loader reshards them. Training waits only for the copy to
-# host memory; the disk works in the background.
+# host memory; files are written in the background.
 #
 # This chapter can wait: it adds nothing to the model.
 # ----------------------------------------------------------------------------------------
@@ -4056,15 +4063,15 @@ CHECKPOINT_TYPES: dict[str, Any] = {
 def load_checkpoint(path: str | Path) -> dict:
     """The state saved in `path`, or in the newest checkpoint of the directory `path`.
 
-    Verifies checksums, then maps tensors, which are read when used. Raises UserError if the
-    file is missing, damaged or something else. Never runs code from the file.
+    Verifies checksums, then memory-maps the tensors, which are read when used. Raises UserError
+    if the file is missing, damaged or something else. Never runs code from the file.
     """
     path = Path(path)
     if path.is_dir():
         if not (found := checkpoints_in(path)):
             raise UserError(f"no checkpoint (step_NNNNNN.pt) in {path}")
         path = found[-1]
-    with reading(path, "checkpoint"):
+    with file_errors(path, "checkpoint"):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise UserError(f"the checksum of {damaged} is wrong")
@@ -4093,11 +4100,11 @@ def model_from_checkpoint(
     state: dict, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
     context_length: int | None = None,
 ) -> TransformerWithLoss:
-    """The model of a loaded checkpoint, to be used rather than trained.
+    """The model of a loaded checkpoint, for inference.
 
     No weight depends on context_length, so it may differ from training.
     """
-    with reading(state["path"], "checkpoint"), torch.device("meta"):
+    with file_errors(state["path"], "checkpoint"), torch.device("meta"):
         config = ModelConfig(**state["model_config"])
         config.context_length = context_length or config.context_length
         model = TransformerWithLoss(config)
@@ -4177,7 +4184,7 @@ def load_newest(outdir: Path) -> dict | None:
             state = load_checkpoint(path)
             model_from_checkpoint(state)  # raises UserError if weights and shape don't match
             if "optimizer" in state:
-                with reading(path, "checkpoint"):
+                with file_errors(path, "checkpoint"):
                     check_optimizer_state(state)
             return state
         except UserError as error:
@@ -4218,8 +4225,8 @@ def restore_state(
 # 1. Start a run with --save_interval 100, kill it with `kill -9` after the first checkpoint,
 #    and start it again with --resume. On a CPU the losses in metrics.jsonl are, digit by digit,
 #    those of a run that never stopped.
-# 2. Let `restore_state` leave m and v at zero. A resumed run still learns, but its losses are
-#    not those of an unbroken one, and a test notices.
+# 2. Make `restore_state` leave m and v at zero. A resumed run still learns, but its losses are
+#    not those of an unbroken one: a test fails.
 
 
 # ----------------------------------------------------------------------------------------
@@ -4243,7 +4250,8 @@ class DataConfig(Config):
     train_tokens: list[Path] | None = flag(
         None, "token files to train on, read as one sequence (required unless resuming)")
     valid_tokens: list[Path] | None = flag(None, "token files to evaluate the loss on")
-    tokenizer_path: Path | None = flag(None, "their tokenizer: copied to outdir, for samples")
+    tokenizer_path: Path | None = flag(
+        None, "tokenizer of these files: copied to outdir, needed for samples")
     batch_size: int = flag(64, "sequences per process and micro-step", 1)
     grad_accum_steps: int = flag(1, "micro-steps per optimizer step", 1)
     seed: int = flag(1, "random seed of initial weights and batches", 0, 2**32)
@@ -4358,6 +4366,7 @@ class Trainer:
         # Speed is measured since step `timed_from`, without evaluation and saving. The first
         # step compiles and allocates, so the clock starts again after it.
         seconds, timed_from = 0.0, first_step
+        step, problem = first_step, None
         for step in range(first_step + 1, max_steps + 1):
             start, last, record = time.monotonic(), step == max_steps, {}
             loss, grad_norm = self.step(step, batches)
@@ -4422,12 +4431,12 @@ class Trainer:
     def restore(self, saved: dict, start: dict) -> None:
         """Collective: continue from a checkpoint, or start with its weights.
 
-        Only process 0 has it all, in `saved`; `start` is the same without tensors.
+        Process 0 has it in `saved`. All processes have `start`, the same without tensors.
         """
         restore_state(saved, self.model, self.params, self.optimizer)
         if "scaler" in start:
             self.scaler.load_state_dict(start["scaler"])
-        with reading(start["path"], "checkpoint"):
+        with file_errors(start["path"], "checkpoint"):
             self.progress |= {name: type(INITIAL_PROGRESS[name])(value)
                               for name, value in start.get("progress", {}).items()}
         old, new = {"optimizer": "adamw", **start.get("run", {})}, self.run_flags
@@ -4445,7 +4454,8 @@ class Trainer:
         skips = int(self.scaler.consecutive_skips) if logged else 0
         if skips < self.scaler.MAX_CONSECUTIVE_SKIPS:
             return None
-        return UserError(f"loss or gradients are not finite since step {step - skips + 1}: the "
+        first = step - skips + 1
+        return UserError(f"loss or gradients have not been finite since step {first}: the "
                          "weights are as they were then; try a smaller --lr or another --dtype")
 
     def finish(self, problem: BaseException | None) -> None:
@@ -4461,12 +4471,12 @@ class Trainer:
         on_every_process(check)
 
     def mean_loss_sum(self) -> float:
-        """Collective: the sum of the losses since the last log, the mean of all processes."""
+        """Collective: the sum of the losses since the last log, averaged over processes."""
         loss_sum = torch.as_tensor(self.progress["loss_sum"], device=self.device)
         return sum_over_processes(loss_sum).item() / get_world_size()
 
     def log_step(self, step: int, grad_norm: Tensor, steps: int, seconds: float) -> dict:
-        """A row of metrics.jsonl, after a line of the log, about the last `steps` steps."""
+        """Log a line about the last `steps` steps. Returns it as a row of metrics.jsonl."""
         seen = step * self.tokens_per_step
         seconds_left = seconds / steps * (self.optim.max_steps - step)
         rate = steps * self.tokens_per_step / max(seconds, 1e-9)
@@ -4498,7 +4508,7 @@ class Trainer:
         return record
 
     def evaluate(self, step: int, signals: list[int]) -> dict:
-        """A row with the loss on valid_tokens; {} if a signal has come."""
+        """A row with the loss on valid_tokens; {} if a signal has been received."""
         run_config, progress = self.run_config, self.progress
         assert self.valid
         loss = self.valid.loss(self.model, self.data.batch_size, self.autocast, signals)
@@ -4521,7 +4531,7 @@ class Trainer:
         eot_ids = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
         self.model.eval()
         with self.autocast, without_compiling():
-            # No cache: under FSDP only a call of the model gathers its weights.
+            # No cache: under FSDP only calling the model gathers its weights.
             unknown = unknown_ids(tokenizer, self.model_config.vocab_size)
             ids = list(generate_naive(
                 self.model, eot_ids or tokenizer.encode("\n"), 100, eot_ids, temperature=0.8,
@@ -4570,7 +4580,7 @@ def load_metadata(token_file: Path) -> dict:
     if not path.is_file():
         return {}
     metadata = read_json(path, kind)
-    with reading(path, kind):
+    with file_errors(path, kind):
         check_types(metadata, METADATA_TYPES)
         if (dtype := metadata.get("dtype", "uint16")) not in ("uint16", "uint32"):
             raise UserError(f"dtype is {dtype!r}, not uint16 or uint32")
@@ -4647,7 +4657,7 @@ class TokenDataset:
                             f"{context_length + 1}")
 
     def check_ids(self, first: int, stride: int) -> None:
-        """Read every `stride`-th piece: better an error now than at the first evaluation."""
+        """Read every `stride`-th chunk, to find bad ids now and not at the first evaluation."""
         for start in range(first * CHUNK, len(self), stride * CHUNK):
             _ = self[start : start + CHUNK]  # raises for a bad id
 
@@ -4657,9 +4667,9 @@ class TokenDataset:
         parts = [np.empty(0, np.int64)]
         for file, dtype, end, length in zip(self.files, self.dtypes, self.ends, self.lengths):
             if start < end and start < stop:
-                # WHY a new map for each read: pages touched through one that stays open count
-                # as this process's memory, until it holds the whole file.
-                with reading(file.name, "token file"):
+                # WHY a new map for each read: all that has been read through one map counts as
+                # this process's memory, in the end the whole file.
+                with file_errors(file.name, "token file"):
                     mapped = np.memmap(file, dtype, mode="r", shape=(length,))
                 offset = length - (end - start)  # of `start` in this file
                 parts.append(mapped[offset : offset + stop - start].astype(np.int64))
@@ -4698,7 +4708,7 @@ class ValidationSet:
             self.starts = self.starts[at]
         ids = np.concatenate([self.tokens[i + 1 : i + self.T + 1] for i in self.starts])
         if tokenizer:
-            with reading(tokens.paths[0], "token file of this tokenizer"):
+            with file_errors(tokens.paths[0], "token file of this tokenizer"):
                 self.text = tokenizer.decode_bytes(ids[ids != tokenizer.eot_id].tolist())
         self.bytes_per_token = len(self.text) / len(ids)  # 0 if unknown
         counts = np.bincount(ids)
@@ -4719,7 +4729,7 @@ class ValidationSet:
         model.eval()  # switches off dropout, if somebody adds it
         for first in range(0, len(self.starts), batch_size * world_size):
             # Every process must take part in every forward pass, with tensors of the same
-            # shape. What no window fills stays -100, which the loss skips.
+            # shape. Unfilled positions stay -100, which the loss skips.
             windows = torch.full((batch_size, self.T + 1), -100)
             mine = self.starts[first + rank : first + batch_size * world_size : world_size]
             for row, start in zip(windows, mine):
@@ -4774,7 +4784,7 @@ class ValidationSet:
 def unknown_ids(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
     """Ids of the model that the tokenizer lacks. They have no text, so they are never drawn.
 
-    A vocabulary is often rounded up, for matmuls of a better size.
+    A model's vocabulary is often padded to a multiple of 64 or so, for faster matmuls.
     """
     ids = [i for i in range(vocab_size) if i not in tokenizer.vocab]
     return torch.tensor(ids, dtype=torch.int64)
@@ -4822,7 +4832,7 @@ def flags_to_save(*configs: Config) -> dict:
 def restore_flags(state: dict, *configs: Config) -> None:
     """Give the flags that weren't written the values that they had in a checkpoint's run."""
     saved = state.get("run", {})
-    with reading(state["path"], "checkpoint"):
+    with file_errors(state["path"], "checkpoint"):
         check_types(saved, dict.fromkeys(("train_tokens", "valid_tokens"), list | None))
         for config in configs:
             written = {"given", *(saved if config.given is None else config.given)}
@@ -4925,7 +4935,7 @@ def catch_signals() -> Iterator[list[int]]:
 # ----------------------------------------------------------------------------------------
 # 13. Hugging Face
 #
-# How does a model trained here run in the tools that people use, and theirs here? Our
+# How does a model trained here run in other tools, and how do we load models of others? Our
 # architecture is Llama's, so only names and the order of some rows differ. We rotate pairs
 # of neighbors (2i, 2i+1), as the RoPE paper does; Hugging Face's Llama rotates (i, i + K/2).
 # Reordering the rows of the query and key matrices makes up for it: both are reordered
@@ -4970,8 +4980,8 @@ def llama3_rope_scaling(
 ) -> Tensor:
     """Llama 3.1's way to a longer context: slow rotations become `factor` times slower.
 
-    Pairs that turn fewer than `low` times within the original context never completed a turn
-    in training, so a longer text would show them new angles. Those that turn more than `high`
+    Pairs that turn fewer than `low` times within the original context saw few angles in
+    training, and a longer text would show them new ones. Those that turn more than `high`
     times stay as they are; in between, the two are blended. (Source:
     github.com/meta-llama/llama-models, models/llama3/model.py, apply_scaling; transformers
     calls it rope_type "llama3".)
@@ -5030,7 +5040,7 @@ def from_hf(files: dict[str, Any], config: ModelConfig) -> dict[str, Tensor]:
             raise UserError(f"it has no {theirs}")
         stored, shape = files[theirs].get_slice(theirs), list(weight.shape)
         if stored.get_shape() != shape:
-            raise UserError(f"its {theirs} is {stored.get_shape()}, where config.json needs "
+            raise UserError(f"its {theirs} is {stored.get_shape()}, but config.json needs "
                             f"{shape}")
         if stored.get_dtype() not in ("F32", "BF16", "F16"):
             raise UserError(f"its {theirs} is quantized ({stored.get_dtype()})")
@@ -5083,7 +5093,7 @@ def config_from_hf(content: dict) -> ModelConfig:
                 "partial_rotary_factor": 1.0, "quantization_config": None}
     for name, value in required.items():
         if found.get(name, value) != value:
-            raise UserError(f"its {name} is {found[name]!r}, where we have {value!r}")
+            raise UserError(f"its {name} is {found[name]!r}, but we need {value!r}")
     for ours, theirs in HF_FIELDS.items():
         value, kind = found.get(theirs), typing.get_type_hints(ModelConfig)[ours]
         if type(value) is not kind and (type(value), kind) != (int, float):
@@ -5100,7 +5110,7 @@ def load_hf_model(directory: Path) -> dict:
     """A model saved by `transformers`, as a checkpoint without optimizer state."""
     safetensors = import_optional("safetensors", "safetensors")
     content = read_json(directory / "config.json", "config.json of a model")
-    with reading(directory, "Llama model"):
+    with file_errors(directory, "Llama model"):
         config = config_from_hf(content)
         # Like transformers: one file of this name, or those that the index names.
         names, index = ["model.safetensors"], directory / "model.safetensors.index.json"
@@ -5144,8 +5154,8 @@ def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -
 
 
 # Exercises
-# 1. Let `interleaved_to_half_split` return its argument. transformers loads the model without
-#    complaint, and its logits are wrong: a test finds what no error message would tell.
+# 1. Make `interleaved_to_half_split` return its argument. transformers loads the model without
+#    complaint, and its logits are wrong: a test fails where no error message appears.
 # 2. Export with --dtype bfloat16 and compare the logits of some text with ours: they differ by
 #    about 1%, as one expects from 8 significant bits.
 
@@ -5223,6 +5233,8 @@ MB   CPU  GPU  vocab_size context_length num_layers d_model num_heads d_ff batch
 200  inf  20   32768      512            8          768     12        2048 64         2e-3
 """
 
+PRESET_FLAGS = ("context_length", "num_layers", "d_model", "num_heads", "d_ff", "batch_size")
+
 
 def choose_preset(megabytes: float, minutes: float, device: str) -> dict[str, str]:
     """The last line of PRESETS whose minimum text and minutes are met, by name.
@@ -5243,8 +5255,8 @@ def small_defaults(given: Collection[str]) -> dict[str, int]:
     >>> small_defaults(["vocab_size"])["num_layers"], small_defaults(["num_layers"])
     (4, {})
     """
-    size = choose_preset(1.0, 0.0, "cpu")
-    small = {name: int(size[name]) for name in list(size)[4:-1]}  # context_length to batch_size
+    preset = choose_preset(1.0, 0.0, "cpu")
+    small = {name: int(preset[name]) for name in PRESET_FLAGS}
     return {} if {*small, "num_kv_heads"} & {*given} else small
 
 
@@ -5321,8 +5333,8 @@ def prepare_outdir(
             raise UserError(f"another run is writing to {outdir}") from None
         except OSError:  # a file system without locks
             pass
-    for left_over in outdir.glob(".*.pt.*.tmp"):  # by a process that was killed
-        left_over.unlink()
+    for leftover in outdir.glob(".*.pt.*.tmp"):  # by a process that was killed
+        leftover.unlink()
     if tokenizer:
         tokenizer.save(outdir / "tokenizer.json")
 
@@ -5481,7 +5493,8 @@ class GenerateConfig(SavedModelConfig):
     context_length: int | None = flag(None, "context window (default: the model's)", 1)
     temperature: float = flag(0.8, "0: always the most likely token; 1: unmodified", 0.0)
     top_k: int | None = flag(None, "sample from the k most likely tokens", 1)
-    top_p: float | None = flag(None, "sample from the most likely that reach p", 0.0, 1.0)
+    top_p: float | None = flag(
+        None, "sample from the most likely tokens that together reach p", 0.0, 1.0)
     seed: int | None = flag(
         None, "the same seed gives the same text; the next text takes seed + 1", 0, 2**32)
 
@@ -5502,7 +5515,7 @@ def read_prompts(config: GenerateConfig) -> Iterator[list[str]]:
             yield [line.rstrip("\n")]
             print("> ", end="", file=sys.stderr, flush=True)
     else:
-        yield [sys.stdin.read().removesuffix("\n")]  # such as `echo` adds
+        yield [sys.stdin.read().removesuffix("\n")]  # `echo` adds a newline
 
 
 def generate_command(config: GenerateConfig, devices: DeviceConfig) -> None:
@@ -5588,7 +5601,7 @@ def split(config: SplitConfig) -> None:
     """Split text into training documents and validation documents, a tenth of them.
 
     The hash of a document decides, so it stays on its side when others come or go, and copies
-    of it are all on that side. Long documents, such as novels, are split in parts.
+    of it are all on that side. Long documents, such as novels, are split into parts.
     """
     files = input_files(config.text_path)
     size = min(1 << 14, sum(file.end for file in files) // 40 + 1)
@@ -5656,16 +5669,16 @@ def demo(config: DemoConfig) -> int:
 
 
 def demo_commands(config: DemoConfig, out: Path) -> Iterator[str]:
-    """The demo's commands, in order. Each has run when the next one is asked for."""
-    here, own = shlex.quote(str(out)), config.text_path
-    if own:
-        yield f"split --text_path {shlex.join(map(str, own))} --outdir {here}"
+    """Yields the demo's commands, in order. Each is run before the next one is asked for."""
+    here, own_text = shlex.quote(str(out)), config.text_path
+    if own_text:
+        yield f"split --text_path {shlex.join(map(str, own_text))} --outdir {here}"
         minutes, device = config.minutes or 5.0, pick_device("auto").type
         megabytes = (out / "train.txt").stat().st_size / 1e6
         size = choose_preset(megabytes, minutes, device)
         log(f"\n{megabytes:.1f} MB, {minutes:g} minutes, {device}: {size['num_layers']} blocks "
             f"of width {size['d_model']}; a few steps show how fast it is")
-        flags = " ".join(f"--{name} {value}" for name, value in list(size.items())[4:])
+        flags = " ".join(f"--{name} {size[name]}" for name in (*PRESET_FLAGS, "lr"))
         flags, vocab_size = f"{flags} --optimizer muon", size["vocab_size"]
         if device == "cuda" and has_compiler():  # on an H100, 2.5 times as fast
             flags += " --compile"
@@ -5686,12 +5699,12 @@ def demo_commands(config: DemoConfig, out: Path) -> Iterator[str]:
                f"--out_path {here}/{part}.bin --append_eot")
     train = (f"train --train_tokens {here}/train.bin --valid_tokens {here}/valid.bin "
              f"--tokenizer_path {tokenizer} {flags}")
-    if own:
+    if own_text:
         yield f"{train} --outdir {here}/trial --max_steps 8 --eval_windows 8"
         last = json.loads((out / "trial" / "metrics.jsonl").read_text().splitlines()[-1])
         tokens = 60 * minutes * last["tokens_per_second"] * 0.9  # the rest is for evaluation
         # Up to about four epochs are as good as new text (Muennighoff et al. 2023, arXiv
-        # 2305.16264). In our runs more than six gained nothing (README).
+        # 2305.16264), and in our runs more than six gained nothing (README): take five.
         tokens = min(tokens, 5 * last["tokens_seen"] / last["epochs"])
         steps = config.max_steps or round(tokens * last["step"] / last["tokens_seen"]) or 1
         train += (f" --keep_best --eval_windows 128 --eval_interval {steps // 10 or 1} "

@@ -3389,7 +3389,7 @@ def test_a_run_that_is_not_finite_stops_and_names_the_step(toy, tmp_path, capsys
     flags = [*training(toy, tmp_path), "--max_steps 100 --lr 1e+30 --save_interval 5"]
     assert main(shell_words(["train", *flags])) == 2
     error = capsys.readouterr().err
-    assert re.search(r"not finite since step \d+", error) and error.count("\n") == 1
+    assert re.search(r"not been finite since step \d+", error) and error.count("\n") == 1
     last = load_checkpoint(tmp_path)["step"]  # the weights of then are saved
     assert last % 5 and f"step_{last:06d}.pt" in os.listdir(tmp_path)
     assert 10 <= len(metrics(tmp_path, "step")) < 30
@@ -3588,7 +3588,7 @@ def test_eval_and_generate_read_a_llama_folder(toy, exported, capsys):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"num_key_value_heads": 2}, "k_proj.weight is [32, 32], where config.json needs [16, 32]"),
+    ({"num_key_value_heads": 2}, "k_proj.weight is [32, 32], but config.json needs [16, 32]"),
     ({"num_key_value_heads": 3}, "divisible by num_kv_heads: 4 / 3"),
     ({"rms_norm_eps": None}, "rms_norm_eps is None"),
     ({"max_position_embeddings": 32.0}, "max_position_embeddings is 32.0"),
@@ -3620,7 +3620,7 @@ def test_a_llama_of_another_kind_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("name, change, words", [
-    ("model.layers.1.input_layernorm.weight", lambda w: w[:1], "is [1], where"),
+    ("model.layers.1.input_layernorm.weight", lambda w: w[:1], "is [1], but"),
     ("model.layers.1.mlp.up_proj.weight", lambda w: w.to(torch.int8), "quantized (I8)"),
     ("model.layers.1.mlp.up_proj.weight_scale", lambda w: torch.ones(1), "no place in our"),
     ("model.layers.0.self_attn.q_proj.bias", lambda w: torch.ones(32), "no place in our"),
