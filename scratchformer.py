@@ -10,9 +10,10 @@ Start with this, in a clone of the repository. It takes a minute or two:
 
     python scratchformer.py demo
 
-The demo trains a tokenizer and a small model on the bundled stories, evaluates
-the model, and lets it write a story. `demo --text_path DIR` does the same with
-your own text. It shows each of the commands that it runs:
+The demo trains a tokenizer and a small model on the bundled stories (simple
+ones, made by a program), evaluates the model, and writes a story with it.
+`demo --text_path DIR` does the same with your own text. It shows each of the
+commands that it runs:
 
     split        hold out part of your own text, to test on    chapter 14
     bpe-train    learn a vocabulary from text                  chapters 1 to 4
@@ -30,7 +31,7 @@ Every command explains its flags: python scratchformer.py COMMAND --help
 # From top to bottom. Chapters marked * tell the whole story, each idea in its plainest form:
 # text becomes numbers, a model learns to predict the next number, and the model writes text.
 # The other chapters make it fast, distributed and convenient; skip them the first time.
-# (Search for "5. Data" to find chapter 5.)
+# (Search for "# PART TWO" to find chapter 5.)
 #
 #   PART ONE: TEXT
 #    1 * Pre-tokenization      splitting text into words before anything is learned
@@ -54,9 +55,9 @@ Every command explains its flags: python scratchformer.py COMMAND --help
 # Tensor shapes use one letter per dimension:
 #   B batch (sequences)    T time (position in the sequence)    D model width (d_model)
 #   H attention heads      K width of one head, D / H           F MLP width (d_ff)
-#   V vocabulary size      G heads of keys and values, often H
+#   V vocabulary size      G key/value heads, often H
 #   S cached positions (chapter 8)
-# (In code, F is PyTorch's module of functions, as in F.softmax.)
+# (In code, F is torch.nn.functional, as in F.softmax.)
 #
 # A comment that starts with WHY gives the reason for a choice; TRAP warns of a mistake that is
 # easy to make there. Lines that start with >>> are examples, which the tests in
@@ -132,15 +133,17 @@ __version__ = "0.1.0"
 # GPT-2's pattern. At each position the first alternative that matches wins: an English
 # contraction; letters, digits or punctuation, each with one optional space in front; or
 # whitespace. A space belongs to the word that follows it, so most words need no separate token
-# for the space. That's what `(?!\S)`, "not followed by a non-space", is for: of several spaces
-# before a word, `\s+` may not take the last one, so "a  b" becomes "a", " ", " b". (\p{L} is
-# any letter in Unicode and \p{N} any numeric character. Python's `re` doesn't know these
-# classes; the package `regex` does.)
+# for the space. So of several spaces before a word, `\s+(?!\S)` takes all but the last, as
+# `(?!\S)` forbids a non-space right after the match: "a  b" becomes "a", " ", " b". The last
+# `\s+` takes what is left, such as a newline before a word. (\p{L} is any letter in Unicode and
+# \p{N} any numeric character. Python's `re` doesn't know these classes; the package `regex`
+# does.)
 PRETOKEN_PATTERN = (
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )
-# GPT-4's pattern takes digits in groups of at most three, and a word may start with any one
-# punctuation mark or space, not just a space. (As first published in OpenAI's tiktoken, and
+# GPT-4's pattern takes digits in groups of at most three, a word may start with any one
+# punctuation mark or space, not just a space, and line breaks stay with the punctuation or
+# whitespace in front of them. (As first published in OpenAI's tiktoken, and
 # used by Llama 3.)
 GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -170,12 +173,23 @@ def pretokenize(text: str, pattern: str = PRETOKEN_PATTERN) -> list[str]:
 # There are only 256 possible bytes, and all text is made of them, so no character is unknown.
 
 
-def text_to_bytes(text: str) -> bytes:
-    """The UTF-8 bytes of `text`.
+def bytes_to_text(data: bytes) -> str:
+    """The text of UTF-8 `data`, which may contain invalid bytes.
 
-    A str can hold code points that UTF-8 can't encode, the surrogates (U+D800 to U+DFFF).
-    `bytes_to_text`, below, uses 128 of them for bytes that are not valid UTF-8, and they become
-    those bytes again. Any other surrogate raises UserError.
+    Python's "surrogateescape" turns each invalid byte into one of 128 *surrogates*, U+DC80 to
+    U+DCFF, code points that valid text doesn't use.
+
+    >>> bytes_to_text(b"caf\\xc3\\xa9 \\xff")
+    'café \\udcff'
+    """
+    return data.decode("utf-8", "surrogateescape")
+
+
+def text_to_bytes(text: str) -> bytes:
+    """The UTF-8 bytes of `text`; the inverse of `bytes_to_text`.
+
+    Raises UserError for a surrogate that `bytes_to_text` doesn't make, since UTF-8 has no bytes
+    for it.
 
     >>> list(text_to_bytes("aé"))
     [97, 195, 169]
@@ -185,18 +199,6 @@ def text_to_bytes(text: str) -> bytes:
     except UnicodeEncodeError as error:
         surrogate = text[error.start]
         raise UserError(f"the text contains {surrogate!r}, a lone surrogate") from None
-
-
-def bytes_to_text(data: bytes) -> str:
-    """The inverse of `text_to_bytes`, for arbitrary bytes.
-
-    Files are not always valid UTF-8. Python's "surrogateescape" maps each invalid byte to one
-    of 128 surrogates (U+DC80 to U+DCFF).
-
-    >>> text_to_bytes(bytes_to_text(b"caf\\xc3\\xa9 \\xff"))
-    b'caf\\xc3\\xa9 \\xff'
-    """
-    return data.decode("utf-8", "surrogateescape")
 
 
 # A *special token* marks something that is not text, such as the end of a document. It gets
@@ -260,7 +262,7 @@ def merge_pair(tokens: list, pair: tuple, merged: Any) -> list:
     result: list = []
     for token in tokens:
         if token == right and result and result[-1] == left:
-            result[-1] = merged  # longer than `left`, so it isn't merged again
+            result[-1] = merged  # this isn't `left`, so it won't be merged again
         else:
             result.append(token)
     return result
@@ -366,8 +368,9 @@ class Tokenizer:
         check_pattern(pattern)
         self.vocab, self.merges, self.pattern = dict(vocab), list(merges), pattern
         self.ignore_merges = ignore_merges
-        # Reversed, because the last entry of a dict wins. If a special token has the same bytes
-        # as an ordinary token, we want the ordinary one, which comes first.
+        # Reversed, because the last entry of a dict wins: of two ids with the same bytes, use
+        # the first. (There are two only if a special token repeats an ordinary one. Then both
+        # mean the ordinary token.)
         self.token_to_id = {token: i for i, token in reversed(self.vocab.items())}
         check_merges(self.merges, self.token_to_id)
         self.special_tokens: dict[str, int] = {}
@@ -497,7 +500,7 @@ class Tokenizer:
 
 # Exercises
 # 1. In `apply_merges`, apply the leftmost pair that has a merge instead of the one of lowest
-#    rank. Find a word that now gets other ids.
+#    rank. With the merges h + e and t + h, in this order, which ids does "the" get now?
 # 2. Encode "Ünï" with the tokenizer of the example, then decode the ids one by one and all
 #    together.
 
@@ -505,7 +508,7 @@ class Tokenizer:
 # ----------------------------------------------------------------------------------------
 # 4. Tokenizing corpora
 #
-# This chapter can wait; continue with "5. Data". It computes what chapters 1 to 3 compute, on
+# This chapter can wait; continue at "# PART TWO". It computes what chapters 1 to 3 compute, on
 # gigabytes of text. (Its second half is files, processes, progress and flags, none of it about
 # language: the tokenizer's commands need that before PyTorch is imported.)
 #
@@ -912,9 +915,9 @@ def word_keys(words: Pretokens) -> np.ndarray:
 class WordTable:
     """Gives each distinct word a number, the next free one when it is first seen.
 
-    A word's hash determines the slot where it is stored. A word that's already there is
-    overwritten; when it reappears, it gets another number. So a word can have several numbers,
-    but a number always means one word. Words longer than 15 bytes are rare: they're kept in a
+    A word's hash determines the slot where it is stored. If another word is there, that one is
+    evicted; when it reappears, it gets another number. So a word can have several numbers, but
+    a number always means one word. Words longer than 15 bytes are rare: they're kept in a
     dictionary.
     """
 
@@ -1048,8 +1051,8 @@ class FastEncoder:
         Each round passes over whole words, so a single word of a megabyte, which takes
         hundreds of rounds, takes seconds.
         """
-        none, lengths = np.empty(0, np.int64), words.lengths[indices]
-        done_ids, done_words = [none], [none]
+        empty, lengths = np.empty(0, np.int64), words.lengths[indices]
+        done_ids, done_words = [empty], [empty]
         if self.tokenizer.ignore_merges:  # some words are one token without any merge
             id_of, cut = self.tokenizer.token_to_id, words.cut(indices)
             whole = {n: id_of[word] for n, word in enumerate(cut) if word in id_of}
@@ -1127,10 +1130,10 @@ def last_safe_split(text: str, pattern: str, special_tokens: Iterable[str]) -> i
     start, end = 2 * margin, max(0, len(text) - margin)
     for match in regex.finditer(finder, text, pos=start, endpos=end):
         cut = match.start()
-        # TRAP: special tokens can overlap. With <a> and a>b, "<a>b" is read as <a> and a "b".
+        # TRAP: special tokens can overlap. With <a> and a>b, "<a>b" is parsed as <a>, then b.
         # There the end of a>b isn't a safe place, since something crosses its start.
-        ended = [len(token) for token in specials if text.endswith(token, 0, cut)]
-        if not crossed(cut) and not crossed(cut - max(ended, default=0)):
+        lengths = [len(token) for token in specials if text.endswith(token, 0, cut)]
+        if not crossed(cut) and not crossed(cut - max(lengths, default=0)):
             return cut
     return 0
 
@@ -2037,7 +2040,7 @@ def cut_windows(
 
 
 def windows_per_epoch(num_tokens: int, context_length: int) -> int:
-    """How many windows an epoch has: at least one, and one fewer than would fit.
+    """How many windows an epoch has: one fewer than fit, unless only one fits.
 
     The space that this leaves lets `shuffle_windows` begin at a random offset.
     """
@@ -2077,8 +2080,8 @@ def get_batch(
     Windows are numbered from 0 in the order in which a run sees them, across epochs. With B
     windows per batch, step s sees s * B, ..., s * B + B - 1.
 
-    A window may start in the middle of a document and run into the next one. The model
-    learns that what follows an end-of-text token has nothing to do with what came before.
+    A window may start in the middle of a document and run into the next one. From the
+    end-of-text token between them, the model can tell that they are unrelated.
     """
     N, T = len(tokens), context_length
     starts = []
@@ -2103,12 +2106,12 @@ def get_batch(
 # Which function maps T tokens to a prediction of each next token? Look up a vector of D numbers
 # for every token. Then pass it through a stack of identical blocks, each of which adds two
 # updates to it: attention mixes in what earlier tokens have to say; an MLP (multilayer
-# perceptron, a small network) works on each position separately. At the end, a matrix turns
-# each vector into V scores, the logits, one per possible token.
+# perceptron: matrices and something nonlinear) works on each position separately. At the end, a
+# matrix turns each vector into V scores, the logits, one per possible token.
 # (Vaswani et al. 2017, arXiv 1706.03762, with the changes of Llama: Touvron et al. 2023,
 # arXiv 2302.13971, section 2.2)
 #
-# Shapes: B batch, T time, D model width, H heads (G of keys and values), K head width, F MLP
+# Shapes: B batch, T time, D model width, H heads (G for keys and values), K head width, F MLP
 # width, V vocabulary.
 # ----------------------------------------------------------------------------------------
 
@@ -2116,8 +2119,8 @@ def get_batch(
 # to be learned. An nn.Module is a function with parameters, its own and those of the modules in
 # it, which have names such as blocks.0.attention.qkv.weight; calling a module runs `forward`.
 # nn.Embedding(V, D) is a table with one row of D numbers per token. nn.Linear(a, b) multiplies
-# by a matrix: rows of `a` numbers become rows of `b`. (It stores the matrix as [b, a] and
-# computes x @ W.T; formulas here just say x @ W.)
+# by a matrix (a *matmul*): rows of `a` numbers become rows of `b`. (It stores the matrix as
+# [b, a] and computes x @ W.T; formulas here just say x @ W. bias=False: it adds nothing.)
 #
 # Functions named ..._reference are for reading; the tests check PyTorch's faster equivalents
 # against them.
@@ -2127,7 +2130,8 @@ class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension. The shape stays the same.
 
     The entries of every vector come out with a mean square of 1 (before `weight` scales them),
-    so no layer has to cope with inputs that are much larger or smaller than usual.
+    so no layer has to cope with inputs that are much larger or smaller than usual. `eps`, tiny,
+    avoids a division by 0.
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4.
     Worked example: the mean square of 3 and 4 is 12.5, and 3 / sqrt(12.5) = 0.8485.
 
@@ -2157,8 +2161,8 @@ class RMSNorm(nn.Module):
 # opposite ones a negative one. So for vectors of similar length the dot product measures
 # similarity. Training makes a query and a key that belong together point the same way.
 #
-# Softmax turns the scores into weights, and each position takes the weighted average of all
-# values: mostly those whose keys match its query.
+# Softmax turns the scores into fractions that add up to 1, and each position takes the average
+# of all values weighted by them: mostly of those whose keys match its query.
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -2183,8 +2187,8 @@ def attention_reference(
     window at once, since none of them can see the token it should predict.
     WHY sqrt(K): the dot product of two vectors of K random entries of about 1 or -1 is a sum of
     K terms of random sign, typically about sqrt(K). With scores that large, the softmax would
-    give all weight to one position, and its derivatives would be nearly 0: the model would
-    barely learn.
+    give all weight to one position, and small changes would change nothing: the model would
+    barely learn (chapter 7: the gradient would be nearly 0).
     Source: Vaswani et al. 2017, equation 1.
 
     Worked example: scores ln 1, ln 2 and ln 3 give weights 1 : 2 : 3. Row 0 sees only 6.
@@ -2208,24 +2212,11 @@ def attention_reference(
     return softmax(scores) @ v  # (..., T, K)
 
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same with a causal mask, using PyTorch's function, which never stores T x T scores.
-
-    q, k, v [B, H, T, K]; k and v may have fewer heads, see `Attention` (gqa is short for
-    grouped-query attention).
-    """
-    grouped = k.shape[1] < q.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-
-
 # Rotary position embedding (RoPE)
 # --------------------------------
-# Dot products don't know where in the text a key is: a word gets the same score from the next
-# word as from one a page later. RoPE fixes that by rotating queries and keys. Treat a vector of
-# K numbers as K/2 points in the plane, and rotate each by an angle proportional to the
+# Dot products don't know where in the text a key is: a query gives it the same score whether it
+# is one word back or a page back. RoPE fixes that by rotating queries and keys. Treat a vector
+# of K numbers as K/2 points in the plane, and rotate each by an angle proportional to the
 # position. The dot product of two rotated points depends on the difference of their angles. So
 # a score now depends on how far apart two tokens are, and not on where in the text they are.
 
@@ -2237,8 +2228,9 @@ def make_rope_cache(
 
     (Positions may have any shape: [B, T] gives [2, B, T, K/2].)
 
-    Pair i rotates by position * theta^(-2i / K): the first pairs fast, the last ones slowly,
-    like the hands of a clock. Fast pairs distinguish nearby positions, slow ones distant ones.
+    Pair i rotates by the angle position * theta^(-2i / K), where theta is a constant, usually
+    10,000: the first pairs rotate fast, the last ones slowly, like the hands of a clock. Fast
+    pairs distinguish nearby positions, slow ones distant ones.
     TRAP: float32. With the 16-bit numbers of chapter 9, position 257 may be rounded to 256.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
@@ -2277,6 +2269,19 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     return apply_rotary(x, make_rope_cache(positions, x.shape[-1], theta))
 
 
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention_reference` with a causal mask, for all heads at once: [B, H, T, K].
+
+    This calls PyTorch's function, which never stores T x T scores. k and v may have fewer heads
+    than q, see below.
+    """
+    grouped = k.shape[1] < q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention: [B, T, D] -> [B, T, D].
 
@@ -2295,6 +2300,7 @@ class Attention(nn.Module):
         qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         # WHY one matrix for q, k and v: one large matmul is faster than three small ones.
         self.qkv = nn.Linear(config.d_model, qkv_width, bias=False)
+        # Combines what the heads have found.
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(
@@ -2332,11 +2338,12 @@ class SwiGLU(nn.Module):
     """(silu(x @ W_gate) * (x @ W_up)) @ W_down: [B, T, D] -> [B, T, D].
 
     Attention moves information between positions; this works on each position separately. The
-    gate decides for each of F hidden numbers how much of it is passed on. WHY a silu: without
-    something nonlinear in between, consecutive matrix products collapse into one. WHY a
-    product: in Shazeer's experiments gates beat all activations without a gate. WHY F is about
-    8/3 D: three matrices of that size hold as many weights as the two of a classic MLP of width
-    4 D. (The demo takes 2 D, to be fast.) Source: Shazeer 2020 (arXiv 2002.05202), equation 6.
+    gate scales each of F hidden numbers, some down to nearly nothing.
+    WHY something nonlinear: without it, consecutive matrix products would collapse into one.
+    WHY a gate: in Shazeer's experiments, MLPs with one beat those with plain nonlinearities.
+    WHY F is about 8/3 D: three matrices of that size hold as many weights as the two of a
+    classic MLP of width 4 D. (The demo takes 2 D, to be fast.)
+    Source: Shazeer 2020 (arXiv 2002.05202), equation 6.
     """
 
     def __init__(self, d_model: int, d_ff: int):
@@ -2376,7 +2383,8 @@ class Block(nn.Module):
 
 # The model
 # ---------
-# These hyperparameters define the shape of a model. Read them as a plain dataclass:
+# These numbers define the shape of a model; they're some of its *hyperparameters*, which are
+# chosen rather than learned. Read them as a plain dataclass:
 # flag(default, help, at_least, at_most) declares a field that is also a command-line flag,
 # `Config` (chapter 4) checks the ranges, and the docstring is the heading in --help.
 
@@ -2393,7 +2401,7 @@ class ModelConfig(Config):
     d_ff: int = flag(2048, "width inside SwiGLU, about 8/3 of d_model", 1)
     rope_theta: float = flag(10000.0, "base of RoPE; larger means slower rotations", 1.0)
     norm_eps: float = flag(1e-5, "added to the mean square in RMSNorm", 0.0)
-    num_kv_heads: int = flag(0, "heads of keys and values; 0: as many as num_heads", 0)
+    num_kv_heads: int = flag(0, "key/value heads; 0: as many as num_heads", 0)
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the output")
     rope_scaling: list[float] | None = flag(
         None, "RoPE scaling of Llama 3.1: factor, low and high frequency factor, old context")
@@ -2506,8 +2514,9 @@ class Transformer(nn.Module):
 # loss), compute for every weight how the loss grows with it (the gradient), move all weights a
 # little the opposite way, and repeat. The chapter ends with a complete training loop.
 #
-# The loss is cross-entropy, the optimizer AdamW, and the learning rate rises and falls over
-# the run. (Loshchilov & Hutter 2019, arXiv 1711.05101: AdamW, algorithm 2)
+# The loss is cross-entropy, the optimizer (which decides how weights move) is AdamW, and the
+# learning rate rises and falls over the run. (Loshchilov & Hutter 2019, arXiv 1711.05101:
+# AdamW, algorithm 2)
 # ----------------------------------------------------------------------------------------
 
 
@@ -2623,7 +2632,8 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """PyTorch's AdamW. It skips parameters without a gradient, such as frozen ones.
 
-    Norm weights don't decay: they scale a layer's whole input, which shouldn't shrink.
+    Only matrices decay, the embedding among them. Norm weights start at 1, and pulling them
+    towards 0 would shrink the whole input of a layer.
     `fused` updates all weights in one operation.
     """
     parameters = list(parameters)
@@ -2733,8 +2743,7 @@ def train_model(
     return losses
 
 
-# To see it learn from stories (two minutes). The demo makes these files, and trains a model of
-# one block on them, with Muon (chapter 9).
+# To see it learn from stories, run this (two minutes; the demo makes the files):
 #
 #     from scratchformer import *  # np included
 #     tokenizer = Tokenizer.load("out/demo/tokenizer.json")
@@ -2792,8 +2801,8 @@ def token_probabilities(
     >>> token_probabilities(logits, top_k=2), token_probabilities(logits, top_p=0.5)
     (tensor([[0.0000, 0.7311, 0.2689]]), tensor([[0., 1., 0.]]))
     """
-    # torch.multinomial raises an error for NaN, and even a model that has diverged may be asked
-    # for a sample (chapter 12).
+    # torch.multinomial raises an error for NaN, and chapter 12 samples from models during
+    # training, even if it fails.
     logits = logits.float().nan_to_num()
     if suppressed is not None:
         logits = logits.index_fill(-1, suppressed, -math.inf)
@@ -2898,8 +2907,8 @@ def hidden_states_cached(model: Transformer, tokens: Tensor, kv_cache: KVCache) 
     front of the new ones. The new ones are added to the cache.
     """
     T, S, device = tokens.shape[1], kv_cache[0][0].shape[2], tokens.device
-    # Row t is the token at position S + t, and a column is a position. With two in the cache
-    # and two new ones: [[True, True, True, False], [True, True, True, True]].
+    # Row t is the token at position S + t, which sees positions (columns) up to that. With two
+    # in the cache and two new ones: [[True, True, True, False], [True, True, True, True]].
     attn_mask = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(S)
 
     def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -3169,7 +3178,7 @@ class TransformerWithLoss(Transformer):
 
 
 @dataclasses.dataclass(kw_only=True)
-class LearningConfig(OptimizerConfig):
+class RunOptimizerConfig(OptimizerConfig):
     """Optimization"""
 
     optimizer: Literal["adamw", "muon"] = flag(
@@ -3211,11 +3220,12 @@ def muon_reference(
     """One update of Muon for one matrix, written out: the new weight and the new momentum.
 
     The momentum is AdamW's m, and `decay` is its beta1. The update mixes in the gradient once
-    more (Nesterov momentum). WHY 0.2 * sqrt(max(rows, columns)): the entries of U @ V.T have a
-    magnitude of about 1 / sqrt(max(rows, columns)). The entries of AdamW's updates are about
-    0.2 in practice
-    (less than 1, because gradients change sign). With this factor, lr and weight_decay mean
-    what they mean for AdamW. Source: Liu et al. 2025 (arXiv 2502.16982), section 2.2.
+    more (Nesterov momentum).
+    WHY 0.2 * sqrt(max(rows, columns)): the entries of U @ V.T have a magnitude of about
+    1 / sqrt(max(rows, columns)), and those of AdamW's updates, in practice, about 0.2 (not 1,
+    because gradients change sign). With this factor, lr and weight_decay mean what they mean
+    for AdamW.
+    Source: Liu et al. 2025 (arXiv 2502.16982), section 2.2.
     """
     momentum = decay * momentum + (1 - decay) * grad
     update = orthogonalize((decay * momentum + (1 - decay) * grad)[None])[0]
@@ -3251,12 +3261,15 @@ def split_sizes(name: str, weight: Tensor) -> list[int]:
 class Muon(torch.optim.AdamW):
     """`muon_reference` for the matrices of the blocks, AdamW for all other parameters.
 
-    `params` has for each parameter the tensor to update: itself, except under FSDP (see
-    `local_params`, chapter 10). Corresponding weights of all blocks, such as all mlp.down, are
-    one group of parameters, a *stack*: matrices of the same shape are orthogonalized together.
-    Its "rows" are the `split_sizes` of such a weight: [D, D, D] for attention.qkv. As in fused
-    AdamW, gradients are divided by `grad_scale`, and nothing changes if `found_inf` is 1.
-    `dtype` is the precision of `orthogonalize`.
+    `params` maps each parameter to the tensor that the optimizer updates: the parameter itself,
+    or, under FSDP, this process's shard of it (`local_params`, chapter 10).
+
+    Corresponding weights of all blocks, such as all mlp.down, are one group of parameters, a
+    *stack*: matrices of the same shape are orthogonalized together. Its "rows" are the
+    `split_sizes` of such a weight: [D, D, D] for attention.qkv.
+
+    As in fused AdamW, gradients are divided by the attribute `grad_scale`, and nothing changes
+    if `found_inf` is 1: GradScaler sets both. `dtype` is the precision of `orthogonalize`.
     """
 
     def __init__(
@@ -3440,7 +3453,7 @@ def sample_rows(
 
 
 class CUDAGraphDecoder(CachedModel):
-    """A `CachedModel` that launches the work of one new token as a whole; CUDA only.
+    """A `CachedModel` that replays one decoding step as a single CUDA graph; CUDA only.
 
     WHY: one token takes hundreds of kernels. The GPU finishes them in less time than the host
     needs to launch them one by one. A CUDA graph is a recording of these launches, which one
@@ -3513,7 +3526,7 @@ def next_ids(
 
 
 def delayed_read(tensors: Iterable[Tensor]) -> Iterator[list]:
-    """Yields each tensor of a GPU as a list, after the work for the next one has been launched.
+    """Yields each GPU tensor as a list, after the work for the next one has been launched.
 
     WHY: reading a tensor makes the CPU wait until the GPU has computed it. This way, the GPU
     always has work queued while the CPU does other things.
@@ -3654,7 +3667,7 @@ def get_world_size() -> int:
 
 
 def pick_device(kind: str) -> torch.device:
-    """This process's device: its own GPU if there's CUDA, else the CPU; "mps" if asked for."""
+    """This process's device: its own GPU if there is CUDA, else the CPU; "mps" if asked for."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if kind == "auto":
         kind = "cuda" if cuda else "cpu"
@@ -4012,8 +4025,8 @@ def build_model(
 
 
 # Exercises
-# 1. Put the demo's `train` command under `torchrun --nproc_per_node=2` with half the
-#    --batch_size, --device cpu and another --outdir: the losses of one process, with --fsdp and
+# 1. Run the demo's `train` command with `torchrun --nproc_per_node=2`, half the --batch_size,
+#    --device cpu and another --outdir. The losses are those of one process, with --fsdp and
 #    without.
 # 2. Make `average_gradients` return at once. Each process now learns from its own rows alone,
 #    and the models drift apart: a test of this chapter fails.
@@ -4294,7 +4307,7 @@ class Trainer:
 
     model_config: ModelConfig
     data: DataConfig
-    optim: LearningConfig
+    optim: RunOptimizerConfig
     run_config: RunConfig
     processes: ProcessConfig
     device: torch.device
@@ -4328,20 +4341,20 @@ class Trainer:
         self.writer = ThreadPoolExecutor(1)
         self.pending_write: Future | None = None
 
-    def step(self, number: int, batches: Iterator) -> tuple[Tensor, Tensor]:
-        """One update of the weights, number 1, 2, ...; the loss and the gradient norm."""
+    def step(self, step: int, batches: Iterator) -> tuple[Tensor, Tensor]:
+        """One update of the weights, step 1, 2, ...; the loss and the gradient norm."""
         model, optimizer, scaler = self.model, self.optimizer, self.scaler
         optim, micro_steps = self.optim, self.data.grad_accum_steps
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
-                number - 1, optim.lr, optim.min_lr, optim.warmup_steps, optim.max_steps)
-            group["momentum"] = momentum_decay(number - 1)  # Muon's; AdamW ignores it
+                step - 1, optim.lr, optim.min_lr, optim.warmup_steps, optim.max_steps)
+            group["momentum"] = momentum_decay(step - 1)  # Muon's; AdamW ignores it
         total_loss = torch.zeros((), device=self.device)
         for micro_step in range(micro_steps):
             inputs, targets = next(batches)  # (B, T) each
             set_gradient_sync(model, last=micro_step == micro_steps - 1)
             with self.autocast:
-                # The mean over the step is the sum of these means, each divided.
+                # The mean over the step is the sum of these means, each divided by micro_steps.
                 loss = model(inputs, targets) / micro_steps
             scaler.scale(loss).backward()
             total_loss += loss.detach()
@@ -4691,7 +4704,7 @@ class ValidationSet:
     """Windows of tokens to evaluate models on, and what a loss on them means.
 
     All windows, end to end, or `limit` of them, spread evenly. The last may be shorter, so that
-    all tokens but the first are predicted once. For example, of 12 tokens and with a context of
+    all tokens but the first are predicted once. For example, with 12 tokens and a context of
     2, they begin at 0, 2, 4, 6, 8 and 10; three of them at 0, 4 and 10. Raises UserError if
     there are fewer than two tokens, or ids that `tokenizer` lacks.
     """
@@ -4830,15 +4843,15 @@ def flags_to_save(*configs: Config) -> dict:
 
 
 def restore_flags(state: dict, *configs: Config) -> None:
-    """Give the flags that weren't written the values that they had in a checkpoint's run."""
+    """Fill in the flags that the user didn't pass from a checkpoint's run."""
     saved = state.get("run", {})
     with file_errors(state["path"], "checkpoint"):
         check_types(saved, dict.fromkeys(("train_tokens", "valid_tokens"), list | None))
         for config in configs:
-            written = {"given", *(saved if config.given is None else config.given)}
-            if "lr" in written:
-                written.add("min_lr")  # a tenth of it
-            for name in vars(config).keys() & saved.keys() - written:
+            passed = {"given", *(saved if config.given is None else config.given)}
+            if "lr" in passed:
+                passed.add("min_lr")  # a tenth of it
+            for name in vars(config).keys() & saved.keys() - passed:
                 setattr(config, name, saved[name])
             config.__post_init__()
 
@@ -4923,7 +4936,7 @@ def catch_signals() -> Iterator[list[int]]:
 # Exercises
 # 1. Leave out `/ micro_steps` in `step` and train with --grad_accum_steps 4. Loss and gradient
 #    norm are four times what they were, yet the model learns nearly as before, because clipping
-#    and AdamW both divide the factor out. Only the log tells: the loss starts at 4 ln V.
+#    and AdamW both divide the factor out. Only the log shows it: the loss starts at 4 ln V.
 # 2. Log the norm of the weights beside that of the gradients: one line in `log_step`. It grows
 #    while the model learns.
 
@@ -4935,11 +4948,11 @@ def catch_signals() -> Iterator[list[int]]:
 # ----------------------------------------------------------------------------------------
 # 13. Hugging Face
 #
-# How does a model trained here run in other tools, and how do we load models of others? Our
-# architecture is Llama's, so only names and the order of some rows differ. We rotate pairs
+# How does a model trained here run in other tools, and how do we load models trained elsewhere?
+# Our architecture is Llama's, so only names and the order of some rows differ. We rotate pairs
 # of neighbors (2i, 2i+1), as the RoPE paper does; Hugging Face's Llama rotates (i, i + K/2).
-# Reordering the rows of the query and key matrices makes up for it: both are reordered
-# alike, so their dot products stay the same.
+# Reordering the rows of the query and key matrices makes up for it: both are reordered alike,
+# so their dot products stay the same.
 # (transformers, modeling_llama.py: rotate_half, apply_rotary_pos_emb)
 #
 # This chapter can wait. (Chapter 6 uses one function of it, for models of Llama 3.1.)
@@ -5168,7 +5181,7 @@ def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -
 # command, write a function and add it to COMMANDS. The exit status is 0 if all went well,
 # 2 for an error the user can fix, and 128 + n after signal n.
 #
-# The last command, `demo`, runs most of the others.
+# The last command, `demo`, runs most of the others. This chapter can wait.
 # ----------------------------------------------------------------------------------------
 
 
@@ -5215,13 +5228,13 @@ class ModelFlags(ModelConfig):
     """Model"""
 
     def __init__(self, **given: Any):
-        # Nothing but the flags that the user wrote. The others get their values later: from the
-        # model that training starts from, or from ModelConfig's defaults.
+        # Only the flags that the user passed. The others get their values later: from the model
+        # that training starts from, or from ModelConfig's defaults.
         self.given = given
 
 
-# Vocabulary and model for a text: the last line whose minimums (MB of text, and minutes on a
-# CPU or on a GPU) you meet. A larger model learns more per token and is slower; on little text
+# Vocabulary and model for a text: the last row whose requirements (MB of text, and minutes on a
+# CPU or on a GPU) are met. A larger model learns more per token and is slower; on little text
 # it memorizes.
 PRESETS = """
 MB   CPU  GPU  vocab_size context_length num_layers d_model num_heads d_ff batch_size lr
@@ -5250,7 +5263,7 @@ def choose_preset(megabytes: float, minutes: float, device: str) -> dict[str, st
 
 
 def small_defaults(given: Collection[str]) -> dict[str, int]:
-    """Shape and batch size for a CPU, too slow for the usual ones; {} if any is `given`.
+    """A smaller shape and batch size, for a CPU; {} if any of these flags is `given`.
 
     >>> small_defaults(["vocab_size"])["num_layers"], small_defaults(["num_layers"])
     (4, {})
@@ -5281,8 +5294,8 @@ def load_initial_state(run: RunConfig) -> dict:
     return {"step": 0, **{name: state[name] for name in kept}}
 
 
-def resolve_model_config(written: dict, start: dict) -> ModelConfig:
-    """The shape in `written`, the user's flags, or the model's in `start`, if they agree.
+def resolve_model_config(passed: dict, start: dict) -> ModelConfig:
+    """The shape in `passed`, the user's flags, or the model's in `start`, if they agree.
 
     context_length may differ for --init_from, because no weight depends on it.
 
@@ -5292,15 +5305,15 @@ def resolve_model_config(written: dict, start: dict) -> ModelConfig:
     (128, 32)
     """
     automatic = (("vocab_size", 0), ("num_kv_heads", 0))
-    written = {k: v for k, v in written.items() if (k, v) not in automatic}
+    passed = {k: v for k, v in passed.items() if (k, v) not in automatic}
     if not start:
-        return ModelConfig(**written)
+        return ModelConfig(**passed)
     shape = vars(ModelConfig(**start["model_config"]))  # old checkpoints lack newer fields
-    for name, value in written.items():
+    for name, value in passed.items():
         if value != shape[name] and (name != "context_length" or start["step"]):
             raise UserError(f"--{name} is {value}, but the model in {start['path']} has "
                             f"{shape[name]}")
-    return ModelConfig(**{**shape, **written})
+    return ModelConfig(**{**shape, **passed})
 
 
 def load_tokenizer(path: Path | None, hashes: dict, vocab_size: int) -> Tokenizer | None:
@@ -5340,20 +5353,20 @@ def prepare_outdir(
 
 
 def open_run(
-    start: dict, data: DataConfig, model_flags: ModelFlags, optim: LearningConfig,
+    start: dict, data: DataConfig, model_flags: ModelFlags, optim: RunOptimizerConfig,
     run: RunConfig, device: torch.device,
 ) -> tuple[ModelConfig, TokenDataset, ValidationSet | None, Tokenizer | None]:
     """Resolve the flags and open the files: shape, training data, validation data, tokenizer.
 
     Only process 0 gets the tokenizer. Raises UserError unless all of them fit each other.
     """
-    written, small = model_flags.given or {}, dict[str, int]()
+    passed, small = model_flags.given or {}, dict[str, int]()
     if start.get("step"):
         restore_flags(start, data, optim, run)
     elif not start and device.type == "cpu":
-        small = small_defaults({*written, *(data.given or ())})
+        small = small_defaults({*passed, *(data.given or ())})
         data.batch_size = small.pop("batch_size", data.batch_size)
-    config = resolve_model_config({**written, **small}, start)
+    config = resolve_model_config({**passed, **small}, start)
     if not data.train_tokens:
         raise UserError("--train_tokens is required: token files to learn from")
     tokens, valid, tokenizer = TokenDataset(data.train_tokens, config.vocab_size), None, None
@@ -5382,7 +5395,7 @@ def open_run(
 
 
 def train(
-    data: DataConfig, model_flags: ModelFlags, optim: LearningConfig, run: RunConfig,
+    data: DataConfig, model_flags: ModelFlags, optim: RunOptimizerConfig, run: RunConfig,
     devices: DeviceConfig, processes: ProcessConfig,
 ) -> int:
     """Train a Transformer on token files. Under torchrun, on many devices.
@@ -5496,11 +5509,11 @@ class GenerateConfig(SavedModelConfig):
     top_p: float | None = flag(
         None, "sample from the most likely tokens that together reach p", 0.0, 1.0)
     seed: int | None = flag(
-        None, "the same seed gives the same text; the next text takes seed + 1", 0, 2**32)
+        None, "the same seed gives the same text; the next text uses seed + 1", 0, 2**32)
 
 
 def read_prompts(config: GenerateConfig) -> Iterator[list[str]]:
-    """From the flags; or line after line from a terminal, or all of standard input."""
+    """From the flags; or line by line from a terminal, or all of standard input."""
     if config.prompt is not None and config.prompt_path:
         raise UserError("give either --prompt or --prompt_path")
     if config.prompt is not None:

@@ -3346,7 +3346,7 @@ def test_what_is_no_number_is_null_in_json():
 def test_a_rate_of_nearly_nothing_is_a_line_of_the_log(toy, tmp_path, capsys):
     trainer = scratchformer.Trainer(
         model_config=dataclasses.replace(TINY_MODEL, vocab_size=280),
-        data=scratchformer.DataConfig(), optim=scratchformer.LearningConfig(),
+        data=scratchformer.DataConfig(), optim=scratchformer.RunOptimizerConfig(),
         run_config=scratchformer.RunConfig(outdir=tmp_path), processes=ProcessConfig(),
         device=CPU, dtype=torch.float32, tokens=TokenDataset([toy / "train.bin"]))  # fmt: skip
     for seconds, line in ((1e12, "  0 tok/s"), (0.0, " 0:00 left")):
