@@ -3343,7 +3343,8 @@ def test_what_is_no_number_is_null_in_json():
         "step": 1, "loss": None, "norm": None, "x": None}  # fmt: skip
 
 
-def test_a_rate_of_nearly_nothing_is_a_line_of_the_log(toy, tmp_path, capsys):
+def test_a_rate_of_nearly_nothing_is_a_line_of_the_log(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scratchformer.Progress, "enabled", True)  # a --quiet before turned it off
     trainer = scratchformer.Trainer(
         model_config=dataclasses.replace(TINY_MODEL, vocab_size=280),
         data=scratchformer.DataConfig(), optim=scratchformer.RunOptimizerConfig(),
