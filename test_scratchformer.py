@@ -3344,7 +3344,7 @@ def test_what_is_no_number_is_null_in_json():
 
 
 def test_a_rate_of_nearly_nothing_is_a_line_of_the_log(toy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scratchformer.Progress, "enabled", True)  # a --quiet before turned it off
+    monkeypatch.setattr(scratchformer.Progress, "enabled", True)  # --quiet turned it off
     trainer = scratchformer.Trainer(
         model_config=dataclasses.replace(TINY_MODEL, vocab_size=280),
         data=scratchformer.DataConfig(), optim=scratchformer.RunOptimizerConfig(),
