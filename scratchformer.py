@@ -3377,6 +3377,8 @@ def without_compiling() -> Any:
 
     A *stance* tells torch.compile what to do when it meets a new shape; the default compiles.
     """
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()  # nothing is compiled; the import would take seconds
     return torch.compiler.set_stance("force_eager")
 
 

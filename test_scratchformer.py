@@ -2283,14 +2283,16 @@ def run(status, argv):
     argv = [word.replace("RANK", os.environ["RANK"]) for word in argv]
     assert (found := main(argv)) == status, (found, argv)
 
-def peak_memory(fsdp):
+def peak_memory():
     with process_group(CPU):
         peaks = []
-        for layers in (1, 24):  # the first also loads what FSDP needs
-            model = build(1000, 16, layers, 512, 4, 1376, fsdp=fsdp)
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-            del model
-    print("kB", peaks[1] - peaks[0])
+        # The first also loads what FSDP needs, and the last is whole: process 0 alone makes it.
+        for layers, fsdp in ((1, True), (24, True), (24, False)):
+            if fsdp or get_rank() == 0:
+                model = build(1000, 16, layers, 512, 4, 1376, fsdp=fsdp)
+                peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+                del model
+    print("kB", *(peak - peaks[0] for peak in peaks[1:]))
 
 def steps_of_fsdp():
     with process_group(CPU):
@@ -2379,11 +2381,6 @@ def spread(toy, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    return end_tasks(1, start_tasks(tmp_path_factory.mktemp("one"), 1, ["peak_memory", True]))
-
-
-@pytest.fixture(scope="module")
 def two_processes(toy, spread):
     """What two processes print that train, fail, resume, and are stopped by a signal."""
 
@@ -2413,7 +2410,7 @@ def two_processes(toy, spread):
 @pytest.fixture(scope="module")
 def four_processes(toy, spread):
     resumed = copy_interrupted(spread / "muon", spread / "muon_muon_hybrid")
-    tasks = [["peak_memory", True],
+    tasks = [["peak_memory"],
              *(["run", 0, spread_training(toy, spread / how, how)]
                for how, (world_size, _) in SPREAD.items() if world_size == 4),
              ["run", 0, spread_training(toy, resumed, "muon_hybrid", "--resume")],
@@ -2492,9 +2489,9 @@ def test_a_mistake_under_torchrun_is_told_once(two_processes):
 
 
 @slow
-def test_fsdp_starts_with_its_shards_and_one_whole_tensor(one_process, four_processes):
-    one, four = (max(map(int, re.findall(r"kB (\d+)", out)))
-                 for out, _ in (one_process, four_processes))  # fmt: skip
+def test_fsdp_starts_with_its_shards_and_one_whole_tensor(four_processes):
+    four = max(map(int, re.findall(r"kB (\d+)", four_processes[0])))
+    one = int(re.search(r"kB \d+ (\d+)", four_processes[0])[1])
     # 73 million weights more are 292 MB; a quarter of them, and whole tensors of up to 6 MB.
     assert one > 280_000 and four < 0.33 * one, (one, four)
 
@@ -3751,7 +3748,7 @@ def test_a_prompt_of_any_bytes_comes_back_as_it_is(toy):
 
 
 @slow
-def test_the_command_line_works_from_end_to_end_in_processes(tmp_path):
+def test_the_commands_work_from_end_to_end(tmp_path, capsys):
     text = write(tmp_path / "text.txt", toy_text(1, 300))
     special = write(tmp_path / "special.txt", END_OF_TEXT)
     tokenizer, tokens, outdir = tmp_path / "t.json", tmp_path / "t.bin", tmp_path / "run"
@@ -3770,12 +3767,13 @@ def test_the_command_line_works_from_end_to_end_in_processes(tmp_path):
             f"--max_steps 5 --outdir {outdir} --tokenizer_path {tokenizer} --sample_interval 5",
         ],
     ):
-        done = run(*argv)
-        assert done.returncode == 0 and done.stdout == b"" and done.stderr, done.stderr
-    done = run(f"eval --checkpoint {outdir} --text_path {text} --device cpu")
-    assert json.loads(done.stdout)["valid_loss"] > 0
-    done = run(f"export --checkpoint {outdir} --outdir {tmp_path / 'exported'}")
-    assert done.returncode == 0 and (tmp_path / "exported" / "model.safetensors").is_file()
+        do(*argv)
+        out, error = capsys.readouterr()
+        assert out == "" and error
+    do(f"eval --checkpoint {outdir} --text_path {text} --device cpu")
+    assert json.loads(capsys.readouterr().out)["valid_loss"] > 0
+    do(f"export --checkpoint {outdir} --outdir {tmp_path / 'exported'}")
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
 
 
 TRAIN = (
@@ -4041,7 +4039,7 @@ def test_the_parts_of_a_document_are_the_document(text, size):
 
 
 @slow
-def test_the_demo_on_your_own_text(tmp_path):
+def test_the_demo_on_your_own_text(tmp_path, capsys):
     """Every command that it shows works when typed, and gives the same model."""
     (tmp_path / "my text").mkdir()
     write(tmp_path / "my text" / "one.txt", toy_text(3, 400))
@@ -4053,8 +4051,9 @@ def test_the_demo_on_your_own_text(tmp_path):
         "split", "bpe-train", "bpe-encode", "bpe-encode", "train", "train", "eval", "generate"]
     result = json.loads(done.stdout.split(b"\n")[0])
     assert result["valid_loss"] > 0 and result["lzma_bits_per_byte"] > 0
-    again = run("demo --outdir", out, "--text_path", tmp_path / "my text")
-    assert again.returncode == 2 and b"train --resume --outdir" in again.stderr
+    argv = [f"demo --outdir {out} --text_path", tmp_path / "my text"]
+    assert main(shell_words(argv)) == 2
+    assert "train --resume --outdir" in capsys.readouterr().err
     out.rename(tmp_path / "first")
     for line in shown:
         do(line)
