@@ -2404,7 +2404,8 @@ class ModelConfig(Config):
     num_kv_heads: int = flag(0, "key/value heads; 0: as many as num_heads", 0)
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the output")
     rope_scaling: list[float] | None = flag(
-        None, "RoPE scaling of Llama 3.1: factor, low and high frequency factor, old context")
+        None, "RoPE scaling of Llama 3.1: factor, low and high frequency factor, "
+        "original context")
 
     def __post_init__(self) -> None:
         super().__post_init__()
