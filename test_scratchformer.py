@@ -9,6 +9,8 @@ independent oracle (tiktoken, tokenizers, torch.nn, transformers), then mistakes
 on standard error, exit status 2, nothing written.
 """
 
+import ast
+import builtins
 import contextlib
 import copy
 import dataclasses
@@ -53,20 +55,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import scratchformer
 from scratchformer import (
-    ADAM_STATE,
     END_OF_TEXT,
     GPT4_PATTERN,
+    OPTIMIZERS,
     PRETOKEN_PATTERN,
     Attention,
-    CachedModel,
-    CUDAGraphDecoder,
+    BPETokenizer,
+    CUDAGraphCache,
     FileSpan,
     GradScaler,
+    KVCache,
+    LlamaConfig,
     ModelConfig,
     Muon,
     OptimizerConfig,
     ProcessConfig,
     RMSNorm,
+    StaticCache,
     SwiGLU,
     TokenDataset,
     Tokenizer,
@@ -74,56 +79,58 @@ from scratchformer import (
     TransformerWithLoss,
     UserError,
     ValidationSet,
-    adamw_reference,
+    adamw_naive,
     apply_rope,
     atomic_write,
-    attention_reference,
+    attention_naive,
     build_model,
     build_vocab,
     bytes_to_text,
+    check_config,
     checkpoints_in,
+    chunked_loss,
     count_files,
     count_pretokens,
     cross_entropy,
-    empty_cache,
     encode_file,
     find_pretokens,
     gather_state,
     generate,
-    generate_batch,
     generate_naive,
+    generate_texts,
     get_batch,
     gradient_norm,
-    hidden_states_cached,
     input_files,
     last_safe_split,
     learn_merges,
     learn_merges_naive,
     learning_rate,
-    linear_cross_entropy,
     load_batches,
     load_checkpoint,
     load_hf_model,
+    load_weights,
     local_params,
     main,
+    make_adamw,
     make_autocast,
-    make_optimizer,
     model_from_checkpoint,
-    momentum_decay,
-    muon_reference,
+    muon_momentum,
+    muon_naive,
     orthogonalize,
     pick_device,
     pick_dtype,
     pretokenize,
-    restore_state,
+    pretokenize_with,
+    random_numbers,
+    restore_optimizer,
+    rope_frequencies,
+    rope_table,
     sample,
     save_checkpoint,
     shuffle_windows,
-    silu,
     softmax,
     special_token_pattern,
     split_file,
-    split_sizes,
     stream_text,
     take_local_gradients,
     text_to_bytes,
@@ -132,9 +139,7 @@ from scratchformer import (
     tokenizer_to_json,
     train_bpe,
     train_model,
-    use_all_cores,
     validation_loss,
-    windows_per_epoch,
 )  # fmt: skip
 
 FILE = Path(scratchformer.__file__)
@@ -292,9 +297,24 @@ def training(folder, outdir):
     ]
 
 
+def parts(text, specials, pattern=PRETOKEN_PATTERN):
+    """All pre-tokens and special tokens of a text, in order: the definition."""
+    finder, found, end = special_token_pattern(specials), [], 0
+    for match in finder.finditer(text):
+        found += pretokenize_with(pattern, text[end : match.start()]) + [match[0]]
+        end = match.end()
+    return found + pretokenize_with(pattern, text[end:])
+
+
+def count_words(text, specials=(), pattern=PRETOKEN_PATTERN):
+    """How often each pre-token occurs that is no special token."""
+    words = [word for word in parts(text, specials, pattern) if word not in specials]
+    return Counter(map(text_to_bytes, words))
+
+
 def tokenizer_from(text, num_merges, specials=(), pattern=PRETOKEN_PATTERN):
     """A tokenizer with merges learned from `text`."""
-    merges = learn_merges(count_pretokens(text, [], pattern), num_merges)
+    merges = learn_merges(count_words(text, [], pattern), num_merges)
     return Tokenizer(build_vocab(merges, []), merges, list(specials), pattern)
 
 
@@ -307,16 +327,9 @@ def cl100k_pattern():
 
 # ======================================================================================
 # 1. PRE-TOKENIZATION
+#
+# Against the published pattern, as tiktoken has it.
 # ======================================================================================
-
-
-def parts(text, specials, pattern=PRETOKEN_PATTERN):
-    """All pre-tokens and special tokens of a text, in order: the definition."""
-    finder, found, end = special_token_pattern(specials), [], 0
-    for match in finder.finditer(text):
-        found += pretokenize(text[end : match.start()], pattern) + [match[0]]
-        end = match.end()
-    return found + pretokenize(text[end:], pattern)
 
 
 def test_pretokens_by_hand():
@@ -328,44 +341,35 @@ def test_pretokens_by_hand():
 @given(texts)
 def test_pretokens_are_tiktokens(text):
     assert pretokenize(text) == regex.findall(r50k_pat_str, text)
+    assert pretokenize_with(PRETOKEN_PATTERN, text) == pretokenize(text)
     # tiktoken's present form of GPT-4's pattern takes whitespace at the end of a text as one
     # piece, even if it contains line breaks. Elsewhere it is the one first published.
-    assert pretokenize(text + ".", GPT4_PATTERN) == regex.findall(cl100k_pattern(), text + ".")
+    text += "."
+    assert pretokenize_with(GPT4_PATTERN, text) == regex.findall(cl100k_pattern(), text)
 
 
 @given(any_texts, st.sampled_from([PRETOKEN_PATTERN, GPT4_PATTERN, "b+", r"\s+|the"]))
 def test_joined_pretokens_are_the_text(text, pattern):
-    assert "".join(pretokenize(text, pattern)) == text
-    assert text_to_bytes(text) == b"".join(map(text_to_bytes, pretokenize(text, pattern)))
-
-
-@given(st.binary(max_size=30))
-def test_any_bytes_survive_as_text(data):
-    assert text_to_bytes(bytes_to_text(data)) == data
-
-
-def test_a_lone_surrogate_is_refused():
-    with pytest.raises(UserError, match="lone surrogate"):
-        text_to_bytes("a\ud800")
+    assert "".join(pretokenize_with(pattern, text)) == text
+    assert "".join(pretokenize(text)) == text
 
 
 def test_special_tokens_only_separate():
-    assert count_pretokens("ab<a>ab<a> <b>x", ["<a>", "<a> <b>"]) == {b"ab": 2, b"x": 1}
-
-
-@pytest.mark.parametrize("specials", [["<a>", "<a>"], [""], ["x"]])
-def test_special_tokens_that_cannot_be_are_refused(specials):
-    with pytest.raises(UserError, match="special token"):
-        Tokenizer(OURS.vocab, OURS.merges, specials)
+    assert count_pretokens("ab<|endoftext|>ab<|endoftext|> x") == {b"ab": 2, b" x": 1}
 
 
 # ======================================================================================
 # 2. LEARNING MERGES
+#
+# By hand, and against tokenizers where ties don't decide.
 # ======================================================================================
+
 
 small_words = st.text("ab", min_size=1, max_size=12) | st.text(
     "abcé漢 \udcff\0", min_size=1, max_size=6
 )
+
+
 corpora = st.dictionaries(small_words.map(text_to_bytes), st.integers(1, 4), max_size=12)
 
 
@@ -406,24 +410,19 @@ def test_tokenizers_learns_the_same_where_ties_do_not_decide():
 # ======================================================================================
 # 3. THE TOKENIZER
 #
-# Ids are compared with tiktoken and tokenizers, built from our own file.
+# Ids are compared with tiktoken's and those of the full tokenizer, on any text.
 # ======================================================================================
+
 
 SAMPLE = "".join(
     random.Random(3).choices([*FRAGMENTS, " the end", " of the text", "aab"], k=4000)
 )
+
+
 OURS = tokenizer_from(SAMPLE, 150, SPECIALS)
+
+
 OURS_GPT4 = tokenizer_from(SAMPLE, 150, SPECIALS, GPT4_PATTERN)
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """The library `tokenizers` with the files that we save."""
-    folder = tmp_path_factory.mktemp("theirs")
-    OURS.save(folder / "gpt2.json")
-    OURS_GPT4.save(folder / "gpt4.json")
-    load = tokenizers.Tokenizer.from_file
-    return load(str(folder / "gpt2.json")), load(str(folder / "gpt4.json"))
 
 
 def tiktoken_of(tokenizer, specials):
@@ -435,6 +434,650 @@ def tiktoken_of(tokenizer, specials):
     return tiktoken.Encoding(
         "ours", pat_str=tokenizer.pattern, mergeable_ranks=ranks, special_tokens=specials
     )
+
+
+def test_plain_encoding_by_hand():
+    # " the": h+e is merged first, then t+he. The rest of " the" finds no merge " "+"the".
+    tokenizer = BPETokenizer([(b"h", b"e"), (b"t", b"he"), (b" ", b"t"), (b" t", b"he")])
+    assert tokenizer.encode("the the<|endoftext|>t") == [257, 32, 257, 260, 116]
+    assert tokenizer.decode([257, 32, 257, 260, 116]) == "the the<|endoftext|>t"
+    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+
+
+@given(texts)
+def test_the_plain_tokenizers_ids_are_tiktokens_and_those_of_the_full_one(text):
+    text += f"{END_OF_TEXT}the {text}"
+    plain, full = BPETokenizer(OURS.merges), Tokenizer(
+        build_vocab(OURS.merges, []), OURS.merges, [END_OF_TEXT])
+    ids = plain.encode(text)
+    assert ids == full.encode(text) == full.fast.encode(text).tolist()
+    oracle = tiktoken_of(full, full.special_tokens)
+    assert ids == oracle.encode(text, allowed_special="all")
+    assert plain.decode(ids) == text
+
+
+# ======================================================================================
+# 4. DATA
+#
+# A batch is a pure function of seed, step and row, wherever the tokens come from.
+# ======================================================================================
+
+
+def token_file(path, ids, metadata=None, dtype="<u2"):
+    """`path`, holding `ids`, with `metadata` in the JSON file beside it."""
+    np.array(ids, dtype).tofile(path)
+    if metadata is not None:
+        write(Path(f"{path}.json"), json.dumps(metadata))
+    return path
+
+
+def test_rows_are_stretches_of_the_file_and_targets_are_one_token_later(tmp_path):
+    dataset = TokenDataset([token_file(tmp_path / "a", range(500, 600))], 1000)
+    inputs, targets = get_batch(dataset, 5, seed=1, indices=range(3, 10))
+    assert inputs.shape == targets.shape == (7, 5) and inputs.dtype == torch.int64
+    assert torch.equal(inputs, inputs[:, :1] + torch.arange(5))
+    assert torch.equal(targets, inputs + 1) and len(inputs[:, 0].unique()) > 1
+
+
+def test_a_batch_of_an_array_in_memory_is_that_of_the_file(tmp_path):
+    ids = np.random.default_rng(1).integers(0, 1000, 300)
+    dataset = TokenDataset([token_file(tmp_path / "a", ids)], 1000)
+    mapped = np.memmap(tmp_path / "a", "<u2", mode="r")  # as chapter 4 shows it
+    for tokens in (ids, ids.astype(np.uint16), mapped, dataset[0:300]):
+        for one, other in zip(get_batch(tokens, 9, 1, range(2, 6)),
+                              get_batch(dataset, 9, 1, range(2, 6))):  # fmt: skip
+            assert torch.equal(one, other)
+
+
+def test_a_batch_is_a_function_of_seed_and_window_indices():
+    def inputs(seed, indices):
+        return get_batch(np.arange(900), 5, seed, indices)[0]
+
+    batch = inputs(3, range(64, 72))
+    assert torch.equal(batch, inputs(3, range(64, 72)))
+    assert not torch.equal(batch, inputs(3, range(72, 80)))
+    assert not torch.equal(batch, inputs(4, range(64, 72)))
+    # A row doesn't depend on how many there are before or after it.
+    assert torch.equal(batch[2:5], inputs(3, range(66, 69)))
+
+
+@given(st.integers(2, 300), st.integers(1, 20), st.integers(0, 2**32), st.integers(0, 9))
+def test_an_epoch_has_every_window_once_end_to_end(num_tokens, T, seed, epoch):
+    assume(num_tokens >= 2 * T)
+    starts = sorted(shuffle_windows(seed, epoch, num_tokens, T).tolist())
+    assert len(starts) == num_tokens // T - 1
+    assert starts == list(range(starts[0], starts[0] + len(starts) * T, T))
+    assert starts[0] >= 0 and starts[-1] + T + 1 <= num_tokens
+    assert num_tokens - (len(starts) * T + 1) < 2 * T  # no more than this is left out
+
+
+def test_epochs_differ_in_order_and_offset_and_all_offsets_occur():
+    epochs = [shuffle_windows(1, epoch, 104, 10) for epoch in range(200)]
+    assert len({tuple(np.argsort(starts)) for starts in epochs}) > 190
+    assert {int(min(starts)) for starts in epochs} == set(range(10))
+
+
+def test_batches_cross_from_one_epoch_into_the_next():
+    per_epoch = 104 // 10 - 1
+    inputs, _ = get_batch(np.arange(104), 10, 1, range(per_epoch - 2, per_epoch + 2))
+    expected = [*shuffle_windows(1, 0, 104, 10)[-2:], *shuffle_windows(1, 1, 104, 10)[:2]]
+    assert inputs[:, 0].tolist() == expected
+
+
+def test_fewer_tokens_than_two_windows_are_refused():
+    with pytest.raises(ValueError, match="9 tokens are fewer than two windows of 5"):
+        get_batch(np.arange(9), 5, 1, range(1))
+    assert get_batch(np.arange(10), 5, 1, range(1))[0].shape == (1, 5)
+
+
+# ======================================================================================
+# 5. THE TRANSFORMER
+#
+# Each part against the formula or PyTorch's own, the whole against transformers' Llama.
+# ======================================================================================
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def noise(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tiny_model(seed=0, config=TINY_MODEL, scale=3.0):
+    """A model with weights large enough that every part of it matters."""
+    torch.manual_seed(seed)
+    model = TransformerWithLoss(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale) if parameter.dim() == 2 else parameter.add_(
+                noise(*parameter.shape) / 4
+            )
+    return model.eval()
+
+
+def test_rmsnorm_by_hand():
+    # The mean square of (3, 4, 0, 0) is 25 / 4, its root 2.5.
+    assert torch.allclose(
+        RMSNorm(4, eps=0.0)(torch.tensor([3.0, 4, 0, 0])), torch.tensor([1.2, 1.6, 0, 0])
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rmsnorm_is_torchs(dtype):
+    x, norm = noise(3, 5, 7, dtype=dtype), RMSNorm(7, 1e-5)
+    torch.nn.init.normal_(norm.weight)
+    expected = F.rms_norm(x.float(), (7,), norm.weight, 1e-5)
+    assert norm(x).dtype == dtype
+    assert torch.allclose(norm(x).float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_rmsnorm_of_large_float16_entries_is_not_zero():
+    assert torch.equal(
+        RMSNorm(4)(torch.full((4,), 30_000.0, dtype=torch.float16)), torch.ones(4).half()
+    )
+
+
+def test_rope_rotates_pairs_as_complex_numbers_rotate():
+    x, positions = noise(2, 3, 9, 8), torch.arange(9) + 100
+    angles = positions[:, None] * 500.0 ** (-torch.arange(4) / 4)
+    rotated = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.exp(1j * angles)
+    rope = rope_table(positions, rope_frequencies(8, 500.0))
+    expected = torch.view_as_real(rotated).flatten(-2)
+    assert torch.allclose(apply_rope(x, rope), expected, atol=1e-4)
+
+
+def rotate(x, position):
+    """x [1, 8] at a position."""
+    return apply_rope(x, rope_table(torch.tensor([position]), rope_frequencies(8)))
+
+
+@given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
+def test_rope_scores_depend_only_on_distance(m, n, shift):
+    q, k = noise(1, 8, seed=1), noise(1, 8, seed=2)
+
+    def score(i, j):
+        return rotate(q, i) @ rotate(k, j).T
+
+    assert torch.allclose(score(m, n), score(m + shift, n + shift), atol=2e-3)
+    assert torch.allclose(rotate(q, m).norm(), q.norm())
+
+
+def test_rope_scores_do_depend_on_distance():
+    q = torch.ones(1, 8)
+    assert (q @ rotate(q, 5).T).item() < 7 < (q @ q.T).item()
+
+
+@given(st.lists(st.floats(-80, 80), min_size=1, max_size=8))
+def test_softmax_is_torchs(numbers):
+    x = torch.tensor(numbers)
+    torch.testing.assert_close(softmax(x), x.softmax(-1))
+    assert torch.allclose(softmax(x + 1000), softmax(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("T, width", [(1, 2), (1, 6), (5, 4), (17, 10)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_attention_formula_equals_the_fused_kernel_in_value_and_gradient(
+    T, width, dtype, causal
+):
+    ours = [noise(2, 3, T, width, seed=i).to(dtype).requires_grad_() for i in range(3)]
+    theirs = [x.detach().clone().requires_grad_() for x in ours]
+    mask = None if causal else torch.ones(T, T).bool()
+    weights = noise(2, 3, T, width, seed=9, dtype=dtype)
+    one, other = (
+        attention_naive(*ours, mask),
+        F.scaled_dot_product_attention(*theirs, is_causal=causal),
+    )
+    for result in (one, other):
+        (result * weights).sum().backward()
+    tolerance = {
+        "rtol": 0,
+        "atol": 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps,
+    }
+    assert torch.allclose(one, other, **tolerance)
+    for x, y in zip(ours, theirs, strict=True):
+        assert torch.allclose(x.grad, y.grad, **{**tolerance, "atol": 4 * tolerance["atol"]})
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_attention_is_the_formula_in_every_head(kv_heads):
+    config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads)
+    layer, x = Attention(config, 0), noise(2, 9, 32)
+    qkv = layer.qkv(x).view(2, 9, -1, 8).transpose(1, 2).split([4, kv_heads, kv_heads], dim=1)
+    q, k, v = qkv[0], *(x.repeat_interleave(4 // kv_heads, dim=1) for x in qkv[1:])
+    rope = rope_table(torch.arange(9) + 3, rope_frequencies(8))
+    q, k = apply_rope(q, rope), apply_rope(k, rope)
+    out = attention_naive(q, k, v, torch.ones(9, 9).tril().bool())
+    expected = out.transpose(1, 2).reshape(2, 9, 32) @ layer.output.weight.T
+    assert torch.allclose(layer(x, rope[:, :, None]), expected, atol=1e-5)
+
+
+def test_swiglu_is_its_formula():
+    layer, x = SwiGLU(ModelConfig(d_model=6, d_ff=10)), noise(2, 3, 6)
+    gate, up = layer.gate_up.weight[:10], layer.gate_up.weight[10:]
+    expected = (x @ gate.T / (1 + torch.exp(-x @ gate.T)) * (x @ up.T)) @ layer.down.weight.T
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def test_attention_cannot_see_the_future():
+    model, tokens = (
+        tiny_model(),
+        torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(1)),
+    )
+    for place in (1, 12, 23):
+        other = tokens.clone()
+        other[:, place:] = (other[:, place:] + 1) % 61
+        one, two = model(tokens), model(other)
+        assert torch.equal(one[:, :place], two[:, :place])
+        assert not torch.allclose(one[:, place], two[:, place])
+
+
+def test_the_past_is_seen():
+    model = tiny_model()
+    one, other = model(torch.tensor([[5, 6, 7, 8]])), model(torch.tensor([[4, 6, 7, 8]]))
+    assert all((one - other)[0, place].abs().max() > 1e-3 for place in range(4))
+
+
+def llama_of(model, **changes):
+    """transformers' Llama with the weights of our model."""
+    import transformers
+
+    c = model.config
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.d_model,
+            intermediate_size=c.d_ff,
+            num_hidden_layers=c.num_layers,
+            num_attention_heads=c.num_heads,
+            max_position_embeddings=c.context_length,
+            rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            **changes,
+        )
+    )
+    llama.load_state_dict(to_hf(model.state_dict(), c), strict=True)
+    return llama.eval()
+
+
+def test_the_model_is_transformers_llama():
+    model = tiny_model(config=dataclasses.replace(TINY_MODEL, rope_theta=500.0, norm_eps=1e-3))
+    tokens = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert torch.allclose(model(tokens), llama_of(model)(tokens).logits, atol=1e-4)
+
+
+def test_a_new_model_knows_nothing():
+    torch.manual_seed(1)
+    model = Transformer(dataclasses.replace(TINY_MODEL, vocab_size=1000))
+    tokens = torch.randint(1000, (8, 25), generator=torch.Generator().manual_seed(4))
+    loss = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean().item()
+    assert abs(loss - math.log(1000)) < 0.05
+
+
+def test_weights_are_drawn_with_the_stated_deviations():
+    model = Transformer(ModelConfig(500, 8, num_layers=8, d_model=64, num_heads=2, d_ff=128))
+    for name, p in model.named_parameters():
+        writes = re.search(r"attention.output|mlp.down", name)
+        expected = 0.02 / (4 if writes else 1) if p.dim() == 2 else 0
+        assert abs(p.std().item() - expected) <= 0.05 * expected, name
+        assert p.dim() == 2 or torch.equal(p, torch.ones_like(p))
+
+
+def test_a_tied_model_has_one_matrix_that_learns_from_both_its_uses():
+    model = Transformer(dataclasses.replace(TINY_MODEL, tie_embeddings=True))
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (tiny_model(), model)]
+    assert sizes[0] - sizes[1] == 61 * 32
+    cross_entropy(model(torch.tensor([[1, 2]])), torch.tensor([[2, 3]])).sum().backward()
+    assert model.lm_head.weight.grad is model.embedding.weight.grad
+    logits = model(torch.tensor([[1, 2]]))
+    with torch.no_grad():
+        model.embedding.weight[60] *= 2  # a token that is not read, only scored
+    ratio = model(torch.tensor([[1, 2]])) / logits
+    assert torch.allclose(ratio[..., 60], torch.tensor(2.0)) and (ratio[..., :60] == 1).all()
+
+
+def test_more_tokens_than_the_context_are_refused():
+    with pytest.raises(ValueError, match="25 tokens, but context_length is 24"):
+        tiny_model()(torch.zeros(1, 25, dtype=torch.int64))
+
+
+# ======================================================================================
+# 6. TRAINING
+#
+# Loss, schedule and update against PyTorch's own; then the loop learns, in plain Python and in
+# the command alike.
+# ======================================================================================
+
+
+def test_cross_entropy_by_hand():
+    # Odds 1 : 3, so probability 1/4 for id 0 and 3/4 for id 1.
+    logits = torch.tensor([[[0.0, math.log(3)], [0.0, math.log(3)]]])
+    losses = cross_entropy(logits, torch.tensor([[0, 1]]))
+    assert losses.tolist() == pytest.approx([math.log(4), math.log(4 / 3)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy_is_minus_log_softmax_in_float32(dtype):
+    logits, targets = noise(2, 5, 11, dtype=dtype) * 4, torch.arange(10).view(2, 5)
+    expected = -softmax(logits.float()).log().gather(-1, targets[..., None])[..., 0]
+    losses = cross_entropy(logits, targets)
+    assert losses.dtype == torch.float32 and torch.allclose(losses, expected.flatten())
+
+
+def test_the_schedule_is_the_table():
+    config = OptimizerConfig(max_steps=10, lr=8.0, min_lr=2.0, warmup_steps=4)
+    got = [learning_rate(step, config) for step in range(12)]
+    table = [2, 4, 6, 8, 8, 7, 6, 5, 4, 3, 2, 2]  # by quarters up, then by sixths down
+    assert got == pytest.approx(table, abs=5e-4)
+    assert learning_rate(0, dataclasses.replace(config, warmup_steps=0)) == 8.0
+
+
+def test_warmup_adapts_to_a_short_run():
+    assert OptimizerConfig(max_steps=30).warmup_steps == 3
+    assert OptimizerConfig().warmup_steps == 200
+    for wrong in ({"max_steps": 30, "warmup_steps": 31}, {"lr": 1e-5, "min_lr": 1e-4}):
+        with pytest.raises(UserError, match="--(warmup_steps|min_lr)"):
+            check_config(OptimizerConfig(**wrong))
+
+
+@given(st.integers(1, 12), st.floats(0, 1), st.floats(0, 0.999), st.floats(0, 0.9999))
+def test_the_formula_of_adamw_is_torchs(steps, weight_decay, beta1, beta2):
+    generator = torch.Generator().manual_seed(steps)
+    start, betas = torch.randn(5, generator=generator), (beta1, beta2)
+    theirs = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([theirs], lr=0.1, betas=betas, weight_decay=weight_decay)
+    ours, m, v = start, torch.zeros(5), torch.zeros(5)
+    for step in range(1, steps + 1):
+        theirs.grad = torch.randn(5, generator=generator)
+        ours, m, v = adamw_naive(ours, theirs.grad, m, v, step, 0.1, betas, weight_decay)
+        optimizer.step()
+    torch.testing.assert_close(ours, theirs.data, rtol=1e-4, atol=1e-5)
+
+
+def test_matrices_decay_and_norm_weights_do_not():
+    model = tiny_model()
+    config = OptimizerConfig(lr=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9)
+    groups = make_adamw(model.parameters(), config).param_groups
+    decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    assert {name: decays[p] for name, p in model.named_parameters()} == {
+        name: 0.0 if "norm" in name else 0.5 for name, _ in model.named_parameters()
+    }
+    assert all(group["lr"] == 0.1 and group["betas"] == (0.8, 0.9) for group in groups)
+
+
+def test_plain_gradient_descent_learns_too():
+    torch.manual_seed(1)
+    model, tokens = Transformer(TINY_MODEL), torch.arange(20)[None] % 7
+    losses = []
+    for _ in range(30):
+        loss = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+        model.zero_grad()
+        loss.backward()
+        scratchformer.gradient_descent_step(model.parameters(), 0.5)
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(61), rel=0.05) and losses[-1] < 2.5
+
+
+def test_training_lowers_the_loss_on_text_it_has_not_seen(toy, capsys):
+    """The loop of chapter 6, and what it says while it runs."""
+    train_tokens, valid_tokens = (TokenDataset([toy / f"{n}.bin"]) for n in ("train", "valid"))
+    model = Transformer(dataclasses.replace(TINY_MODEL, vocab_size=280))
+    before = validation_loss(model, valid_tokens)
+    config = OptimizerConfig(max_steps=80, lr=1e-2)
+    losses = train_model(model, train_tokens, valid_tokens, config, 8, eval_interval=40)
+    assert before == pytest.approx(math.log(280), rel=0.05)
+    assert validation_loss(model, valid_tokens) < before / 2 and len(losses) == 80
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"step 40: loss \d\.\d{4}, validation loss \d\.\d{4}", lines[0])
+    assert len(lines) == 2 and not model.training  # ready for generation
+
+
+def test_a_frozen_parameter_stays_and_the_others_learn():
+    torch.manual_seed(1)
+    model, text = Transformer(TINY_MODEL), np.arange(200) % 7
+    model.embedding.weight.requires_grad_(False)
+    frozen, head = model.embedding.weight.clone(), model.lm_head.weight.clone()
+    losses = train_model(model, text, text, OptimizerConfig(max_steps=20, lr=0.01), 2)
+    assert torch.equal(model.embedding.weight, frozen) and losses[-1] < losses[0]
+    assert not torch.equal(model.lm_head.weight, head)
+
+
+STORIES = pytest.mark.skipif(
+    not (DATA / "stories-train.txt").exists(), reason="no bundled stories")
+
+
+@STORIES
+def test_the_plain_loop_gives_the_losses_of_the_train_command(tmp_path):
+    """On the bundled stories, step by step."""
+    argv = [f"--dataset_path {DATA / 'stories-valid.txt'} --out_path {tmp_path / 't.bin'}",
+            f"--tokenizer_path {tmp_path / 'tokenizer.json'} --quiet"]  # fmt: skip
+    do(f"bpe-train --file_path {DATA / 'stories-valid.txt'} --vocab_size 400 --quiet "
+       f"--tokenizer_out_path {tmp_path / 'tokenizer.json'}")  # fmt: skip
+    do("bpe-encode", *argv)
+    do(f"train --train_tokens {tmp_path / 't.bin'} --outdir {tmp_path / 'run'}", *TINY,
+       "--max_steps 60 --seed 5")  # fmt: skip
+    tokens = TokenDataset([tmp_path / "t.bin"])
+    shape = ModelConfig(400, 64, num_layers=2, d_model=32, num_heads=2, d_ff=48)
+    config = OptimizerConfig(max_steps=60, lr=3e-3, warmup_steps=4)
+    torch.manual_seed(5)
+    plain = train_model(Transformer(shape), tokens, tokens, config, 4, seed=5)
+    assert plain == pytest.approx(
+        [loss for (loss,) in metrics(tmp_path / "run", "train_loss")], rel=1e-5)
+    assert plain[-1] < 0.8 * plain[0]
+
+
+# ======================================================================================
+# 7. GENERATION
+#
+# Draws are counted; generation with a cache is compared with generation without one.
+# ======================================================================================
+
+
+PROMPT = [5, 17, 3]
+
+
+def frequencies(logits, draws=20_000, **how):
+    u = random_numbers(1, 1, draws)[0]
+    ids = sample(torch.tensor([logits]).expand(draws, -1), u, **how)
+    return (torch.bincount(ids, minlength=len(logits)) / draws).tolist()
+
+
+def test_draws_follow_the_softmax():
+    logits = [math.log(p) for p in (0.5, 0.2, 0.15, 0.1, 0.05)]
+    # 20,000 draws: a deviation of at most 0.0035.
+    assert frequencies(logits) == pytest.approx([0.5, 0.2, 0.15, 0.1, 0.05], abs=0.015)
+    squares = [0.25, 0.04, 0.0225, 0.01, 0.0025]
+    assert frequencies(logits, temperature=0.5) == pytest.approx(
+        [x / 0.325 for x in squares], abs=0.015
+    )
+
+
+@pytest.mark.parametrize("how, kept", [
+    ({"top_k": 1}, [1]), ({"top_k": 3}, [1, 3, 0]), ({"top_k": 99}, [0, 1, 2, 3, 4]),
+    ({"top_p": 0.0}, [1]), ({"top_p": 0.49}, [1]), ({"top_p": 0.6}, [1, 3]),
+    ({"top_p": 0.8}, [1, 3, 0]), ({"top_p": 1.0}, [0, 1, 2, 3, 4]),
+    ({"top_k": 3, "top_p": 0.55}, [1]), ({"temperature": 0}, [1]),
+])  # fmt: skip
+def test_top_k_and_top_p_keep_exactly_the_likeliest(how, kept):
+    odds = [0.15, 0.5, 0.1, 0.2, 0.05]
+    expected = [p / sum(odds[i] for i in kept) if i in kept else 0 for i, p in enumerate(odds)]
+    got = frequencies([math.log(p) for p in odds], **how)
+    assert got == pytest.approx(expected, abs=0.015)
+    assert [i for i, share in enumerate(got) if share] == sorted(kept)
+    p = token_probabilities(torch.tensor([odds]).log(), **how)
+    assert p[0].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_lowest_temperature_is_the_likeliest_token():
+    logits = torch.tensor([[3.0, 88.0, -70.0, 87.0]])
+    for temperature in (1e-38, 1e-45, 1e-3):
+        for u in (0.0, 0.5, 1 - 2**-24):
+            assert sample(logits, torch.tensor([u]), temperature=temperature).item() == 1
+
+
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=9), st.integers(0, 2**24 - 1))
+@example([0.0] * 9, 2**24 - 1)
+def test_no_impossible_token_is_drawn(logits, n):
+    how = {"top_k": 2, "top_p": 0.9}
+    logits = torch.tensor([logits])
+    i = sample(logits, torch.tensor([n / 2**24]), **how).item()
+    assert token_probabilities(logits, **how)[0, i] > 0
+
+
+def text_of(function, model, prompt, count, seed=0, **how):
+    """The ids that a generator of chapter 7 yields for one text."""
+    u = random_numbers(seed, 1, count)
+    return [int(new) for new in function(model, torch.tensor([prompt]), u, **how)]
+
+
+def test_naive_generation_is_the_argmax_loop():
+    model, ids = tiny_model(), list(PROMPT)
+    for _ in range(21):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    assert [*PROMPT, *text_of(generate_naive, model, PROMPT, 21, temperature=0)] == ids
+    assert len(set(ids)) > 3
+
+
+@given(st.integers(1, 60), st.integers(1, 3), st.integers(1, 24), st.integers(0, 9),
+       st.sampled_from([{"temperature": 0}, {}, {"top_k": 20, "top_p": 0.95}]))  # fmt: skip
+@hypothesis.settings(max_examples=20)
+def test_text_with_a_cache_is_the_text_without(length, rows, context, seed, how):
+    """Beyond the context as well, and for many texts at once."""
+    config = dataclasses.replace(TINY_MODEL, context_length=context, num_kv_heads=2)
+    model = tiny_model(seed, config)
+    prompts = torch.arange(rows * length).view(rows, length) * 7 % 61
+    u = random_numbers(seed, rows, 40)
+    one, other = (torch.stack(list(function(model, prompts, u, **how)))
+                  for function in (generate, generate_naive))  # fmt: skip
+    assert torch.equal(one, other) and one.shape == (40, rows)
+
+
+BORDERS = [[1], [2, 3, 4], [7, 8, 9, 10, 24], [5, 6, 20], [24]]
+
+
+@pytest.mark.parametrize("cache_type", [KVCache, lambda model: StaticCache(model, 3, 30)])
+@pytest.mark.parametrize("borders", BORDERS)
+def test_hidden_states_with_a_cache_equal_those_without(borders, cache_type):
+    """However many tokens the model reads at a time."""
+    model = tiny_model()
+    tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(2))
+    cache, edges = cache_type(model), [0, *borders, *range(borders[-1] + 1, 25)]
+    steps = [cache.read(tokens[:, start:end]) for start, end in zip(edges, edges[1:])]
+    assert torch.allclose(torch.cat(steps, 1), model.hidden_states(tokens), atol=2e-5)
+
+
+def test_a_seed_repeats_and_another_does_not():
+    one, again, other = (text_of(generate, tiny_model(), PROMPT, 20, i) for i in (1, 1, 2))
+    assert one == again != other
+
+
+@pytest.mark.parametrize("context", [1, 2, 7, 24])
+@pytest.mark.parametrize("prompt", [1, 24, 60])
+def test_texts_longer_than_the_context_keep_going(context, prompt):
+    model = tiny_model(config=dataclasses.replace(TINY_MODEL, context_length=context))
+    ids = [(7 * i) % 61 for i in range(prompt)]
+    new = text_of(generate, model, ids, 70, temperature=0)
+    assert len(new) == 70
+    # The first id is the likeliest after the last `context` ids.
+    assert new[0] == model(torch.tensor([ids[-context:]]))[0, -1].argmax().item()
+
+
+# ======================================================================================
+# PART ONE
+#
+# Short, and complete: cut off, it learns and tells a story.
+# ======================================================================================
+
+
+def test_part_one_is_short_and_uses_nothing_defined_later():
+    source = FILE.read_text(encoding="utf-8")
+    end = source[: re.search(r"^# PART TWO", source, re.M).start()].count("\n") + 1
+    assert end <= 1250
+    defined, used = {}, {}  # names at the top level: the line where each is first defined
+    tree = ast.parse(source)
+    for node in tree.body:
+        names = [getattr(node, "name", None)]
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+        names += [n.id for n in ast.walk(node) if isinstance(n, ast.Name)
+                  and isinstance(n.ctx, ast.Store)]  # fmt: skip
+        for name in names:
+            defined.setdefault(name, node.lineno)
+        if node.lineno < end:
+            used |= {n.id: n.lineno for n in ast.walk(node) if isinstance(n, ast.Name)}
+    later = {name for name in used if defined.get(name, 0) >= end} - set(dir(builtins))
+    arguments = {n.arg for node in tree.body if node.lineno < end for n in ast.walk(node)
+                 if isinstance(n, ast.arg)}  # fmt: skip
+    assert not later - arguments
+
+
+def test_there_is_one_loop_over_the_blocks_and_one_attention():
+    """A change in one place changes training, evaluation and generation."""
+    tree = ast.parse(FILE.read_text(encoding="utf-8"))
+    calls = [ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    assert calls.count("F.scaled_dot_product_attention") == 1
+    assert calls.count("F.cross_entropy") == 1
+    assert calls.count("block") == 1
+    assert not any(call.endswith(".lm_head") for call in calls)  # compute_logits makes logits
+
+
+@slow
+@STORIES
+def test_part_one_alone_tells_a_story(tmp_path):
+    """Fewer steps and less text than in its docstring."""
+    text = (DATA / "stories-train.txt").read_text()[:300_000]
+    write(tmp_path / "text.txt", text)
+    source = FILE.read_text(encoding="utf-8")
+    part_one = source[: re.search(r"^# PART TWO", source, re.M).start()]
+    write(tmp_path / "part_one.py", part_one + """
+print(story_from_text(open("text.txt").read(), vocab_size=900, max_steps=120, temperature=0.3,
+                      context_length=64, max_new_tokens=60))
+""")
+    done = subprocess.run([sys.executable, "part_one.py"], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loss, story = re.search(r"step 100: loss (\S+), .*\n([^$]*)", done.stdout).groups()
+    assert float(loss) < 3 < math.log(900)
+    # The last word may be cut short.
+    words = re.findall(r"\w+", story)[:-1]
+    known = set(re.findall(r"\w+", text))
+    assert len(words) > 20 and sum(word in known for word in words) > 0.9 * len(words), story
+
+
+# ======================================================================================
+# 8. TOKENIZING CORPORA
+#
+# Everything fast must give what chapters 1 to 3 give, on any bytes.
+# ======================================================================================
+
+
+@given(st.binary(max_size=30))
+def test_any_bytes_survive_as_text(data):
+    assert text_to_bytes(bytes_to_text(data)) == data
+
+
+def test_a_lone_surrogate_is_refused():
+    with pytest.raises(UserError, match="lone surrogate"):
+        text_to_bytes("a\ud800")
+
+
+@pytest.mark.parametrize("specials", [["<a>", "<a>"], [""], ["x"]])
+def test_special_tokens_that_cannot_be_are_refused(specials):
+    with pytest.raises(UserError, match="special token"):
+        Tokenizer(OURS.vocab, OURS.merges, specials)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """The library `tokenizers` with the files that we save."""
+    folder = tmp_path_factory.mktemp("theirs")
+    OURS.save(folder / "gpt2.json")
+    OURS_GPT4.save(folder / "gpt4.json")
+    load = tokenizers.Tokenizer.from_file
+    return load(str(folder / "gpt2.json")), load(str(folder / "gpt4.json"))
 
 
 def test_encoding_by_hand():
@@ -481,233 +1124,11 @@ def test_an_id_outside_the_vocabulary_is_named_in_decoding():
         OURS.decode([1, 9999])
 
 
-def test_saving_and_loading_is_the_identity(tmp_path):
-    for tokenizer in (OURS, OURS_GPT4, Tokenizer(OURS.vocab, OURS.merges, None, "b+", True)):
-        tokenizer.save(tmp_path / "1.json")
-        again = Tokenizer.load(tmp_path / "1.json")
-        again.save(tmp_path / "2.json")
-        assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
-        assert again.fingerprint() == tokenizer.fingerprint()
-        for name in ("vocab", "merges", "special_tokens", "pattern", "ignore_merges"):
-            assert getattr(again, name) == getattr(tokenizer, name)
-
-
-def test_the_fingerprint_is_that_of_the_first_edition():
-    # Token files made by the first edition name their tokenizer by it.
-    first = Tokenizer(build_vocab([(b"a", b"b")], []), [(b"a", b"b")], ["<a>"])
-    assert first.fingerprint() == (
-        "794a7540af9213b32f03cba90f23f9540157a26ca26c00f34f970f0655450caa"
-    )
-
-
-ALPHABET = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-
-
-def foreign_tokenizer(
-    folder, name, pre_tokenizer, specials=("<s>", "<a>"), alphabet=ALPHABET, **changes
-):
-    """A tokenizer trained by `tokenizers`, its special tokens first, as theirs and as ours."""
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(**changes))
-    theirs.pre_tokenizer, theirs.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
-    theirs.train_from_iterator([SAMPLE], tokenizers.trainers.BpeTrainer(
-        vocab_size=420, show_progress=False, special_tokens=list(specials),
-        initial_alphabet=alphabet))  # fmt: skip
-    bos = specials[0]
-    theirs.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, theirs.token_to_id(bos))])
-    theirs.save(str(folder / f"{name}.json"))
-    return theirs, Tokenizer.load(folder / f"{name}.json")
-
-
-QWEN_PATTERN = GPT4_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-
-
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory):
-    """Tokenizers of the kinds that GPT-2, Llama 3, Qwen and SmolLM use."""
-    folder, steps = tmp_path_factory.mktemp("foreign"), tokenizers.pre_tokenizers
-    byte_level = steps.ByteLevel(add_prefix_space=False, use_regex=True)
-
-    def split(pattern):
-        return steps.Sequence([steps.Split(tokenizers.Regex(pattern), "isolated"),
-                               steps.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-    def digits(one_by_one):
-        return steps.Sequence([steps.Digits(individual_digits=one_by_one), byte_level])
-
-    return [
-        foreign_tokenizer(folder, "gpt2", byte_level),
-        foreign_tokenizer(folder, "llama3", split(GPT4_PATTERN), ignore_merges=True),
-        foreign_tokenizer(folder, "qwen", split(QWEN_PATTERN)),
-        foreign_tokenizer(folder, "smollm", digits(True)),
-        # Like the real one, it knows only the bytes that occur where it was trained.
-        foreign_tokenizer(folder, "smollm_few", digits(True), alphabet=[]),
-        foreign_tokenizer(folder, "digits", digits(False)),
-    ]
-
-
-@given(text=texts)
-@example(text="   12  3\n 4")
-def test_tokenizers_made_by_others_give_the_same_ids_here(foreign, text):
-    lacking = [sum(len(token) == 1 for token in ours.token_to_id) < 256 for _, ours in foreign]
-    assert lacking[4] and not lacking[3]
-    for theirs, ours in foreign:
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
-        assert ours.fast.encode(text).tolist() == ours.encode(text)
-
-
-def test_tokenizers_made_by_others_survive_saving(foreign, tmp_path):
-    for theirs, ours in foreign:
-        ours.save(tmp_path / "again.json")
-        again = tokenizers.Tokenizer.from_file(str(tmp_path / "again.json"))
-        ids = theirs.encode(SAMPLE, add_special_tokens=False).ids
-        assert again.encode(SAMPLE).ids == ids == ours.encode(SAMPLE)
-
-
 def test_ignore_merges_takes_a_known_word_whole():
     merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]  # "abc" itself becomes a, bc
     for ignore_merges, ids in ((False, [97, 256]), (True, [258])):
         tokenizer = Tokenizer(build_vocab(merges, []), merges, ignore_merges=ignore_merges)
         assert tokenizer.encode("abc") == tokenizer.fast.encode("abc").tolist() == ids
-
-
-def changed(**changes):
-    """Our tokenizer.json with some entries changed; a__b=x changes content["a"]["b"]."""
-    content = json.loads(json.dumps(tokenizer_to_json(OURS)))
-    for place, value in changes.items():
-        *path, last = place.split("__")
-        where = content
-        for key in path:
-            where = where[key]
-        where[last] = value
-    return json.dumps(content)
-
-
-METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-
-
-def split_on(pattern, behavior="Isolated"):
-    split = {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    return {"type": "Sequence", "pretokenizers": [split, byte_level]}
-
-
-FEW = {"model__vocab": {"a": 0}, "model__merges": ["a b"]}
-
-
-@pytest.mark.parametrize("content, words", [
-    ("{", "damaged"),
-    ("", "damaged"),
-    (b"\xff\xfe", "damaged"),
-    ("[]", "damaged"),
-    ("{}", "damaged"),
-    ("[" * 100_000, "damaged"),
-    (changed(model__type="WordPiece"), "WordPiece"),
-    (changed(model__type="Unigram"), "Unigram"),
-    (changed(pre_tokenizer=METASPACE), "Metaspace"),
-    (changed(pre_tokenizer=None), "not ByteLevel"),
-    (changed(pre_tokenizer__use_regex=False), "pre-tokenizer"),
-    (changed(pre_tokenizer__add_prefix_space=True), "adds a space"),
-    (changed(pre_tokenizer=split_on({"String": " "})), "not ByteLevel"),
-    (changed(pre_tokenizer=split_on({"Regex": "a"}, "Removed")), "not ByteLevel"),
-    (changed(pre_tokenizer=split_on({"Regex": "a*"})), "matches the empty string"),
-    (changed(pre_tokenizer=split_on({"Regex": "("})), "not a regular expression"),
-    (changed(model__byte_fallback=True), "SentencePiece"),
-    (changed(normalizer={"type": "NFC"}), "NFC"),
-    (changed(post_processor={"type": "BertProcessing"}), "BertProcessing"),
-    (changed(model__merges=[["q", "zzz"]]), "comes before its parts"),
-    (changed(model__merges=["q z"]), "lacks b'qz'"),
-    (changed(model__merges=[["q"]]), "damaged"),
-    (changed(**FEW), "merge b'a' + b'b' comes before"),
-    (changed(model__vocab={"▁the": 0}), "characters outside GPT-2's byte alphabet"),
-    (changed(model__vocab=None), "damaged"),
-    (changed(model__vocab={"a": -1}), "an integer from 0"),
-    (changed(model__vocab={"a": 1 << 40}), "an integer from 0"),
-])  # fmt: skip
-def test_a_tokenizer_file_of_another_kind_is_refused_with_a_reason(
-    capsys, tmp_path, content, words
-):
-    path = write(tmp_path / "tokenizer.json", content)
-    text = write(tmp_path / "text", "some text")
-    error = refused(
-        capsys,
-        tmp_path,
-        f"bpe-encode --dataset_path {text} --tokenizer_path {path}",
-        f"--out_path {tmp_path}/out.bin",
-    )
-    assert words in error and "tokenizer.json is not a valid tokenizer.json: " in error
-
-
-@pytest.mark.parametrize("pattern", ["(", "a*", "|", "(?=a)?"])
-def test_a_pattern_that_cannot_be_is_refused(capsys, tmp_path, pattern):
-    text = write(tmp_path / "text", "some text")
-    argv = ["bpe-train", "--file_path", str(text), "--tokenizer_out_path", str(tmp_path / "t")]
-    capsys.readouterr()
-    assert main([*argv, "--pattern", pattern]) == 2
-    assert "pattern" in capsys.readouterr().err and not (tmp_path / "t").exists()
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = write(tmp_path / "file", b"old")
-    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
-        file.write(b"half of the new")
-        raise ZeroDivisionError
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
-
-
-def test_a_write_replaces_the_old_file_and_creates_directories(tmp_path):
-    for content in (b"old", b"new"):
-        with atomic_write(tmp_path / "a" / "b") as file:
-            file.write(content)
-    assert snapshot(tmp_path / "a") == {tmp_path / "a" / "b": b"new"}
-
-
-def test_a_write_through_a_link_replaces_its_target(tmp_path):
-    write(tmp_path / "target", b"old")
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    with atomic_write(tmp_path / "link") as file:
-        file.write(b"new")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == b"new"
-
-
-def test_what_is_not_a_regular_file_is_never_replaced(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    for path in (tmp_path / "fifo", tmp_path, Path("/dev/null")):
-        with pytest.raises(UserError, match="not a regular file"), atomic_write(path):
-            pass
-    assert (tmp_path / "fifo").is_fifo() and Path("/dev/null").is_char_device()
-
-
-@slow
-def test_a_killed_writer_never_leaves_a_partial_file(tmp_path):
-    writer = """if True:
-        import os, random, signal, sys, time
-        from scratchformer import atomic_write
-        path = sys.argv[1]
-        for trial in range(25):
-            if not (child := os.fork()):
-                for content in range(256):
-                    with atomic_write(path) as file:
-                        for _ in range(20):
-                            file.write(bytes([content]) * 20_000)
-                            file.flush()
-                os._exit(0)
-            time.sleep(0.01 + random.random() / 20)
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            content = open(path, "rb").read()
-            assert len(content) == 400_000 and len(set(content)) == 1, trial
-    """
-    subprocess.run(
-        [sys.executable, "-c", writer, tmp_path / "file"], cwd=FILE.parent, check=True
-    )
-
-
-# ======================================================================================
-# 4. TOKENIZING CORPORA
-#
-# Everything fast must give what chapters 1 to 3 give, on any bytes.
-# ======================================================================================
 
 
 @given(any_texts, special_sets)
@@ -771,7 +1192,7 @@ def test_long_words_are_encoded_like_short_ones(text):
     plain = Tokenizer(OURS.vocab, OURS.merges)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scratchformer, "MAX_NAIVE", 1000)
-        expected = plain.apply_merges(word)
+        expected = plain.encode_word(word)
     assert OURS.fast.encode_word(word) == expected
 
 
@@ -809,7 +1230,7 @@ def test_the_fast_learner_finds_the_naive_merges(counts, num_merges):
 
 
 def test_the_fast_learner_finds_the_naive_merges_on_the_bundled_stories():
-    counts = count_pretokens((DATA / "stories-valid.txt").read_text()[:30_000], [END_OF_TEXT])
+    counts = count_pretokens((DATA / "stories-valid.txt").read_text()[:30_000])
     assert learn_merges(counts, 300) == learn_merges_naive(counts, 300)
 
 
@@ -895,7 +1316,7 @@ def test_counts_do_not_depend_on_workers(tmp_path):
              for i in range(4)]  # fmt: skip
     expected = Counter()
     for path in paths:
-        expected.update(count_pretokens(bytes_to_text(path.read_bytes()), specials))
+        expected.update(count_words(bytes_to_text(path.read_bytes()), specials))
     for workers in (1, 2):  # with torch imported, as here, workers are spawned, not forked
         assert count_files(paths, specials, workers) == expected
     # A directory stands for its text files: those without a NUL byte.
@@ -917,7 +1338,7 @@ def test_words_that_are_overwritten_are_counted_once(tmp_path, monkeypatch):
     monkeypatch.setattr(scratchformer, "split_file", small)
     text = " ".join(map(str, range(2000))) + " the the" * 500
     whole = FileSpan(str(write(tmp_path / "text", text)), 0, len(text))
-    assert scratchformer.count_span(whole, PRETOKEN_PATTERN, []) == count_pretokens(text)
+    assert scratchformer.count_span(whole, PRETOKEN_PATTERN, []) == count_words(text)
 
 
 @slow
@@ -960,7 +1381,7 @@ def test_a_tokenizer_learned_with_a_pattern_keeps_it(tmp_path):
                      name, "--tokenizer_out_path", str(tmp_path / "t"), "--quiet"]) == 0
         tokenizer = Tokenizer.load(tmp_path / "t")
         assert tokenizer.pattern == pattern
-        counts = count_pretokens(text.read_text(), [], pattern)
+        counts = count_words(text.read_text(), [], pattern)
         assert tokenizer.merges == learn_merges_naive(counts, 14)
 
 
@@ -1074,140 +1495,6 @@ def test_killed_while_encoding_no_partial_file_and_no_process_is_left(tmp_path):
     assert killed
 
 
-def test_flags_accept_hyphens_and_underscores(tmp_path):
-    write(tmp_path / "text", "to be or not to be")
-    for spelled in ("--file-path --vocab-size=260 --tokenizer-out-path",
-                    "--file_path --vocab_size=260 --tokenizer_out_path"):  # fmt: skip
-        path, size, out = spelled.split()
-        do(f"bpe-train {path} {tmp_path / 'text'} {size} {out} {tmp_path / spelled[6]} --quiet")
-    assert (tmp_path / "-").read_bytes() == (tmp_path / "_").read_bytes()
-
-
-@pytest.mark.parametrize("argv, suggestion", [
-    ("trian", "train"),
-    ("bpe_train", "bpe-train"),
-    ("generate --checkpoint x --temprature 1", "--temperature"),
-    ("bpe-train --file_path x --tokenizer_out_path y --vocabsize 300", "--vocab_size"),
-    ("bpe-train --file_pth x --tokenizer_out_path y", "--file_path"),
-    ("train --train-token x", "--train_tokens"),
-])  # fmt: skip
-def test_a_mistyped_name_suggests_the_right_one(capsys, tmp_path, argv, suggestion):
-    assert f"did you mean {suggestion}?" in refused(capsys, tmp_path, *argv.split())
-
-
-@pytest.mark.parametrize("argv", [
-    *(f"train --train_tokens x {flag}" for flag in [
-        "--lr nan", "--lr inf", "--lr -0.1", "--batch_size 0", "--max_steps -5", "--lr",
-        "--max_steps 1.5", "--grad_accum_steps 0", "--context_length 0", "--clip_grad -1",
-        "--beta2 1", "--seed -1",
-        "--weight_decay nan", "--min_lr 2 --lr 1", "--save_interval 0", "--log_interval 0",
-        "--warmup_steps 10 --max_steps 5", "--dtype float8", "--device tpu", "--num_layers 0",
-        "--rope_theta nan", "--norm_eps -1", "--seed 99999999999999999999999999"]),
-    "bpe-train --file_path x --tokenizer_out_path y --num_workers 0",
-    "generate --checkpoint x --temperature -1",
-    "generate --checkpoint x --top_k 0",
-    "generate --checkpoint x --top_p nan",
-    "generate --checkpoint x --max_new_tokens 0",
-    "generate --checkpoint x --seed 99999999999999999999999999",
-    "eval --checkpoint x --valid_tokens y --batch_size 0",
-])  # fmt: skip
-def test_a_flag_out_of_range_is_named(capsys, tmp_path, argv, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    np.zeros(9999, np.uint16).tofile("x")
-    flag = re.findall(r"--\w+", argv)[-1]
-    assert flag in refused(
-        capsys, tmp_path, *argv.split(), *["--vocab_size=9"][: argv.startswith("train")]
-    )
-
-
-def test_help_shows_every_flag_with_its_default(capsys):
-    with pytest.raises(SystemExit) as leaving:
-        main(["train", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert leaving.value.code == 0
-    for flag in [
-        "train_tokens",
-        "valid_tokens",
-        "vocab_size",
-        "context_length",
-        "num_layers",
-        "d_model",
-        "num_heads",
-        "d_ff",
-        "batch_size",
-        "grad_accum_steps",
-        "lr",
-        "min_lr",
-        "weight_decay",
-        "clip_grad",
-        "max_steps",
-        "warmup_steps",
-        "log_interval",
-        "save_interval",
-        "compile",
-        "fsdp",
-        "outdir",
-        "weights_only",
-        "resume",
-    ]:
-        assert f"--{flag} " in shown
-    assert "peak learning rate (default: 0.001)" in shown
-
-
-def test_the_tokenizer_commands_and_help_do_not_import_torch(tmp_path):
-    write(tmp_path / "torch.py", "raise SystemExit('torch was imported')")
-    write(tmp_path / "1.txt", "to be or " * 99)
-    write(tmp_path / "2.txt", "not to be" * 99)
-    both = f"{tmp_path / '1.txt'} {tmp_path / '2.txt'}"
-    tokenizer, out = tmp_path / "tokenizer.json", tmp_path / "out.bin"
-    for argv in (
-        "",
-        "--help",
-        "--version",
-        "bpe-train --help",
-        "bpe-encode --help",
-        f"bpe-train --file_path {both} --vocab_size 270 --num_workers 2 "
-        f"--tokenizer_out_path {tokenizer}",
-        f"bpe-encode --dataset_path {both} --num_workers 2 --tokenizer_path {tokenizer} "
-        f"--out_path {out}",
-    ):
-        done = run(argv, env={"PYTHONPATH": str(tmp_path)})
-        assert done.returncode == 0, (argv, done.stderr)
-    assert tokenizer.is_file() and out.is_file()
-    assert run("train", env={"PYTHONPATH": str(tmp_path)}).stderr == b"torch was imported\n"
-
-
-def test_a_value_may_look_like_a_flag_and_files_add_up():
-    def parse(*argv):
-        return scratchformer.parse_flags("generate", scratchformer.COMMANDS["generate"],
-                                         ["--checkpoint", "x", *argv])[0][0]  # fmt: skip
-
-    for prompt in ("-- Hello", "--well-known fact"):
-        assert parse("--prompt", prompt).prompt == prompt
-    assert parse("--prompt=--no-space\nbelow").prompt == "--no-space\nbelow"
-    argv = "--file_path a b --file_path c --tokenizer_out_path t --vocab_size=400"
-    command = scratchformer.bpe_train
-    (config,), _ = scratchformer.parse_flags("bpe-train", command, argv.split())
-    assert config.file_path == [Path("a"), Path("b"), Path("c")] and config.vocab_size == 400
-
-
-def test_a_lost_log_ends_no_command(tmp_path):
-    """A full disk, a reader that has gone, closed standard streams."""
-    text = write(tmp_path / "text.txt", toy_text(1, 30))
-    for number, to in enumerate(["2>/dev/full", "2>&1 | true", "2>&-", "<&- >&-"]):
-        argv = process("bpe-train --vocab_size 280 --file_path", text, "--tokenizer_out_path",
-                       out := tmp_path / f"{number}.json")  # fmt: skip
-        command = f"set -o pipefail; {shlex.join(map(str, argv['args']))} {to}"
-        done = subprocess.run(["bash", "-c", command], env=argv["env"], capture_output=True)
-        assert done.returncode == 0 and out.is_file() and b"Traceback" not in done.stderr
-
-
-def test_importing_the_file_says_nothing():
-    done = subprocess.run([sys.executable, "-W", "error", "-c", "import scratchformer"],
-                          cwd=FILE.parent, capture_output=True)  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-
-
 def test_directories_are_read_without_hidden_and_binary_files(tmp_path, capsys):
     (tmp_path / "src" / ".git").mkdir(parents=True)
     (tmp_path / "src" / "deep").mkdir()
@@ -1222,616 +1509,77 @@ def test_directories_are_read_without_hidden_and_binary_files(tmp_path, capsys):
     assert input_files(tmp_path / "src" / ".hidden") and not capsys.readouterr().err
 
 
-# ======================================================================================
-# 5. DATA
-#
-# A batch is a pure function of seed, step and row, wherever the tokens come from.
-# ======================================================================================
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = write(tmp_path / "file", b"old")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
+        file.write(b"half of the new")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
-def token_file(path, ids, metadata=None, dtype="<u2"):
-    """`path`, holding `ids`, with `metadata` in the JSON file beside it."""
-    np.array(ids, dtype).tofile(path)
-    if metadata is not None:
-        write(Path(f"{path}.json"), json.dumps(metadata))
-    return path
+def test_a_write_replaces_the_old_file_and_creates_directories(tmp_path):
+    for content in (b"old", b"new"):
+        with atomic_write(tmp_path / "a" / "b") as file:
+            file.write(content)
+    assert snapshot(tmp_path / "a") == {tmp_path / "a" / "b": b"new"}
 
 
-def test_rows_are_stretches_of_the_file_and_targets_are_one_token_later(tmp_path):
-    dataset = TokenDataset([token_file(tmp_path / "a", range(500, 600))], 1000)
-    inputs, targets = get_batch(dataset, 5, seed=1, indices=range(3, 10))
-    assert inputs.shape == targets.shape == (7, 5) and inputs.dtype == torch.int64
-    assert torch.equal(inputs, inputs[:, :1] + torch.arange(5))
-    assert torch.equal(targets, inputs + 1) and len(inputs[:, 0].unique()) > 1
+def test_a_write_through_a_link_replaces_its_target(tmp_path):
+    write(tmp_path / "target", b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with atomic_write(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == b"new"
 
 
-def test_a_batch_of_an_array_in_memory_is_that_of_the_file(tmp_path):
-    ids = np.random.default_rng(1).integers(0, 1000, 300)
-    dataset = TokenDataset([token_file(tmp_path / "a", ids)], 1000)
-    mapped = np.memmap(tmp_path / "a", "<u2", mode="r")  # as chapter 5 shows it
-    for tokens in (ids, ids.astype(np.uint16), mapped, dataset[0:300]):
-        for one, other in zip(get_batch(tokens, 9, 1, range(2, 6)),
-                              get_batch(dataset, 9, 1, range(2, 6))):  # fmt: skip
-            assert torch.equal(one, other)
+def test_what_is_not_a_regular_file_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, Path("/dev/null")):
+        with pytest.raises(UserError, match="not a regular file"), atomic_write(path):
+            pass
+    assert (tmp_path / "fifo").is_fifo() and Path("/dev/null").is_char_device()
 
 
-def test_a_batch_is_a_function_of_seed_and_window_indices():
-    def inputs(seed, indices):
-        return get_batch(np.arange(900), 5, seed, indices)[0]
-
-    batch = inputs(3, range(64, 72))
-    assert torch.equal(batch, inputs(3, range(64, 72)))
-    assert not torch.equal(batch, inputs(3, range(72, 80)))
-    assert not torch.equal(batch, inputs(4, range(64, 72)))
-    # A row doesn't depend on how many there are before or after it.
-    assert torch.equal(batch[2:5], inputs(3, range(66, 69)))
-
-
-@given(st.integers(2, 300), st.integers(1, 20), st.integers(0, 2**32), st.integers(0, 9))
-def test_an_epoch_has_every_window_once_end_to_end(num_tokens, T, seed, epoch):
-    assume(num_tokens > T)
-    starts = sorted(shuffle_windows(seed, epoch, num_tokens, T).tolist())
-    assert len(starts) == windows_per_epoch(num_tokens, T)
-    assert starts == list(range(starts[0], starts[0] + len(starts) * T, T))
-    assert starts[0] >= 0 and starts[-1] + T + 1 <= num_tokens
-    assert num_tokens - (len(starts) * T + 1) < 2 * T  # no more than this is left out
-
-
-def test_epochs_differ_in_order_and_offset_and_all_offsets_occur():
-    epochs = [shuffle_windows(1, epoch, 104, 10) for epoch in range(200)]
-    assert len({tuple(np.argsort(starts)) for starts in epochs}) > 190
-    assert {int(min(starts)) for starts in epochs} == set(range(14))
-
-
-def test_batches_cross_from_one_epoch_into_the_next():
-    per_epoch = windows_per_epoch(104, 10)
-    inputs, _ = get_batch(np.arange(104), 10, 1, range(per_epoch - 2, per_epoch + 2))
-    expected = [*shuffle_windows(1, 0, 104, 10)[-2:], *shuffle_windows(1, 1, 104, 10)[:2]]
-    assert inputs[:, 0].tolist() == expected
-
-
-# ======================================================================================
-# 6. THE TRANSFORMER
-#
-# Each part against the formula or PyTorch's own, the whole against transformers' Llama.
-# ======================================================================================
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def noise(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def tiny_model(seed=0, config=TINY_MODEL, scale=3.0):
-    """A model with weights large enough that every part of it matters."""
-    model = TransformerWithLoss(config, seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(scale) if parameter.dim() == 2 else parameter.add_(
-                noise(*parameter.shape) / 4
-            )
-    return model.eval()
-
-
-def test_rmsnorm_by_hand():
-    # The mean square of (3, 4, 0, 0) is 25 / 4, its root 2.5.
-    assert torch.allclose(
-        RMSNorm(4, eps=0.0)(torch.tensor([3.0, 4, 0, 0])), torch.tensor([1.2, 1.6, 0, 0])
+@slow
+def test_a_killed_writer_never_leaves_a_partial_file(tmp_path):
+    writer = """if True:
+        import os, random, signal, sys, time
+        from scratchformer import atomic_write
+        path = sys.argv[1]
+        for trial in range(25):
+            if not (child := os.fork()):
+                for content in range(256):
+                    with atomic_write(path) as file:
+                        for _ in range(20):
+                            file.write(bytes([content]) * 20_000)
+                            file.flush()
+                os._exit(0)
+            time.sleep(0.01 + random.random() / 20)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            content = open(path, "rb").read()
+            assert len(content) == 400_000 and len(set(content)) == 1, trial
+    """
+    subprocess.run(
+        [sys.executable, "-c", writer, tmp_path / "file"], cwd=FILE.parent, check=True
     )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rmsnorm_is_torchs(dtype):
-    x, norm = noise(3, 5, 7, dtype=dtype), RMSNorm(7, 1e-5)
-    torch.nn.init.normal_(norm.weight)
-    expected = F.rms_norm(x.float(), (7,), norm.weight, 1e-5)
-    assert norm(x).dtype == dtype
-    assert torch.allclose(norm(x).float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-
-
-def test_rmsnorm_of_large_float16_entries_is_not_zero():
-    assert torch.equal(
-        RMSNorm(4)(torch.full((4,), 30_000.0, dtype=torch.float16)), torch.ones(4).half()
-    )
-
-
-def test_rope_rotates_pairs_as_complex_numbers_rotate():
-    x, positions = noise(2, 3, 9, 8), torch.arange(9) + 100
-    angles = positions[:, None] * 500.0 ** (-torch.arange(4) / 4)
-    rotated = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.exp(1j * angles)
-    assert torch.allclose(
-        apply_rope(x, positions, 500.0), torch.view_as_real(rotated).flatten(-2), atol=1e-4
-    )
-
-
-@given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
-def test_rope_scores_depend_only_on_distance(m, n, shift):
-    q, k = noise(1, 8, seed=1), noise(1, 8, seed=2)
-
-    def score(i, j):
-        return apply_rope(q, torch.tensor([i]), 1e4) @ apply_rope(k, torch.tensor([j]), 1e4).T
-
-    assert torch.allclose(score(m, n), score(m + shift, n + shift), atol=2e-3)
-    assert torch.allclose(apply_rope(q, torch.tensor([m]), 1e4).norm(), q.norm())
-
-
-def test_rope_scores_do_depend_on_distance():
-    q = torch.ones(1, 8)
-    assert (q @ apply_rope(q, torch.tensor([5]), 1e4).T).item() < 7 < (q @ q.T).item()
-
-
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5))
-def test_rope_takes_positions_of_each_row(B, H, T):
-    x = noise(B, H, T, 6)
-    positions = torch.arange(B * T).view(B, T) * 3
-    rows = [apply_rope(row, row_positions) for row, row_positions in zip(x, positions)]
-    assert torch.equal(apply_rope(x, positions), torch.stack(rows))
-    assert torch.equal(apply_rope(x[:, 0], positions), torch.stack(rows)[:, 0])  # [B, T, K]
-
-
-@given(st.lists(st.floats(-80, 80), min_size=1, max_size=8))
-def test_softmax_and_silu_are_torchs(numbers):
-    x = torch.tensor(numbers)
-    torch.testing.assert_close(softmax(x), x.softmax(-1))
-    torch.testing.assert_close(silu(x), F.silu(x))
-    assert torch.allclose(softmax(x + 1000), softmax(x), atol=1e-4)
-
-
-@pytest.mark.parametrize("T, width", [(1, 2), (1, 6), (5, 4), (17, 10)])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_attention_formula_equals_the_fused_kernel_in_value_and_gradient(
-    T, width, dtype, causal
-):
-    ours = [noise(2, 3, T, width, seed=i).to(dtype).requires_grad_() for i in range(3)]
-    theirs = [x.detach().clone().requires_grad_() for x in ours]
-    mask = torch.ones(T, T).tril().bool() if causal else None
-    weights = noise(2, 3, T, width, seed=9, dtype=dtype)
-    one, other = (
-        attention_reference(*ours, mask),
-        F.scaled_dot_product_attention(*theirs, is_causal=causal),
-    )
-    for result in (one, other):
-        (result * weights).sum().backward()
-    tolerance = {
-        "rtol": 0,
-        "atol": 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps,
-    }
-    assert torch.allclose(one, other, **tolerance)
-    for x, y in zip(ours, theirs, strict=True):
-        assert torch.allclose(x.grad, y.grad, **{**tolerance, "atol": 4 * tolerance["atol"]})
-
-
-@pytest.mark.parametrize("positions", [None, range(9), [range(9), range(5, 14)]])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_attention_is_the_reference_in_every_head_with_rope_or_without(positions, kv_heads):
-    config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads)
-    layer, x = Attention(config), noise(2, 9, 32)
-    qkv = layer.qkv(x).view(2, 9, -1, 8).transpose(1, 2).split([4, kv_heads, kv_heads], dim=1)
-    q, k, v = qkv[0], *(x.repeat_interleave(4 // kv_heads, dim=1) for x in qkv[1:])
-    rope = None
-    if positions is not None:
-        positions = torch.tensor(positions)
-        rope = scratchformer.make_rope_cache(positions, 8, 1e4)
-        q, k = apply_rope(q, positions), apply_rope(k, positions)
-    out = attention_reference(q, k, v, torch.ones(9, 9).tril().bool())
-    expected = out.transpose(1, 2).reshape(2, 9, 32) @ layer.output.weight.T
-    assert torch.allclose(layer(x, rope), expected, atol=1e-5)
-
-
-def test_swiglu_is_its_formula():
-    layer, x = SwiGLU(6, 10), noise(2, 3, 6)
-    gate, up = layer.gate_up.weight[:10], layer.gate_up.weight[10:]
-    expected = (x @ gate.T / (1 + torch.exp(-x @ gate.T)) * (x @ up.T)) @ layer.down.weight.T
-    assert torch.allclose(layer(x), expected, atol=1e-6)
-
-
-def test_attention_cannot_see_the_future():
-    model, tokens = (
-        tiny_model(),
-        torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(1)),
-    )
-    for place in (1, 12, 23):
-        other = tokens.clone()
-        other[:, place:] = (other[:, place:] + 1) % 61
-        one, two = model(tokens), model(other)
-        assert torch.equal(one[:, :place], two[:, :place])
-        assert not torch.allclose(one[:, place], two[:, place])
-
-
-def test_the_past_is_seen():
-    model = tiny_model()
-    one, other = model(torch.tensor([[5, 6, 7, 8]])), model(torch.tensor([[4, 6, 7, 8]]))
-    assert all((one - other)[0, place].abs().max() > 1e-3 for place in range(4))
-
-
-def llama_of(model, **changes):
-    """transformers' Llama with the weights of our model."""
-    import transformers
-
-    c = model.config
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.d_model,
-            intermediate_size=c.d_ff,
-            num_hidden_layers=c.num_layers,
-            num_attention_heads=c.num_heads,
-            max_position_embeddings=c.context_length,
-            rms_norm_eps=c.norm_eps,
-            tie_word_embeddings=False,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-            **changes,
-        )
-    )
-    llama.load_state_dict(to_hf(model.state_dict(), c), strict=True)
-    return llama.eval()
-
-
-def test_the_model_is_transformers_llama():
-    model = tiny_model(config=dataclasses.replace(TINY_MODEL, rope_theta=500.0, norm_eps=1e-3))
-    tokens = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        assert torch.allclose(model(tokens), llama_of(model)(tokens).logits, atol=1e-4)
-
-
-def test_a_new_model_knows_nothing():
-    model = Transformer(dataclasses.replace(TINY_MODEL, vocab_size=1000))
-    tokens = torch.randint(1000, (8, 25), generator=torch.Generator().manual_seed(4))
-    loss = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).item()
-    assert abs(loss - math.log(1000)) < 0.05
-
-
-def test_weights_are_drawn_with_the_stated_deviations():
-    model = Transformer(ModelConfig(500, 8, num_layers=8, d_model=64, num_heads=2, d_ff=128))
-    for name, p in model.named_parameters():
-        writes = re.search(r"attention.output|mlp.down", name)
-        expected = 0.02 / (4 if writes else 1) if p.dim() == 2 else 0
-        assert abs(p.std().item() - expected) <= 0.05 * expected, name
-        assert p.dim() == 2 or torch.equal(p, torch.ones_like(p))
-
-
-def test_each_weight_depends_on_seed_and_name_and_nothing_else():
-    """Two layers or three: the second block starts with the same attention weights."""
-    small, large, other = (
-        Transformer(dataclasses.replace(TINY_MODEL, num_layers=layers), seed)
-        for layers, seed in ((2, 0), (3, 0), (2, 1))
-    )
-    name = "blocks.1.attention.qkv.weight"
-    first = small.get_parameter(name)
-    assert torch.equal(first, large.get_parameter(name))
-    assert not torch.equal(first, other.get_parameter(name))
-    assert not torch.equal(first, small.get_parameter(name.replace("1", "0")))
-
-
-def chapters(first, last):
-    """The source of chapters `first` to `last`."""
-    source = FILE.read_text(encoding="utf-8")
-    start, end = (re.search(rf"^# {n}\. ", source, re.M).start() for n in (first, last + 1))
-    return source[start:end]
-
-
-def test_chapters_5_to_8_know_nothing_of_processes_and_precision():
-    text = re.sub(r"#.*", "", chapters(5, 8))
-    assert not re.search(
-        r"\b(rank|world_size|mesh|environ|distributed|DTensor|shard\w*|autocast)\b", text)
-    assert "cache" not in re.sub(r"rope_cache", "", re.sub(r"#.*", "", chapters(6, 7)))
-
-
-@pytest.mark.parametrize("changes, words", [
-    ({"d_model": 33}, "divisible by num_heads: 33 / 4"),
-    ({"d_model": 36}, "must be even"),
-    ({"num_kv_heads": 3}, "divisible by num_kv_heads: 4 / 3"),
-    ({"rope_scaling": [8.0, 1.0, 4.0]}, "rope_scaling must be four"),
-    ({"rope_scaling": [8.0, 4.0, 4.0, 16.0]}, "rope_scaling must be four"),
-    ({"num_layers": 0}, "num_layers must be from 1"),
-    ({"rope_theta": math.nan}, "rope_theta must be"),
-])  # fmt: skip
-def test_an_impossible_shape_is_refused(changes, words):
-    with pytest.raises(UserError, match=words):
-        dataclasses.replace(TINY_MODEL, **changes)
-
-
-def test_a_tied_model_has_one_matrix_that_learns_from_both_its_uses():
-    model = Transformer(dataclasses.replace(TINY_MODEL, tie_embeddings=True))
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (tiny_model(), model)]
-    assert sizes[0] - sizes[1] == 61 * 32
-    cross_entropy(model(torch.tensor([[1, 2]])), torch.tensor([[2, 3]])).backward()
-    assert model.lm_head.weight.grad is model.embedding.weight.grad
-    logits = model(torch.tensor([[1, 2]]))
-    with torch.no_grad():
-        model.embedding.weight[60] *= 2  # a token that is not read, only scored
-    ratio = model(torch.tensor([[1, 2]])) / logits
-    assert torch.allclose(ratio[..., 60], torch.tensor(2.0)) and (ratio[..., :60] == 1).all()
-
-
-def test_more_tokens_than_the_context_are_refused():
-    with pytest.raises(UserError, match="25 tokens are more than context_length 24"):
-        tiny_model()(torch.zeros(1, 25, dtype=torch.int64))
-
-
-# ======================================================================================
-# 7. TRAINING
-#
-# Loss, schedule and update against PyTorch's own; then the loop learns, in plain Python and in
-# the command alike.
-# ======================================================================================
-
-
-def test_cross_entropy_by_hand():
-    # Odds 1 : 3, so probability 1/4 for id 0 and 3/4 for id 1.
-    logits = torch.tensor([[[0.0, math.log(3)], [0.0, math.log(3)]]])
-    loss = cross_entropy(logits, torch.tensor([[0, 1]]))
-    assert math.isclose(loss.item(), (math.log(4) + math.log(4 / 3)) / 2, rel_tol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_cross_entropy_is_minus_log_softmax_in_float32(dtype):
-    logits, targets = noise(2, 5, 11, dtype=dtype) * 4, torch.arange(10).view(2, 5)
-    targets[0, 3] = -100
-    kept = targets.clamp(min=0)[..., None]
-    expected = -softmax(logits.float()).log().gather(-1, kept)[..., 0]
-    loss = cross_entropy(logits, targets)
-    assert loss.dtype == torch.float32 and torch.allclose(loss, expected[targets >= 0].mean())
-
-
-def test_the_schedule_is_the_table():
-    got = [learning_rate(step, 8.0, 2.0, 4, 10) for step in range(12)]
-    table = [2, 4, 6, 8, 8, 7, 6, 5, 4, 3, 2, 2]  # by quarters up, then by sixths down
-    assert got == pytest.approx(table, abs=5e-4)
-    assert learning_rate(0, 8.0, 2.0, 0, 10) == 8.0
-
-
-def test_defaults_adapt_to_a_short_run_and_a_small_learning_rate():
-    config = OptimizerConfig(max_steps=30, lr=1e-5)
-    assert (config.warmup_steps, config.min_lr) == (3, pytest.approx(1e-6))
-    assert OptimizerConfig().warmup_steps == 200 and OptimizerConfig(max_steps=1)
-    assert OptimizerConfig(lr=0.0).min_lr == 0.0
-    with pytest.raises(UserError, match="--warmup_steps 31 exceed --max_steps 30"):
-        OptimizerConfig(max_steps=30, warmup_steps=31)
-    with pytest.raises(UserError, match="--min_lr must be at most --lr"):
-        OptimizerConfig(lr=1e-5, min_lr=1e-4)
-
-
-@given(st.integers(1, 12), st.floats(0, 1), st.floats(0, 0.999), st.floats(0, 0.9999))
-def test_the_formula_of_adamw_is_torchs(steps, weight_decay, beta1, beta2):
-    generator = torch.Generator().manual_seed(steps)
-    start, betas = torch.randn(5, generator=generator), (beta1, beta2)
-    theirs = torch.nn.Parameter(start.clone())
-    optimizer = torch.optim.AdamW([theirs], lr=0.1, betas=betas, weight_decay=weight_decay)
-    ours, m, v = start, torch.zeros(5), torch.zeros(5)
-    for step in range(1, steps + 1):
-        theirs.grad = torch.randn(5, generator=generator)
-        ours, m, v = adamw_reference(ours, theirs.grad, m, v, step, 0.1, betas, weight_decay)
-        optimizer.step()
-    torch.testing.assert_close(ours, theirs.data, rtol=1e-4, atol=1e-5)
-
-
-def test_matrices_decay_and_norm_weights_do_not():
-    model = tiny_model()
-    config = OptimizerConfig(lr=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9)
-    groups = make_optimizer(model.parameters(), config).param_groups
-    decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
-    assert {name: decays[p] for name, p in model.named_parameters()} == {
-        name: 0.0 if "norm" in name else 0.5 for name, _ in model.named_parameters()
-    }
-    assert all(group["lr"] == 0.1 and group["betas"] == (0.8, 0.9) for group in groups)
-
-
-def test_plain_gradient_descent_learns_too():
-    model, tokens = Transformer(TINY_MODEL), torch.arange(20)[None] % 7
-    losses = []
-    for _ in range(30):
-        loss = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
-        model.zero_grad()
-        loss.backward()
-        scratchformer.gradient_descent_step(model.parameters(), 0.5)
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(math.log(61), rel=0.05) and losses[-1] < 2.5
-
-
-def test_training_lowers_the_loss_on_text_it_has_not_seen(toy, capsys):
-    """The loop of chapter 7, and what it says while it runs."""
-    train_tokens, valid_tokens = (TokenDataset([toy / f"{n}.bin"]) for n in ("train", "valid"))
-    model = Transformer(dataclasses.replace(TINY_MODEL, vocab_size=280))
-    before = validation_loss(model, valid_tokens)
-    config = OptimizerConfig(max_steps=80, lr=1e-2)
-    losses = train_model(model, train_tokens, valid_tokens, config, 8, eval_interval=40)
-    assert before == pytest.approx(math.log(280), rel=0.05)
-    assert validation_loss(model, valid_tokens) < before / 2 and len(losses) == 80
-    lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"step 40: loss \d\.\d{4}, validation loss \d\.\d{4}", lines[0])
-    assert len(lines) == 2
-
-
-def test_a_frozen_parameter_stays_and_the_others_learn():
-    model, text = Transformer(TINY_MODEL), np.arange(200) % 7
-    model.embedding.weight.requires_grad_(False)
-    frozen, head = model.embedding.weight.clone(), model.lm_head.weight.clone()
-    losses = train_model(model, text, text, OptimizerConfig(max_steps=20, lr=0.01), 2)
-    assert torch.equal(model.embedding.weight, frozen) and losses[-1] < losses[0]
-    assert not torch.equal(model.lm_head.weight, head)
-
-
-STORIES = pytest.mark.skipif(
-    not (DATA / "stories-train.txt").exists(), reason="no bundled stories")
-
-
-@STORIES
-def test_the_loop_of_chapter_7_gives_the_losses_of_the_train_command(tmp_path):
-    """On the bundled stories, step by step."""
-    argv = [f"--dataset_path {DATA / 'stories-valid.txt'} --out_path {tmp_path / 't.bin'}",
-            f"--tokenizer_path {tmp_path / 'tokenizer.json'} --quiet"]  # fmt: skip
-    do(f"bpe-train --file_path {DATA / 'stories-valid.txt'} --vocab_size 400 --quiet "
-       f"--tokenizer_out_path {tmp_path / 'tokenizer.json'}")  # fmt: skip
-    do("bpe-encode", *argv)
-    do(f"train --train_tokens {tmp_path / 't.bin'} --outdir {tmp_path / 'run'}", *TINY,
-       "--max_steps 60 --seed 5")  # fmt: skip
-    tokens = TokenDataset([tmp_path / "t.bin"])
-    shape = ModelConfig(400, 64, num_layers=2, d_model=32, num_heads=2, d_ff=48)
-    config = OptimizerConfig(max_steps=60, lr=3e-3, warmup_steps=4)
-    plain = train_model(Transformer(shape, seed=5), tokens, tokens, config, 4, seed=5)
-    assert plain == pytest.approx(
-        [loss for (loss,) in metrics(tmp_path / "run", "train_loss")], rel=1e-5)
-    assert plain[-1] < 0.8 * plain[0]
-
-
-# ======================================================================================
-# 8. GENERATION
-#
-# Draws are counted; generation with a cache is compared with generation without one.
-# ======================================================================================
-
-PROMPT = [5, 17, 3]
-
-
-def frequencies(logits, draws=20_000, **how):
-    generator = torch.Generator().manual_seed(1)
-    ids = sample(torch.tensor([logits]).expand(draws, -1), generator=generator, **how)
-    return (torch.bincount(ids, minlength=len(logits)) / draws).tolist()
-
-
-def test_draws_follow_the_softmax():
-    logits = [math.log(p) for p in (0.5, 0.2, 0.15, 0.1, 0.05)]
-    # 20,000 draws: a deviation of at most 0.0035.
-    assert frequencies(logits) == pytest.approx([0.5, 0.2, 0.15, 0.1, 0.05], abs=0.015)
-    squares = [0.25, 0.04, 0.0225, 0.01, 0.0025]
-    assert frequencies(logits, temperature=0.5) == pytest.approx(
-        [x / 0.325 for x in squares], abs=0.015
-    )
-
-
-@pytest.mark.parametrize("how, kept", [
-    ({"top_k": 1}, [1]), ({"top_k": 3}, [1, 3, 0]), ({"top_k": 99}, [0, 1, 2, 3, 4]),
-    ({"top_p": 0.0}, [1]), ({"top_p": 0.49}, [1]), ({"top_p": 0.6}, [1, 3]),
-    ({"top_p": 0.8}, [1, 3, 0]), ({"top_p": 1.0}, [0, 1, 2, 3, 4]),
-    ({"top_k": 3, "top_p": 0.55}, [1]), ({"temperature": 0}, [1]),
-])  # fmt: skip
-def test_top_k_and_top_p_keep_exactly_the_likeliest(how, kept):
-    odds = [0.15, 0.5, 0.1, 0.2, 0.05]
-    expected = [p / sum(odds[i] for i in kept) if i in kept else 0 for i, p in enumerate(odds)]
-    got = frequencies([math.log(p) for p in odds], **how)
-    assert got == pytest.approx(expected, abs=0.015)
-    assert [i for i, share in enumerate(got) if share] == sorted(kept)
-    p = token_probabilities(torch.tensor([odds]).log(), **how)
-    assert p[0].tolist() == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_lowest_temperature_is_the_likeliest_token():
-    logits = torch.tensor([[3.0, 88.0, -70.0, 87.0]])
-    for temperature in (1e-38, 1e-45, 1e-3):
-        assert sample(logits, temperature=temperature).item() == 1
-
-
-def test_a_model_with_damaged_logits_still_draws_ids():
-    """A sample during training must not end a run that would recover."""
-    for bad in (math.nan, math.inf, -math.inf):
-        logits = torch.tensor([[0.0, bad, 1.0], [bad, bad, bad]])
-        assert sample(logits).max() < 3 and sample(logits, top_p=0.5, top_k=2).min() >= 0
-
-
-def test_naive_generation_is_the_argmax_loop():
-    model, ids = tiny_model(), list(PROMPT)
-    for _ in range(21):
-        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-    assert [*PROMPT, *generate_naive(model, PROMPT, 21, temperature=0)] == ids
-    assert len(set(ids)) > 3
-
-
-@given(st.integers(0, 9), st.sampled_from([
-    {"temperature": 0}, {}, {"temperature": 0.9, "top_k": 20, "top_p": 0.95}]))  # fmt: skip
-@hypothesis.settings(max_examples=12)
-def test_text_with_a_cache_is_the_text_without(seed, how):
-    one, other = (
-        list(function(tiny_model(seed), PROMPT, 21, **how,
-                      generator=torch.Generator().manual_seed(seed)))
-        for function in (generate, generate_naive)
-    )  # fmt: skip
-    assert one == other and len(one) == 21
-
-
-BORDERS = [[1], [2, 3, 4], [7, 8, 9, 10, 24], [5, 6, 20], [24]]
-
-
-@pytest.mark.parametrize("borders", BORDERS)
-def test_hidden_states_with_a_cache_equal_those_without(borders):
-    """However many tokens the model reads at a time."""
-    model = tiny_model()
-    tokens = torch.randint(61, (1, 24), generator=torch.Generator().manual_seed(2))
-    cache, edges = empty_cache(model), [0, *borders, *range(borders[-1] + 1, 25)]
-    steps = [hidden_states_cached(model, tokens[:, start:end], cache)
-             for start, end in zip(edges, edges[1:])]  # fmt: skip
-    assert torch.allclose(torch.cat(steps, 1), model.hidden_states(tokens), atol=2e-5)
-
-
-def test_a_seed_repeats_and_another_does_not():
-    def text(seed):
-        return list(
-            generate(tiny_model(), PROMPT, 20, generator=torch.Generator().manual_seed(seed))
-        )
-
-    assert text(1) == text(1) != text(2)
-
-
-@pytest.mark.parametrize("context", [1, 2, 7, 24])
-@pytest.mark.parametrize("prompt", [1, 24, 60])
-def test_texts_longer_than_the_context_keep_going(context, prompt):
-    model = tiny_model(config=dataclasses.replace(TINY_MODEL, context_length=context))
-    ids = [(7 * i) % 61 for i in range(prompt)]
-    new = list(generate(model, ids, 70, temperature=0))
-    assert len(new) == 70
-    # The first id is the likeliest after the last `context` ids.
-    assert new[0] == model(torch.tensor([ids[-context:]]))[0, -1].argmax().item()
-    assert len(list(generate_naive(model, ids, 30, temperature=0))) == 30
-
-
-def test_text_stops_after_the_end_token():
-    whole = list(generate(tiny_model(), PROMPT, 20, temperature=0))
-    end = whole[4]
-    for function in (generate, generate_naive):
-        text = list(function(tiny_model(), PROMPT, 20, temperature=0, eos_ids=[end]))
-        assert text == whole[: whole.index(end) + 1]
-
-
-@given(any_texts)
-def test_streamed_text_never_breaks_a_character(text):
-    ids = OURS.encode(text)
-    pieces = list(stream_text(OURS, ids))
-    assert "".join(pieces) == OURS.decode(ids)
-    if not any("\udc80" <= character <= "\udcff" for character in text):
-        assert "\ufffd" not in "".join(pieces) or "\ufffd" in text
-
-
-def test_a_character_comes_when_its_last_byte_does():
-    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [])
-    assert list(stream_text(tokenizer, "é😀".encode())) == ["", "é", "", "", "", "😀", ""]
-    assert list(stream_text(tokenizer, b"a\xf0\x9f"))[-1] == "\ufffd"
-
-
-@pytest.mark.parametrize("prompt", [[], [61], [-1]])
-def test_a_prompt_outside_the_vocabulary_is_refused(prompt):
-    with pytest.raises(UserError, match="ids from 0 to 60"):
-        next(generate(tiny_model(), prompt, 5))
-    with pytest.raises(UserError, match="ids from 0 to 60"):
-        next(generate_naive(tiny_model(), prompt, 5))
 
 
 # ======================================================================================
 # 9. FASTER STEPS
 #
-# The same numbers as in chapters 7 and 8; what isn't finite touches nothing.
+# The same numbers as in chapter 6; what isn't finite touches nothing.
 # ======================================================================================
 
 
 def backward(model, seed, scale=1.0):
     """Gradients of a made-up loss."""
     tokens = torch.randint(61, (4, 13), generator=torch.Generator().manual_seed(seed))
-    (cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]) * scale).backward()
+    (cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean() * scale).backward()
 
 
 def update(model, optimizer, scaler, clip_grad=1.0):
-    """The end of a training step, as chapter 12 has it; the gradient norm."""
+    """The end of a training step, as chapter 14 has it; the gradient norm."""
     params = local_params(model)
     take_local_gradients(params)
     norm = gradient_norm(params) / scaler.loss_scale
@@ -1846,8 +1594,8 @@ def update(model, optimizer, scaler, clip_grad=1.0):
 def test_the_scaled_step_is_clip_grad_norm_and_plain_adamw(clip_grad, scaled, fused):
     ours, theirs = tiny_model(), tiny_model()
     scaler, config = GradScaler(CPU, scaled), OptimizerConfig(lr=0.01, weight_decay=0.1)
-    optimizer = make_optimizer(ours.parameters(), config, fused)
-    plain = make_optimizer(theirs.parameters(), config)
+    optimizer = make_adamw(ours.parameters(), config, fused)
+    plain = make_adamw(theirs.parameters(), config)
     for seed in range(5):
         backward(ours, seed, scale=scaler.loss_scale)
         backward(theirs, seed)
@@ -1869,7 +1617,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
 ):
     model, scaler = tiny_model(), GradScaler(CPU, False)
     optimizer = {
-        "adamw": lambda: make_optimizer(model.parameters(), OptimizerConfig(), fused),
+        "adamw": lambda: make_adamw(model.parameters(), OptimizerConfig(), fused),
         "muon": lambda: Muon(model, local_params(model), OptimizerConfig(), fused=fused),
     }[kind]()
 
@@ -1898,7 +1646,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
 
 def test_the_loss_scale_halves_on_overflow_and_doubles_after_many_good_steps():
     model, scaler = tiny_model(), GradScaler(CPU, True)
-    optimizer = make_optimizer(model.parameters(), OptimizerConfig(), True)
+    optimizer = make_adamw(model.parameters(), OptimizerConfig(), True)
     scaler.GROWTH_INTERVAL, scales = 3, []
     for bad in (True, True, False, False, True, False, False, False, False):
         backward(model, 0, scaler.loss_scale)
@@ -1917,7 +1665,7 @@ def test_a_parameter_without_a_gradient_is_left_alone(fused):
     model, scaler = tiny_model(), GradScaler(CPU, False)
     model.unused = torch.nn.Parameter(torch.ones(3, 3))
     model.embedding.weight.requires_grad_(False)
-    optimizer = make_optimizer(local_params(model).values(), OptimizerConfig(), fused)
+    optimizer = make_adamw(local_params(model).values(), OptimizerConfig(), fused)
     before = {name: p.clone() for name, p in model.named_parameters()}
     for seed in range(2):
         backward(model, seed)
@@ -1928,17 +1676,17 @@ def test_a_parameter_without_a_gradient_is_left_alone(fused):
 
 @pytest.mark.parametrize("rows", [1, 512, 1300])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_fused_loss_is_the_plain_one_in_value_and_gradient(dtype, rows):
+def test_the_chunked_loss_is_the_plain_one_in_value_and_gradient(dtype, rows):
     x, weight = noise(rows, 12, dtype=dtype) * 3, noise(31, 12)
     targets = torch.arange(rows) * 3 % 31
     targets[rows // 3 * 2 + 1 :: 5] = -100  # left out of the mean
     middle, right = rows // 2, weight[targets[rows // 2]]
     x[middle] = right * 10 / right.norm() ** 2  # here the model is nearly certain, and right
     found, expected = [], []
-    for leaves, loss_of in (
-        (found, linear_cross_entropy),
-        (expected, lambda x, w, t: cross_entropy(x @ w.to(x.dtype).T, t)),
-    ):
+    def plain(x, w, t):
+        return cross_entropy(x @ w.to(x.dtype).T, t).sum() / (t >= 0).sum()
+
+    for leaves, loss_of in ((found, chunked_loss), (expected, plain)):
         leaves += [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         leaves.append(loss_of(*leaves, targets))
         (leaves[2] * 5).backward()
@@ -1965,30 +1713,30 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-def test_the_fused_loss_holds_few_logits_at_a_time():
+def test_the_chunked_loss_holds_few_logits_at_a_time():
     x, weight = noise(8192, 4).requires_grad_(), noise(1000, 4).requires_grad_()
     with Sizes() as seen:
-        linear_cross_entropy(x, weight, torch.arange(8192) % 1000).backward()
+        chunked_loss(x, weight, torch.arange(8192) % 1000).backward()
     assert max(seen.sizes) == 512 * 1000
 
 
-def test_the_fused_loss_sums_many_rows_in_float16():
+def test_the_chunked_loss_sums_many_rows_in_float16():
     """4,096 rows at a time that all pull the same way: 2/3 * 40 * 4,096 are 109,227."""
     x, targets = torch.full((65536, 2), 40.0), torch.zeros(65536, dtype=torch.int64)
     grads = []
     for dtype in (torch.float16, torch.float32):
         weight = torch.zeros(3, 2, requires_grad=True)
-        linear_cross_entropy(x.to(dtype), weight, targets).backward()
+        chunked_loss(x.to(dtype), weight, targets).backward()
         grads.append(weight.grad)
     torch.testing.assert_close(*grads, rtol=2e-3, atol=0)
 
 
-def test_the_fused_loss_compiles_as_one():
+def test_the_chunked_loss_compiles_as_one():
     """A break in the graph would be no error, only slow."""
     x, weight, targets = noise(1300, 12), noise(31, 12), torch.arange(1300) % 31
-    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(chunked_loss, fullgraph=True, backend="aot_eager")
     grads = []
-    for loss_of in (compiled, linear_cross_entropy):
+    for loss_of in (compiled, chunked_loss):
         leaf = weight.clone().requires_grad_()
         loss_of(x, leaf, targets).backward()
         grads.append(leaf.grad)
@@ -1996,10 +1744,10 @@ def test_the_fused_loss_compiles_as_one():
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has none")
-def test_the_fused_loss_is_torchs_own():
+def test_the_chunked_loss_is_torchs_own():
     x, weight, targets = noise(8, 12), noise(31, 12), torch.arange(8) * 3
     theirs = F.linear_cross_entropy(x, weight, targets)
-    assert torch.allclose(linear_cross_entropy(x, weight, targets), theirs)
+    assert torch.allclose(chunked_loss(x, weight, targets), theirs)
 
 
 def test_a_model_given_targets_returns_their_loss():
@@ -2009,20 +1757,44 @@ def test_a_model_given_targets_returns_their_loss():
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+    cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_the_fused_loss_of_nothing_is_0():
+def test_the_chunked_loss_of_nothing_is_0():
     x, weight = noise(4, 6).requires_grad_(), noise(9, 6)
-    loss = linear_cross_entropy(x, weight, torch.full((4,), -100))
+    loss = chunked_loss(x, weight, torch.full((4,), -100))
     loss.backward()
     assert loss.item() == 0 and not x.grad.any()
     with torch.no_grad():
         x, targets = noise(700, 6), torch.arange(700) % 9
         torch.testing.assert_close(
-            linear_cross_entropy(x, weight, targets), cross_entropy(x @ weight.T, targets))
+            chunked_loss(x, weight, targets), cross_entropy(x @ weight.T, targets).mean())
+
+
+@pytest.mark.parametrize("flags, more", [("", ""), ("--optimizer muon", "--compile")])
+def test_recomputed_activations_give_the_same_run(toy, tmp_path, flags, more):
+    """Compiled as well."""
+    for name, how in (("kept", ""), ("again", f"--activation_checkpointing {more}")):
+        do("train", *training(toy, tmp_path / name), f"--max_steps 5 {flags} {how}")
+    kept, again = (metrics(tmp_path / name, "train_loss") for name in ("kept", "again"))
+    assert again == [pytest.approx(row, rel=1e-5) for row in kept]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_learns_nearly_the_same(toy, tmp_path, dtype):
+    for name in ("float32", dtype):
+        do("train", *training(toy, tmp_path / name), f"--max_steps 60 --dtype {name}")
+    full, low = (metrics(tmp_path / name, "train_loss")[-1][0] for name in ("float32", dtype))
+    assert low == pytest.approx(full, rel=0.03) and low != full and full < 2.5
+
+
+# ======================================================================================
+# 10. MUON
+#
+# The formula against torch's, and the optimizer against the formula.
+# ======================================================================================
 
 
 @given(st.integers(1, 3), st.integers(2, 9), st.integers(2, 9), st.integers(0, 99))
@@ -2042,10 +1814,19 @@ def test_orthogonalizing_zeros_gives_zeros():
     assert torch.equal(orthogonalize(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
 
 
+def matrices_of(model):
+    """The layers in blocks, by the name of their weight, and how many rows each matrix has."""
+    return {
+        f"{name}.weight": list(layer.d_outs)
+        for name, layer in model.named_modules()
+        if isinstance(layer, scratchformer.Linear) and name.startswith("blocks.")
+    }
+
+
 def test_every_matrix_of_a_block_is_one_to_muon():
     config = dataclasses.replace(TINY_MODEL, d_ff=48, num_kv_heads=2)
-    parts = {name: split_sizes(name, p) for name, p in Transformer(config).named_parameters()
-             if name.startswith("blocks.1.") and p.dim() == 2}  # fmt: skip
+    parts = {name: rows for name, rows in matrices_of(Transformer(config)).items()
+             if name.startswith("blocks.1.")}  # fmt: skip
     assert parts == {
         "blocks.1.attention.qkv.weight": [32, 16, 16], "blocks.1.attention.output.weight": [32],
         "blocks.1.mlp.gate_up.weight": [48] * 2, "blocks.1.mlp.down.weight": [32],
@@ -2056,24 +1837,25 @@ def test_every_matrix_of_a_block_is_one_to_muon():
 @pytest.mark.parametrize("fused", [True, False])
 def test_muon_is_its_formula_in_the_blocks_and_adamw_elsewhere(clip_grad, scaled, fused):
     shape = dataclasses.replace(TINY_MODEL, num_kv_heads=2, tie_embeddings=True)
-    ours, theirs, scaler = Transformer(shape), Transformer(shape), GradScaler(CPU, scaled)
+    ours, scaler = Transformer(shape), GradScaler(CPU, scaled)
+    theirs = copy.deepcopy(ours)
     config = OptimizerConfig(lr=0.01, weight_decay=0.1)
     optimizer = Muon(ours, local_params(ours), config, fused=fused)
     in_blocks = {name: p for name, p in theirs.named_parameters()
                  if p.dim() == 2 and name.startswith("blocks.")}  # fmt: skip
     momenta = {name: torch.zeros_like(p) for name, p in in_blocks.items()}
     rest = [p for p in theirs.parameters() if not any(p is q for q in in_blocks.values())]
-    adamw = make_optimizer(rest, config)
+    adamw = make_adamw(rest, config)
     for seed in range(4):
-        decay = momentum_decay(100 * seed)  # 0.85 to 0.95
+        decay = muon_momentum(100 * seed)  # 0.85 to 0.95
         for group in optimizer.param_groups:
             group["momentum"] = decay
         backward(ours, seed, scale=scaler.loss_scale)
         backward(theirs, seed)
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip_grad or math.inf)
         for name, p in in_blocks.items():
-            rows = split_sizes(name, p)
-            updated = [muon_reference(*matrices, 0.01, 0.1, decay) for matrices in zip(
+            rows = matrices_of(theirs)[name]
+            updated = [muon_naive(*matrices, 0.01, 0.1, decay) for matrices in zip(
                 p.data.split(rows), p.grad.split(rows), momenta[name].split(rows))]  # fmt: skip
             p.data, momenta[name] = map(torch.cat, zip(*updated))
         adamw.step()
@@ -2112,19 +1894,10 @@ def test_the_formula_of_muon_is_torchs(rows, columns, decay):
     for _ in range(6):
         theirs.grad = torch.randn(rows, columns, generator=generator)
         before = theirs.data.clone()
-        expected, momentum = muon_reference(before, theirs.grad, momentum, 0.1, 0.2, decay)
+        expected, momentum = muon_naive(before, theirs.grad, momentum, 0.1, 0.2, decay)
         optimizer.step()
         # Theirs orthogonalizes in bfloat16.
         assert (theirs - expected).norm() < 0.05 * (expected - before).norm()
-
-
-@pytest.mark.parametrize("flags, more", [("", ""), ("--optimizer muon", "--compile")])
-def test_recomputed_activations_give_the_same_run(toy, tmp_path, flags, more):
-    """Compiled as well."""
-    for name, how in (("kept", ""), ("again", f"--activation_checkpointing {more}")):
-        do("train", *training(toy, tmp_path / name), f"--max_steps 5 {flags} {how}")
-    kept, again = (metrics(tmp_path / name, "train_loss") for name in ("kept", "again"))
-    assert again == [pytest.approx(row, rel=1e-5) for row in kept]
 
 
 def test_muon_in_float16_skips_what_overflows_and_learns_the_rest(toy, tmp_path):
@@ -2133,55 +1906,40 @@ def test_muon_in_float16_skips_what_overflows_and_learns_the_rest(toy, tmp_path)
     assert rows[-1][0] < 0.8 * rows[0][0] and rows[-1][1] < 20
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_lower_precision_learns_nearly_the_same(toy, tmp_path, dtype):
-    for name in ("float32", dtype):
-        do("train", *training(toy, tmp_path / name), f"--max_steps 60 --dtype {name}")
-    full, low = (metrics(tmp_path / name, "train_loss")[-1][0] for name in ("float32", dtype))
-    assert low == pytest.approx(full, rel=0.03) and low != full and full < 2.5
+# ======================================================================================
+# 11. FASTER GENERATION
+#
+# The texts of chapter 7: one by one, in a batch, and by CUDA graphs.
+# ======================================================================================
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 9),
        st.sampled_from([{"temperature": 0}, {}, {"top_k": 20, "top_p": 0.9}]),
-       st.sampled_from([1, 2, 4]))  # fmt: skip
+       st.sampled_from([1, 2, 4]), st.sampled_from([1, 7]))  # fmt: skip
 @hypothesis.settings(max_examples=15)
-def test_texts_in_a_batch_are_the_texts_one_by_one(lengths, seed, how, kv_heads):
+def test_texts_in_a_batch_are_the_texts_one_by_one(lengths, seed, how, kv_heads, burst):
     """Prompts shorter and longer than the context; each text stops at its own end."""
     config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads, tie_embeddings=True)
-    model = tiny_model(seed, config)
+    model, stop_ids = tiny_model(seed, config), [3, 9]
     prompts = [[(row + 7 * i) % 61 for i in range(n)] for row, n in enumerate(lengths)]
-    seeded = [torch.Generator().manual_seed(row) for row in range(len(prompts))]
-    how = {**how, "eos_ids": [3, 9], "suppressed": torch.tensor([5, 8])}
-    steps = list(generate_batch(model, prompts, 45, generators=seeded, **how))
+    steps = list(generate_texts(model, prompts, 45, 5, stop_ids, burst=burst, **how))
     for row, prompt in enumerate(prompts):
-        how["generator"] = torch.Generator().manual_seed(row)
-        alone = list(generate(model, prompt, 45, **how))
-        assert not {5, 8} & set(alone)
-        expected = alone + [None] * (len(steps) - len(alone))
-        assert [ids[row] for ids in steps] == expected
-
-
-@pytest.mark.parametrize("borders", BORDERS)
-def test_hidden_states_of_many_texts_with_a_cache_equal_those_without(borders):
-    model = tiny_model()
-    tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(2))
-    cached, edges = CachedModel(model, 3), [0, *borders, *range(borders[-1] + 1, 25)]
-    steps = [cached(tokens[:, start:end], torch.arange(start, end).expand(3, -1))
-             for start, end in zip(edges, edges[1:])]  # fmt: skip
-    assert torch.allclose(torch.cat(steps, 1), model.hidden_states(tokens), atol=2e-5)
+        alone = text_of(generate_naive, model, prompt, 45, 5 + row, **how)
+        end = next((n for n, i in enumerate(alone, 1) if i in stop_ids), 45)
+        assert [ids[row] for ids in steps if ids[row] is not None] == alone[:end]
 
 
 def test_a_cache_can_be_used_again_for_another_text():
-    cached = CachedModel(model := tiny_model())
-    texts = [sum(generate_batch(model, [prompt], 15, temperature=0, cached_model=cached), [])
+    cache = StaticCache(model := tiny_model(), 1, 24)
+    texts = [sum(generate_texts(model, [prompt], 15, temperature=0, cache=cache), [])
              for prompt in ([1, 2, 3, 4, 5, 6], [7], [7])]  # fmt: skip
-    alone = list(generate(tiny_model(), [7], 15, temperature=0))
+    alone = text_of(generate, tiny_model(), [7], 15, temperature=0)
     assert texts[1] == texts[2] == alone != texts[0]
 
 
 def test_cuda_graphs_without_a_cuda_device_are_refused():
     with pytest.raises(UserError, match="CUDA device, not on cpu"):
-        CUDAGraphDecoder(tiny_model())
+        CUDAGraphCache(tiny_model(), 1, 24)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -2191,45 +1949,46 @@ def test_cuda_graphs_without_a_cuda_device_are_refused():
 def test_text_by_cuda_graphs_is_the_same(prompt, how, kv_heads):
     config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads)
     model = tiny_model(config=config).to("cuda")
-    one, three = CUDAGraphDecoder(model), CUDAGraphDecoder(model, 3)
-    for prompts, decoder in (([prompt], one), ([[1], prompt, prompt], three)):
-        plain, graph, again = (
-            list(generate_batch(
-                model, prompts, 60, **how, cached_model=cached,
-                generators=[torch.Generator("cuda").manual_seed(7) for _ in prompts]))
-            for cached in (None, decoder, decoder)
+    for prompts in ([prompt], [[1], prompt, prompt]):
+        graph = CUDAGraphCache(model, len(prompts), 24)
+        plain, replayed, again = (
+            list(generate_texts(model, prompts, 60, 7, cache=cache, burst=5, **how))
+            for cache in (None, graph, graph)
         )  # fmt: skip
-        assert plain == graph == again  # 60 tokens: beyond the context
-    alone = list(generate(model, prompt, 60, **how,
-                          generator=torch.Generator("cuda").manual_seed(7)))  # fmt: skip
-    assert "top_k" not in how or len(set(alone)) > 3  # sampled text varies
-    assert "top_k" in how or [ids[1] for ids in plain] == alone
+        assert plain == replayed == again  # 60 tokens: beyond the context
+    assert "top_k" not in how or len({ids[-1] for ids in plain}) > 3  # sampled text varies
 
 
-@pytest.mark.parametrize("rows, width", [(64, 6), (50, 3), (7, 5), (192, 2)])
-def test_a_product_on_all_cores_is_the_plain_product(rows, width):
-    layer = torch.nn.Linear(width, rows, bias=False)
-    use_all_cores(model := torch.nn.Sequential(layer))
-    for shape in [(1, 1, width), (1, 4, width), (3, 1, width)]:
-        x = torch.randn(shape)
-        torch.testing.assert_close(model(x), x @ layer.weight.T)
+@given(any_texts)
+def test_streamed_text_never_breaks_a_character(text):
+    ids = OURS.encode(text)
+    pieces = list(stream_text(OURS, ids))
+    assert "".join(pieces) == OURS.decode(ids)
+    if not any("\udc80" <= character <= "\udcff" for character in text):
+        assert "\ufffd" not in "".join(pieces) or "\ufffd" in text
+
+
+def test_a_character_comes_when_its_last_byte_does():
+    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [])
+    assert list(stream_text(tokenizer, "é😀".encode())) == ["", "é", "", "", "", "😀", ""]
+    assert list(stream_text(tokenizer, b"a\xf0\x9f"))[-1] == "\ufffd"
 
 
 # ======================================================================================
-# 10. MANY DEVICES
+# 12. MANY DEVICES
 #
-# However the same rows are spread over processes and micro-steps, the losses are the same.
+# However the same rows are spread over processes and micro-batches, the losses are the same.
 # ======================================================================================
 
 
-@pytest.mark.parametrize("world_size, micro_steps", [(1, 4), (2, 2), (4, 1)])
-def test_any_split_over_processes_and_micro_steps_sees_the_same_rows(world_size, micro_steps):
+@pytest.mark.parametrize("world_size, micro_batches", [(1, 4), (2, 2), (4, 1)])
+def test_any_split_over_processes_and_micro_batches_sees_the_same(world_size, micro_batches):
     tokens, steps = np.arange(900), range(6, 8)
     whole = load_batches(tokens, 5, steps, CPU, batch_size=8)
-    parts = [load_batches(tokens, 5, steps, CPU, 2, micro_steps, 1, rank, world_size)
+    parts = [load_batches(tokens, 5, steps, CPU, 2, micro_batches, 1, rank, world_size)
              for rank in range(world_size)]  # fmt: skip
     for inputs, targets in whole:
-        batches = [next(part) for _ in range(micro_steps) for part in parts]
+        batches = [next(part) for _ in range(micro_batches) for part in parts]
         assert torch.equal(torch.cat([x for x, _ in batches]), inputs)
         assert torch.equal(torch.cat([y for _, y in batches]), targets)
     assert [list(part) for part in parts] == [[]] * world_size
@@ -2265,9 +2024,12 @@ SPREAD = {  # processes, flags: always 8 sequences per step
     "muon_hybrid": (4, "--batch_size 1 --grad_accum_steps 2 --fsdp --shard_size 2 "
                        "--optimizer muon"),
 }  # fmt: skip
+
+
 ON_ONE = {how: "muon" if how.startswith("muon") else "one" for how in SPREAD}
 
-# What several processes do in the tests of chapters 10 to 12, one task after the other, because
+
+# What several processes do in the tests of chapters 12 to 14, one task after the other, because
 # starting them takes longer than the tasks.
 TASKS = """
 import gc, json, os, resource, sys, torch
@@ -2277,7 +2039,7 @@ CPU = torch.device("cpu")
 
 def build(*shape, **flags):
     flags = ProcessConfig(**flags)
-    return build_model(ModelConfig(*shape), 1, CPU, torch.float32, flags)
+    return build_model(LlamaConfig(*shape), 1, CPU, torch.float32, flags)
 
 def run(status, argv):
     argv = [word.replace("RANK", os.environ["RANK"]) for word in argv]
@@ -2286,23 +2048,27 @@ def run(status, argv):
 def peak_memory():
     with process_group(CPU):
         peaks = []
-        # The first also loads what FSDP needs, and the last is whole: process 0 alone makes it.
+        # Process 0 draws all parameters, so the others are measured. The first model also loads
+        # what FSDP needs, and the last is whole: process 3 alone makes it.
         for layers, fsdp in ((1, True), (24, True), (24, False)):
-            if fsdp or get_rank() == 0:
-                model = build(1000, 16, layers, 512, 4, 1376, fsdp=fsdp)
+            if fsdp or get_rank() == 3:
+                shape = 1000, 16, layers, 512, 4, 1376
+                model = build(*shape, fsdp=True) if fsdp else Transformer(ModelConfig(*shape))
                 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
                 del model
-    print("kB", *(peak - peaks[0] for peak in peaks[1:]))
+    if get_rank():
+        print("kB", *(peak - peaks[0] for peak in peaks[1:]))
 
 def steps_of_fsdp():
     with process_group(CPU):
         shape = 64, 16, 2, 32, 4, 64
         model = build(*shape, fsdp=True)
-        for p, plain in zip(model.parameters(), build(*shape).parameters()):
+        torch.manual_seed(1)
+        for p, plain in zip(model.parameters(), Transformer(ModelConfig(*shape)).parameters()):
             assert torch.equal(p.full_tensor(), plain)  # the same weights, sharded or not
         model.embedding.weight.requires_grad_(False)
         params, scaler = local_params(model), GradScaler(CPU, False)
-        optimizer = make_optimizer(params.values(), OptimizerConfig(), True)
+        optimizer = make_adamw(params.values(), OptimizerConfig(), True)
         tokens = torch.ones(2, 16, dtype=torch.int64)
         for step in range(60):
             optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
@@ -2497,7 +2263,7 @@ def test_fsdp_starts_with_its_shards_and_one_whole_tensor(four_processes):
 
 
 # ======================================================================================
-# 11. CHECKPOINTS
+# 13. CHECKPOINTS
 #
 # Complete or refused; the same file whoever wrote it; nothing in it is ever executed.
 # ======================================================================================
@@ -2505,18 +2271,20 @@ def test_fsdp_starts_with_its_shards_and_one_whole_tensor(four_processes):
 
 def same_state(one, other, tolerance=0.0):
     """Whether weights and moments are equal, to the bit or within `tolerance`."""
+    assert one["optimizer"].keys() == other["optimizer"].keys()
     for left, right in [(one["model"], other["model"])] + [
-        (one["optimizer"][key], other["optimizer"][key]) for key in ADAM_STATE
+        (one["optimizer"][key], other["optimizer"][key]) for key in one["optimizer"]
     ]:
         assert left.keys() == right.keys()
         for key in left:
-            assert torch.allclose(left[key], right[key], rtol=0, atol=tolerance), key
+            x, y = torch.as_tensor(left[key]), torch.as_tensor(right[key])
+            assert torch.allclose(x, y, rtol=0, atol=tolerance), key
     return True
 
 
 def test_a_checkpoint_is_tensors_and_plain_types(toy):
     state = torch.load(toy / "run" / "step_000150.pt", weights_only=True)
-    model = Transformer(ModelConfig(**state["model_config"]))
+    model = Transformer(LlamaConfig(**state["model_config"]))
     assert state["step"] == 150 and list(state["model"]) == [
         name for name, _ in model.named_parameters()
     ]
@@ -2541,28 +2309,8 @@ def test_a_model_loaded_in_bfloat16_keeps_the_angles_of_rope(toy):
     state = load_checkpoint(toy / "run")
     model = model_from_checkpoint(state, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert torch.equal(model.rope_cache, model_from_checkpoint(state).rope_cache)
+    assert torch.equal(model.rope, model_from_checkpoint(state).rope)
     assert model(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
-
-
-def test_a_checkpoint_of_the_first_edition_loads_and_resumes(toy, tmp_path):
-    """It had other names for some modules, and for the state of the loss scale."""
-
-    def rename(weights):
-        return {re.sub(r"^lm_head", "head", name.replace("mlp", "swiglu")): value
-                for name, value in weights.items()}  # fmt: skip
-
-    do("train", *training(toy, tmp_path / "new"), "--max_steps 12 --save_interval 6")
-    state = load_checkpoint(tmp_path / "new" / "step_000006.pt")
-    old = {key: state[key] for key in ("step", "model_config", "run")}
-    old["model"] = rename(state["model"])
-    old["optimizer"] = {key: rename(value) for key, value in state["optimizer"].items()}
-    old["stepper"] = {"scale": 1.0, "good_steps": 0.0, "skipped": 0.0, "skipped_in_a_row": 0.0}
-    assert "blocks.1.swiglu.down.weight" in old["model"] and "head.weight" in old["model"]
-    (tmp_path / "old").mkdir()
-    save_checkpoint(tmp_path / "old" / "step_000006.pt", old)
-    do("train", *training(toy, tmp_path / "old"), "--max_steps 12 --resume")
-    assert same_state(load_checkpoint(tmp_path / "old"), load_checkpoint(tmp_path / "new"))
 
 
 def test_a_partly_frozen_model_can_be_saved_and_restored():
@@ -2570,7 +2318,7 @@ def test_a_partly_frozen_model_can_be_saved_and_restored():
         model = TransformerWithLoss(TINY_MODEL)
         model.blocks[0].requires_grad_(False)
         params = local_params(model)
-        optimizer = make_optimizer(params.values(), OptimizerConfig(), True)
+        optimizer = make_adamw(params.values(), OptimizerConfig(), True)
         return model, params, optimizer
 
     one, other = state(), state()
@@ -2580,7 +2328,8 @@ def test_a_partly_frozen_model_can_be_saved_and_restored():
         one[2].zero_grad()
     saved = gather_state(*one)
     assert not any("blocks.0" in name for name in saved["optimizer"]["exp_avg"])
-    restore_state(saved, *other)
+    load_weights(other[0], saved["model"])
+    restore_optimizer(saved["optimizer"], *other)
     for model, _, optimizer in (one, other):
         backward(model, 7)
         optimizer.step()
@@ -2614,7 +2363,7 @@ def test_copies_of_checkpoints_are_neither_counted_nor_deleted(toy, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut short", "no model", "no run", "no scaler", "moments",
-                                    "no moment", "step"])  # fmt: skip
+                                    "step"])  # fmt: skip
 def test_a_damaged_newest_checkpoint_is_passed_over_in_resuming(toy, tmp_path, capsys, damage):
     do("train", *training(toy, tmp_path), "--max_steps 6 --save_interval 3")
     rows, newest = metrics(tmp_path, "step", "train_loss"), tmp_path / "step_000006.pt"
@@ -2627,8 +2376,6 @@ def test_a_damaged_newest_checkpoint_is_passed_over_in_resuming(toy, tmp_path, c
             state["step"] = "6"
         if damage == "moments":
             state["optimizer"]["exp_avg"][name] = torch.ones(1)
-        if damage == "no moment":
-            del state["optimizer"]["exp_avg"][name]
         save_checkpoint(newest, state)
     argv = [word for word in training(toy, tmp_path) if word != "--quiet"]
     do("train", *argv, "--max_steps 6 --resume")
@@ -2816,7 +2563,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(toy, tmp_path):
 
 
 # ======================================================================================
-# 12. THE TRAINING RUN
+# 14. THE TRAINING RUN
 #
 # A run is its flags and its data: when it was interrupted leaves no trace.
 # ======================================================================================
@@ -2849,7 +2596,7 @@ GOOD = [i % 50 for i in range(99)]
 @pytest.mark.parametrize("data, metadata, flags, words", [
     (GOOD, None, "", "give --vocab_size"),
     ([], None, "--vocab_size 50", "0 tokens"),
-    (GOOD[:64], None, "--vocab_size 50", "too few for a context_length of 64"),
+    (GOOD, None, "--vocab_size 50", "too few: 128 are needed"),
     (b"odd", None, "--vocab_size 50", "damaged: 3 bytes"),
     (GOOD, {"num_tokens": 98, "vocab_size": 50}, "", "damaged"),
     (GOOD, {"dtype": "uint32", "vocab_size": 50}, "", "damaged"),
@@ -3113,7 +2860,18 @@ def test_a_run_resumes_with_another_optimizer_and_says_so(toy, tmp_path, capsys)
         assert ("blocks.0.mlp.down.weight" in moments) == (new == "adamw")
         assert "lm_head.weight" in moments
     losses = [loss for (loss,) in metrics(tmp_path, "train_loss")]
-    assert len(losses) == 8 and losses == sorted(losses, reverse=True)
+    assert len(losses) == 8 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_with_any_optimizer_resumes_bit_for_bit(toy, tmp_path, optimizer):
+    flags = f"--optimizer {optimizer} --save_interval 3 --max_steps 6"
+    do("train", *training(toy, tmp_path / "unbroken"), flags)
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
+    (tmp_path / "broken" / "step_000006.pt").unlink()
+    do("train", *training(toy, tmp_path / "broken"), flags, "--resume")
+    one, other = (load_checkpoint(tmp_path / name) for name in ("broken", "unbroken"))
+    assert same_state(one, other)
 
 
 def test_a_run_resumes_without_repeating_the_shape(toy, tmp_path, capsys):
@@ -3141,37 +2899,13 @@ def test_resume_needs_no_other_flag(toy, tmp_path, capsys):
     do(f"train --resume --outdir {tmp_path} --device cpu")
     assert metrics(tmp_path, *EXACT, "best_valid_loss") == unbroken
     assert "changed" not in capsys.readouterr().err
-    do(f"train --resume --outdir {tmp_path} --device cpu --max_steps 9 --no_keep_best")
+    do(f"train --resume --outdir {tmp_path} --device cpu --max_steps 9 --no-keep_best")
     error = capsys.readouterr().err
     assert "changed since the checkpoint: max_steps 8 -> 9, keep_best True -> False" in error
     do(f"train --resume --outdir {tmp_path} --device cpu --max_steps 10 --lr 1e-5")
-    assert re.search(r"lr 0.003 -> 1e-05, min_lr 0.0003\S* -> 1", capsys.readouterr().err)
+    assert "lr 0.003 -> 1e-05" in capsys.readouterr().err
     assert main(shell_words([f"train --resume --outdir {tmp_path} --num_layers 3"])) == 2
     assert "--num_layers is 3, but the model" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags, small", [
-    ("", True),
-    ("--vocab_size 300 --tie_embeddings", True),
-    ("--batch_size 1 --context_length 4 --num_layers 1", False),  # the rest is large
-    ("--init_from {toy}/run --context_length 8", False),
-])  # fmt: skip
-def test_a_cpu_gets_a_small_model_unless_shape_or_batch_are_given(
-    toy, tmp_path, capsys, flags, small
-):
-    do(f"train --train_tokens {toy / 'train.bin'} --outdir {tmp_path} --device cpu "
-       "--max_steps 1", flags.format(toy=toy))  # fmt: skip
-    error, state = capsys.readouterr().err, load_checkpoint(tmp_path)
-    shape = {name: state["model_config"][name] for name in ("num_layers", "d_model", "d_ff")}
-    batch_size = 1 if "--batch_size" in flags else 8 if small else 64
-    assert state["run"]["batch_size"] == batch_size
-    assert small == ("--num_layers 4 --d_model 128 --num_heads 4 --d_ff 352 --b" in error)
-    assert small == (shape == {"num_layers": 4, "d_model": 128, "d_ff": 352})
-    if small:  # and resumes with them
-        do(f"train --resume --outdir {tmp_path} --device cpu --max_steps 2")
-        error = capsys.readouterr().err
-        assert "batch_size 8 x" in error and "defaults are" not in error
-        assert "batch_size 8 ->" not in error
 
 
 def test_train_without_tokens_says_what_is_missing(tmp_path, capsys):
@@ -3281,7 +3015,7 @@ def losses_of_windows(model, tokens, T):
     with torch.no_grad():
         for start in range(0, len(ids) - 1, T):
             window = ids[start : start + T + 1]
-            loss = cross_entropy(model(window[None, :-1]), window[None, 1:]).item()
+            loss = cross_entropy(model(window[None, :-1]), window[None, 1:]).mean().item()
             result.append((loss, len(window) - 1))
     return result
 
@@ -3307,9 +3041,9 @@ def test_the_loss_is_the_mean_over_all_tokens(toy, tmp_path, length):
 @pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"tie_embeddings": True}])
 def test_flops_count_each_weight_of_a_matmul_and_half_of_the_scores(changes):
     config = dataclasses.replace(TINY_MODEL, **changes)
-    blocks = Transformer(config).blocks.parameters()
-    matmuls = sum(p.numel() for p in blocks if p.dim() == 2) + 61 * 32
-    assert scratchformer.flops_per_token(config) == 6 * (matmuls + 2 * 24 * 32)
+    model = Transformer(config)
+    matmuls = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2) + 61 * 32
+    assert scratchformer.flops_per_token(model) == 6 * (matmuls + 2 * 24 * 32)
 
 
 def test_evaluation_never_holds_all_logits(toy):
@@ -3343,7 +3077,7 @@ def test_what_is_no_number_is_null_in_json():
 def test_a_rate_of_nearly_nothing_is_a_line_of_the_log(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scratchformer.Progress, "enabled", True)  # --quiet turned it off
     trainer = scratchformer.Trainer(
-        model_config=dataclasses.replace(TINY_MODEL, vocab_size=280),
+        model_config=LlamaConfig(**{**vars(TINY_MODEL), "vocab_size": 280}),
         data=scratchformer.DataConfig(), optim=scratchformer.RunOptimizerConfig(),
         run_config=scratchformer.RunConfig(outdir=tmp_path), processes=ProcessConfig(),
         device=CPU, dtype=torch.float32, tokens=TokenDataset([toy / "train.bin"]))  # fmt: skip
@@ -3379,7 +3113,7 @@ def test_the_model_learns_all_but_what_cannot_be_known(toy):
     unigram = -(shares * np.log(shares)).sum()
     floor = 200 * math.log(2 * 4 * 3 * 4) / len(ids)  # nats per token: 200 sentences of 96
     loss = metrics(toy / "run", "valid_loss")[-1][0]
-    assert 0.95 * floor < loss < 1.3 * floor < unigram / 2
+    assert 0.95 * floor < loss < 1.4 * floor < unigram / 2
     assert metrics(toy / "run", "train_loss")[0][0] == pytest.approx(math.log(280), rel=0.03)
 
 
@@ -3413,10 +3147,161 @@ def test_tensorboard_shows_what_metrics_say(toy, tmp_path):
 
 
 # ======================================================================================
-# 13. HUGGING FACE
+# 15. PUBLISHED MODELS
 #
-# The exported folder, in the hands of the libraries it is meant for.
+# Files made by others, and ours in the hands of the libraries they are meant for.
 # ======================================================================================
+
+
+def test_saving_and_loading_is_the_identity(tmp_path):
+    for tokenizer in (OURS, OURS_GPT4, Tokenizer(OURS.vocab, OURS.merges, None, "b+", True)):
+        tokenizer.save(tmp_path / "1.json")
+        again = Tokenizer.load(tmp_path / "1.json")
+        again.save(tmp_path / "2.json")
+        assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
+        assert again.fingerprint() == tokenizer.fingerprint()
+        for name in ("vocab", "merges", "special_tokens", "pattern", "ignore_merges"):
+            assert getattr(again, name) == getattr(tokenizer, name)
+
+
+ALPHABET = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+
+
+def foreign_tokenizer(
+    folder, name, pre_tokenizer, specials=("<s>", "<a>"), alphabet=ALPHABET, **changes
+):
+    """A tokenizer trained by `tokenizers`, its special tokens first, as theirs and as ours."""
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(**changes))
+    theirs.pre_tokenizer, theirs.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
+    theirs.train_from_iterator([SAMPLE], tokenizers.trainers.BpeTrainer(
+        vocab_size=420, show_progress=False, special_tokens=list(specials),
+        initial_alphabet=alphabet))  # fmt: skip
+    bos = specials[0]
+    theirs.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, theirs.token_to_id(bos))])
+    theirs.save(str(folder / f"{name}.json"))
+    return theirs, Tokenizer.load(folder / f"{name}.json")
+
+
+QWEN_PATTERN = GPT4_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """Tokenizers of the kinds that GPT-2, Llama 3, Qwen and SmolLM use."""
+    folder, steps = tmp_path_factory.mktemp("foreign"), tokenizers.pre_tokenizers
+    byte_level = steps.ByteLevel(add_prefix_space=False, use_regex=True)
+
+    def split(pattern):
+        return steps.Sequence([steps.Split(tokenizers.Regex(pattern), "isolated"),
+                               steps.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+    def digits(one_by_one):
+        return steps.Sequence([steps.Digits(individual_digits=one_by_one), byte_level])
+
+    return [
+        foreign_tokenizer(folder, "gpt2", byte_level),
+        foreign_tokenizer(folder, "llama3", split(GPT4_PATTERN), ignore_merges=True),
+        foreign_tokenizer(folder, "qwen", split(QWEN_PATTERN)),
+        foreign_tokenizer(folder, "smollm", digits(True)),
+        # Like the real one, it knows only the bytes that occur where it was trained.
+        foreign_tokenizer(folder, "smollm_few", digits(True), alphabet=[]),
+        foreign_tokenizer(folder, "digits", digits(False)),
+    ]
+
+
+@given(text=texts)
+@example(text="   12  3\n 4")
+def test_tokenizers_made_by_others_give_the_same_ids_here(foreign, text):
+    lacking = [sum(len(token) == 1 for token in ours.id_of) < 256 for _, ours in foreign]
+    assert lacking[4] and not lacking[3]
+    for theirs, ours in foreign:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.fast.encode(text).tolist() == ours.encode(text)
+
+
+def test_tokenizers_made_by_others_survive_saving(foreign, tmp_path):
+    for theirs, ours in foreign:
+        ours.save(tmp_path / "again.json")
+        again = tokenizers.Tokenizer.from_file(str(tmp_path / "again.json"))
+        ids = theirs.encode(SAMPLE, add_special_tokens=False).ids
+        assert again.encode(SAMPLE).ids == ids == ours.encode(SAMPLE)
+
+
+def changed(**changes):
+    """Our tokenizer.json with some entries changed; a__b=x changes content["a"]["b"]."""
+    content = json.loads(json.dumps(tokenizer_to_json(OURS)))
+    for place, value in changes.items():
+        *path, last = place.split("__")
+        where = content
+        for key in path:
+            where = where[key]
+        where[last] = value
+    return json.dumps(content)
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+
+
+def split_on(pattern, behavior="Isolated"):
+    split = {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level]}
+
+
+FEW = {"model__vocab": {"a": 0}, "model__merges": ["a b"]}
+
+
+@pytest.mark.parametrize("content, words", [
+    ("{", "damaged"),
+    ("", "damaged"),
+    (b"\xff\xfe", "damaged"),
+    ("[]", "damaged"),
+    ("{}", "damaged"),
+    ("[" * 100_000, "damaged"),
+    (changed(model__type="WordPiece"), "WordPiece"),
+    (changed(model__type="Unigram"), "Unigram"),
+    (changed(pre_tokenizer=METASPACE), "Metaspace"),
+    (changed(pre_tokenizer=None), "not ByteLevel"),
+    (changed(pre_tokenizer__use_regex=False), "pre-tokenizer"),
+    (changed(pre_tokenizer__add_prefix_space=True), "adds a space"),
+    (changed(pre_tokenizer=split_on({"String": " "})), "not ByteLevel"),
+    (changed(pre_tokenizer=split_on({"Regex": "a"}, "Removed")), "not ByteLevel"),
+    (changed(pre_tokenizer=split_on({"Regex": "a*"})), "matches the empty string"),
+    (changed(pre_tokenizer=split_on({"Regex": "("})), "not a regular expression"),
+    (changed(model__byte_fallback=True), "SentencePiece"),
+    (changed(normalizer={"type": "NFC"}), "NFC"),
+    (changed(post_processor={"type": "BertProcessing"}), "BertProcessing"),
+    (changed(model__merges=[["q", "zzz"]]), "comes before its parts"),
+    (changed(model__merges=["q z"]), "lacks b'qz'"),
+    (changed(model__merges=[["q"]]), "damaged"),
+    (changed(**FEW), "merge b'a' + b'b' comes before"),
+    (changed(model__vocab={"▁the": 0}), "characters outside GPT-2's byte alphabet"),
+    (changed(model__vocab=None), "damaged"),
+    (changed(model__vocab={"a": -1}), "an integer from 0"),
+    (changed(model__vocab={"a": 1 << 40}), "an integer from 0"),
+])  # fmt: skip
+def test_a_tokenizer_file_of_another_kind_is_refused_with_a_reason(
+    capsys, tmp_path, content, words
+):
+    path = write(tmp_path / "tokenizer.json", content)
+    text = write(tmp_path / "text", "some text")
+    error = refused(
+        capsys,
+        tmp_path,
+        f"bpe-encode --dataset_path {text} --tokenizer_path {path}",
+        f"--out_path {tmp_path}/out.bin",
+    )
+    assert words in error and "tokenizer.json is not a valid tokenizer.json: " in error
+
+
+@pytest.mark.parametrize("pattern", ["(", "a*", "|", "(?=a)?"])
+def test_a_pattern_that_cannot_be_is_refused(capsys, tmp_path, pattern):
+    text = write(tmp_path / "text", "some text")
+    argv = ["bpe-train", "--file_path", str(text), "--tokenizer_out_path", str(tmp_path / "t")]
+    capsys.readouterr()
+    assert main([*argv, "--pattern", pattern]) == 2
+    assert "pattern" in capsys.readouterr().err and not (tmp_path / "t").exists()
 
 
 @pytest.fixture(scope="module")
@@ -3444,7 +3329,7 @@ def test_transformers_writes_the_same_greedy_text(exported, toy):
     with torch.no_grad():
         for _ in range(50):
             their_ids.append(theirs(torch.tensor([their_ids])).logits[0, -1].argmax().item())
-    assert [*ids, *generate(ours, ids, 50, temperature=0)] == their_ids
+    assert [*ids, *text_of(generate, ours, ids, 50, temperature=0)] == their_ids
 
 
 def test_transformers_stops_at_the_end_of_text(exported, toy):
@@ -3481,6 +3366,8 @@ def test_what_is_exported_can_be_read_back_to_the_bit(exported, toy):
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0,
                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 64}  # fmt: skip
+
+
 LLAMAS = {
     "grouped": {"num_key_value_heads": 2},
     "tied": {"tie_word_embeddings": True},
@@ -3546,7 +3433,7 @@ def test_a_llama_made_by_transformers_is_the_same_model_here_and_goes_back_to_th
         count = 200 if kind == "like Llama 3.2" else 20
         theirs = llama.generate(tokens[:1, :9], max_new_tokens=count, do_sample=False,
                                 eos_token_id=None, pad_token_id=0)  # fmt: skip
-    text = list(generate(ours, tokens[0, :9].tolist(), count, temperature=0))
+    text = text_of(generate, ours, tokens[0, :9].tolist(), count, temperature=0)
     assert text == theirs[0, 9:].tolist()
     (tmp_path / "stray.safetensors").unlink()
     out, name = tmp_path / "out", str(dtype).removeprefix("torch.")
@@ -3679,16 +3566,140 @@ def test_a_llama_folder_can_be_exported_again(exported, toy, tmp_path):
 
 def test_a_shape_that_contradicts_init_from_is_refused(toy, exported, tmp_path, capsys):
     flags = f"--train_tokens {toy / 'train.bin'} --outdir {tmp_path / 'run'}"
-    for wrong, words in (("--num_layers 7", "--num_layers is 7"), ("--num_layers 8", "is 8")):
-        argv = f"train {flags} --init_from {toy / 'exported'} {wrong}"  # 8 is the default
+    for wrong, words in (("--num_layers 7", "--num_layers is 7"), ("--num_layers 4", "is 4")):
+        argv = f"train {flags} --init_from {toy / 'exported'} {wrong}"  # 4 is the default
         assert words in refused(capsys, tmp_path, argv)
 
 
 # ======================================================================================
-# 14. COMMAND LINE
+# 16. COMMAND LINE
 #
 # What a person types, and what a person mistypes.
 # ======================================================================================
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"d_model": 33}, "divisible by num_heads: 33 / 4"),
+    ({"d_model": 36}, "must be even"),
+    ({"num_kv_heads": 3}, "divisible by num_kv_heads: 4 / 3"),
+    ({"rope_scaling": [8.0, 1.0, 4.0]}, "rope_scaling must be four"),
+    ({"rope_scaling": [8.0, 4.0, 4.0, 16.0]}, "rope_scaling must be four"),
+    ({"num_layers": 0}, "num_layers must be from 1"),
+    ({"rope_theta": math.nan}, "rope_theta must be"),
+    ({"architecture": "other"}, "architecture is 'other'"),
+])  # fmt: skip
+def test_an_impossible_shape_is_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        check_config(LlamaConfig(**{**vars(TINY_MODEL), **changes}))
+
+
+@pytest.mark.parametrize("argv", [
+    *(f"train --train_tokens x {flag}" for flag in [
+        "--lr nan", "--lr inf", "--lr -0.1", "--batch_size 0", "--max_steps -5", "--lr",
+        "--max_steps 1.5", "--grad_accum_steps 0", "--context_length 0", "--clip_grad -1",
+        "--beta2 1", "--seed -1",
+        "--weight_decay nan", "--min_lr 2 --lr 1", "--save_interval 0", "--log_interval 0",
+        "--warmup_steps 10 --max_steps 5", "--dtype float8", "--device tpu", "--num_layers 0",
+        "--rope_theta nan", "--norm_eps -1", "--seed 99999999999999999999999999"]),
+    "bpe-train --file_path x --tokenizer_out_path y --num_workers 0",
+    "generate --checkpoint x --temperature -1",
+    "generate --checkpoint x --top_k 0",
+    "generate --checkpoint x --top_p nan",
+    "generate --checkpoint x --max_new_tokens 0",
+    "generate --checkpoint x --seed 99999999999999999999999999",
+    "eval --checkpoint x --valid_tokens y --batch_size 0",
+])  # fmt: skip
+def test_a_flag_out_of_range_is_named(capsys, tmp_path, argv, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.zeros(9999, np.uint16).tofile("x")
+    flag = re.findall(r"--\w+", argv)[-1]
+    assert flag in refused(
+        capsys, tmp_path, *argv.split(), *["--vocab_size=9"][: argv.startswith("train")]
+    )
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert leaving.value.code == 0
+    for flag in [
+        "train_tokens",
+        "valid_tokens",
+        "vocab_size",
+        "context_length",
+        "num_layers",
+        "d_model",
+        "num_heads",
+        "d_ff",
+        "batch_size",
+        "grad_accum_steps",
+        "lr",
+        "min_lr",
+        "weight_decay",
+        "clip_grad",
+        "max_steps",
+        "warmup_steps",
+        "log_interval",
+        "save_interval",
+        "compile",
+        "fsdp",
+        "outdir",
+        "weights_only",
+        "resume",
+    ]:
+        assert re.search(rf"--{flag}[ ,]", shown)
+    assert "peak learning rate (default: 0.001)" in shown
+
+
+def test_the_tokenizer_commands_and_help_do_not_import_torch(tmp_path):
+    write(tmp_path / "torch.py", "raise SystemExit('torch was imported')")
+    write(tmp_path / "1.txt", "to be or " * 99)
+    write(tmp_path / "2.txt", "not to be" * 99)
+    both = f"{tmp_path / '1.txt'} {tmp_path / '2.txt'}"
+    tokenizer, out = tmp_path / "tokenizer.json", tmp_path / "out.bin"
+    for argv in (
+        "--help",
+        "--version",
+        "bpe-train --help",
+        "bpe-encode --help",
+        f"bpe-train --file_path {both} --vocab_size 270 --num_workers 2 "
+        f"--tokenizer_out_path {tokenizer}",
+        f"bpe-encode --dataset_path {both} --num_workers 2 --tokenizer_path {tokenizer} "
+        f"--out_path {out}",
+    ):
+        done = run(argv, env={"PYTHONPATH": str(tmp_path)})
+        assert done.returncode == 0, (argv, done.stderr)
+    assert tokenizer.is_file() and out.is_file()
+    assert run("train", env={"PYTHONPATH": str(tmp_path)}).stderr == b"torch was imported\n"
+
+
+def test_a_value_may_look_like_a_flag_and_files_add_up():
+    def parse(name, *argv):
+        return scratchformer.parse_flags(name, scratchformer.COMMANDS[name], argv)[1][0]
+
+    for prompt in ("-- Hello", "--no-space\nbelow"):
+        assert parse("generate", "--checkpoint", "x", f"--prompt={prompt}").prompt == prompt
+    argv = "--file_path a b --file_path c --tokenizer_out_path t --vocab_size=400"
+    config = parse("bpe-train", *argv.split())
+    assert config.file_path == [Path("a"), Path("b"), Path("c")] and config.vocab_size == 400
+
+
+def test_a_lost_log_ends_no_command(tmp_path):
+    """A full disk, a reader that has gone, closed standard streams."""
+    text = write(tmp_path / "text.txt", toy_text(1, 30))
+    for number, to in enumerate(["2>/dev/full", "2>&1 | true", "2>&-", "<&- >&-"]):
+        argv = process("bpe-train --vocab_size 280 --file_path", text, "--tokenizer_out_path",
+                       out := tmp_path / f"{number}.json")  # fmt: skip
+        command = f"set -o pipefail; {shlex.join(map(str, argv['args']))} {to}"
+        done = subprocess.run(["bash", "-c", command], env=argv["env"], capture_output=True)
+        assert done.returncode == 0 and out.is_file() and b"Traceback" not in done.stderr
+
+
+def test_importing_the_file_says_nothing():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", "import scratchformer"],
+                          cwd=FILE.parent, capture_output=True)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_a_seed_writes_the_same_text_again(toy, capsysbinary):
@@ -3700,7 +3711,7 @@ def test_a_seed_writes_the_same_text_again(toy, capsysbinary):
         )
         outputs.append(capsysbinary.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
-    assert outputs[0].count(b"The ") >= 3 and END_OF_TEXT.encode() not in outputs[0]
+    assert outputs[0].count(b"---\nThe") == 3 and END_OF_TEXT.encode() not in outputs[0]
 
 
 def test_greedy_text_goes_on_as_the_corpus_does(toy, capsys):
@@ -3780,10 +3791,16 @@ TRAIN = (
     "train --train_tokens {toy}/train.bin --outdir {tmp}/run --max_steps 9 --warmup_steps 1 "
     "--device cpu --num_layers 1 --d_model 32 --num_heads 2 --batch_size 2 "
 )
+
+
 BPE = "bpe-train --vocab_size 280 --tokenizer_out_path {tmp}/out.json --file_path "
+
+
 ENCODE = (
     "bpe-encode --tokenizer_path {toy}/tokenizer.json --out_path {tmp}/out.bin --dataset_path "
 )
+
+
 EVAL = "eval --device cpu --checkpoint "
 
 
@@ -3859,11 +3876,10 @@ def test_bad_input_gets_one_line_and_writes_nothing(toy, tmp_path, capsys, argv,
     assert words in refused(capsys, tmp_path, *argv.format(toy=toy, tmp=tmp_path).split())
 
 
-# Damaged files. Each reader gives a result or one line of error. For a long search,
-# FUZZ_EXAMPLES=100000 pytest -k fuzz, with a limit on memory (ulimit -v).
-
 ODD = [None, True, -1, 0, 1, 7, 2**31, 2**63, 10**30, 0.5, -1.0, 1e-320, math.nan, math.inf,
        "", "x", "\ud800", "\0", b"x", [], {}, [[]], {"a": 1}, "uint32", "float16"]
+
+
 ODD_TENSORS = [torch.ones(1), torch.ones(0), torch.tensor(math.nan), torch.ones(3, 4).int(),
                torch.ones(280, 8, dtype=torch.complex64), torch.full((8,), math.inf),
                torch.ones(8).to_sparse(), torch.ones(1).expand(280, 8)]  # fmt: skip
@@ -3933,7 +3949,11 @@ def damaged_lines(data, rng):
 
 
 EVAL_RUN = "eval --device cpu --eval_windows 2 --checkpoint {checkpoint} "
+
+
 EVAL_TOKENS = EVAL_RUN + "--valid_tokens {run}/valid.bin"
+
+
 READERS = {
     "tokenizer.json": (damaged_file, EVAL_RUN + "--text_path {run}/text"),
     "valid.bin": (damaged_bytes, EVAL_TOKENS),
@@ -3982,7 +4002,7 @@ def small_files(toy, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", READERS)
-@hypothesis.settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 10)),
+@hypothesis.settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 5)),
                      derandomize="FUZZ_EXAMPLES" not in os.environ)  # fmt: skip
 @given(seed=st.integers(0, 2**64))
 def test_fuzz_a_damaged_file_gives_a_result_or_one_line(small_files, capsys, name, seed):
@@ -4058,9 +4078,6 @@ def test_the_demo_on_your_own_text(tmp_path, capsys):
     for line in shown:
         do(line)
     assert same_state(load_checkpoint(out / "run"), load_checkpoint(tmp_path / "first" / "run"))
-
-
-# The bundled stories, and the script that made them.
 
 
 @pytest.fixture(scope="module")
@@ -4157,11 +4174,204 @@ def test_the_demo_leaves_alone_what_it_did_not_make(tmp_path, capsys):
 
 
 # ======================================================================================
+# TEN CHANGES OF TEN LINES
+#
+# Each patch in data/changes is right on every path: training, evaluation, generation with a
+# cache, resuming, two processes.
+# ======================================================================================
+
+CHANGES = sorted(path.stem for path in (DATA / "changes").glob("*.patch"))
+CHANGE_FLAGS = {
+    "documents": "--end_of_text 7",
+    "windows": "--window 5",
+    "lion": "--optimizer lion",
+}
+
+
+def patched(name, folder):
+    """scratchformer.py in `folder`, with a patch applied."""
+    shutil.copy(FILE, folder / "scratchformer.py")
+    patch = DATA / "changes" / f"{name}.patch"
+    done = subprocess.run(["git", "apply", patch], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, f"{patch} no longer applies: {done.stderr}"
+    return (folder / "scratchformer.py").rename(folder / f"{name}.py")
+
+
+@pytest.fixture(scope="module")
+def changed_files(tmp_path_factory):
+    """A module of each changed file, by the name of the change."""
+    folder, modules = tmp_path_factory.mktemp("changes"), {}
+    for name in CHANGES:
+        spec = importlib.util.spec_from_file_location(name, patched(name, folder))
+        modules[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(modules[name])
+    return folder, modules
+
+
+def changed_model(module, name, context=24):
+    """A model with large parameters, those that start at 0 too."""
+    fields = {"documents": {"end_of_text": 7}, "windows": {"window": 5}}.get(name, {})
+    torch.manual_seed(3)
+    model = module.TransformerWithLoss(module.LlamaConfig(
+        61, context, num_layers=3, d_model=32, num_heads=4, d_ff=40, num_kv_heads=2, **fields))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3) if p.dim() == 2 else p.add_(noise(*p.shape) / 2)
+    return model.eval()
+
+
+def recorded_logits(module, function, tokens, count, forced, **how):
+    """The logits [count, B, V] from which `function` draws, where the draws are `forced`."""
+    found, draws = [], iter(forced)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def draw(logits, u, **_):
+            found.append(logits)
+            return next(draws)
+
+        patch.setattr(module, "sample", draw)
+        for _ in function(**how, **tokens):
+            if len(found) == count:
+                break
+    return torch.stack(found)
+
+
+def test_there_are_ten_changes_of_at_most_ten_lines_in_two_places():
+    assert len(CHANGES) == 10
+    source = FILE.read_text(encoding="utf-8").splitlines()
+    for name in CHANGES:
+        patch = (DATA / "changes" / f"{name}.patch").read_text(encoding="utf-8")
+        lines = patch[patch.index("\n@@") :].splitlines()
+        assert max(sum(line.startswith(sign) for line in lines) for sign in "+-") <= 10, name
+        # A place is a function or a class at the top level of the file.
+        places, at = set(), 0
+        for line in lines:
+            if hunk := re.match(r"@@ -(\d+)", line):
+                at = int(hunk[1]) - 1
+            if line[:1] in ("+", "-"):
+                top = re.compile(r"(def|class|[A-Z_]+:) ")
+                places.add(max(n for n in range(at + 1) if top.match(source[n])))
+            at += line[:1] in (" ", "-")
+        assert len(places) <= 2, (name, [source[n] for n in places])
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_file_generates_with_a_cache_as_without(changed_files, name):
+    """Logits for given ids: with end-of-text in the prompt, beyond the context, in a batch."""
+    module = changed_files[1][name]
+    model = changed_model(module, name)
+    prompts = torch.tensor([[7, 1, 2, 3, 4, 7, 5, 6, 9, 8], [9, 1, 2, 7, 4, 5, 6, 9, 8, 7]])
+    forced = torch.randint(61, (40, 2), generator=torch.Generator().manual_seed(4))
+    forced[::9] = 7
+    how = {"model": model, "prompts": prompts, "u": torch.zeros(2, 40)}
+    naive = recorded_logits(module, module.generate_naive, how, 40, forced)
+    cached = recorded_logits(module, module.generate, how, 40, forced)
+    torch.testing.assert_close(cached, naive, rtol=1e-4, atol=1e-4)
+    # Prompts of different lengths, together: `forced` is what the shorter one draws.
+    rows = [prompts[0].tolist(), prompts[1, :6].tolist()]
+    nothing = torch.zeros(4, dtype=torch.int64)
+    late = torch.cat([torch.stack([nothing, forced[:4, 1]], 1),
+                      torch.stack([forced[:, 0], forced.roll(-4, 0)[:, 1]], 1)])  # fmt: skip
+    how = {"model": model, "prompts": rows, "max_new_tokens": 40}
+    batch = recorded_logits(module, module.generate_texts, how, 20, late)
+    for row, skipped in ((0, 4), (1, 0)):
+        how = {"model": model, "prompts": torch.tensor([rows[row]]), "u": torch.zeros(1, 40)}
+        alone = recorded_logits(module, module.generate_naive, how, 15, forced[:, row, None])
+        torch.testing.assert_close(
+            batch[skipped : skipped + 15, row], alone[:, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_files_loss_in_chunks_is_the_plain_one(changed_files, name):
+    module = changed_files[1][name]
+    model, tokens = changed_model(module, name), torch.arange(100).view(4, 25) * 7 % 61
+    inputs, targets, found = tokens[:, :-1], tokens[:, 1:], []
+    for loss_of in (lambda: model(inputs, targets),
+                    lambda: module.cross_entropy(model(inputs), targets).mean()):  # fmt: skip
+        model.zero_grad()
+        (loss := loss_of()).backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+        with torch.no_grad():
+            found[-1].append(loss_of())  # evaluation's
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    assert (found[0][0] != found[0][-1]) == (name == "z_loss")
+
+
+def changed_training(toy, outdir, name, *flags):
+    shape = ("--num_layers 2 --d_model 16 --num_heads 2 --d_ff 24 --context_length 24 "
+             "--batch_size 4 --warmup_steps 2 --lr 3e-3 --log_interval 1 --device cpu --quiet")
+    data = f"--train_tokens {toy / 'train.bin'} --valid_tokens {toy / 'valid.bin'}"
+    run = f"--max_steps 8 --save_interval 4 --eval_windows 20 --outdir {outdir}"
+    return shell_words(["train", shape, CHANGE_FLAGS.get(name, ""), data, run, *flags])
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_file_trains_evaluates_and_resumes(
+    changed_files, toy, tmp_path, name, capsys
+):
+    module, unbroken, broken = (changed_files[1][name], tmp_path / "one", tmp_path / "two")
+    assert module.main(changed_training(toy, unbroken, name)) == 0
+    shutil.copytree(unbroken, broken)
+    (broken / "step_000008.pt").unlink()
+    assert module.main(changed_training(toy, broken, name, "--resume")) == 0
+    assert same_state(load_checkpoint(broken), load_checkpoint(unbroken))
+    losses = [loss for (loss,) in metrics(unbroken, "train_loss")]
+    assert losses == [loss for (loss,) in metrics(broken, "train_loss")]
+    assert losses[-1] < losses[0]
+    capsys.readouterr()
+    assert module.main(shell_words([
+        "eval --eval_windows 20 --device cpu --quiet --checkpoint", unbroken, "--valid_tokens",
+        toy / "valid.bin"])) == 0  # fmt: skip
+    shown = json.loads(capsys.readouterr().out)["valid_loss"]
+    assert shown == pytest.approx(metrics(unbroken, "valid_loss")[-1][0], rel=1e-6)
+    # The plain loop does the same.
+    if name not in ("lion", "dropout"):  # it has AdamW, and draws its own masks
+        tokens = np.fromfile(toy / "train.bin", "<u2")
+        config = torch.load(unbroken / "step_000008.pt", weights_only=True)["model_config"]
+        torch.manual_seed(1)
+        model = module.Transformer(module.LlamaConfig(**config))
+        optim = module.OptimizerConfig(max_steps=8, lr=3e-3, warmup_steps=2)
+        plain = module.train_model(model, tokens, tokens, optim, batch_size=4)
+        assert plain == pytest.approx(losses, rel=1e-5)
+    # Other versions of the file refuse what means something else to them.
+    status = main(shell_words(["eval --device cpu --checkpoint", unbroken, "--valid_tokens",
+                               toy / "valid.bin"]))  # fmt: skip
+    assert status == (0 if name in ("lion", "stable_decay", "z_loss") else 2)
+
+
+@slow
+def test_changed_files_learn_on_two_processes_as_on_one(changed_files, toy, tmp_path):
+    """With FSDP; dropout without it, since its masks are drawn for each process."""
+    folder, modules = changed_files
+    flags = {"dropout": "--dropout 0"}
+    script = write(tmp_path / "all.py", f"""if True:
+        import importlib, json, os, sys
+        sys.path.insert(0, {str(folder)!r})
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        for port, name, argv in json.load(open(sys.argv[1])):
+            os.environ["MASTER_PORT"] = str(port)
+            assert importlib.import_module(name).main(argv) == 0, name
+    """)
+    todo = [[port, name, changed_training(toy, tmp_path / "two" / name, name, "--batch_size 2",
+                                          "--fsdp", flags.get(name, ""))]
+            for port, name in zip(free_ports(len(CHANGES)), CHANGES)]  # fmt: skip
+    listed = write(tmp_path / "todo.json", json.dumps(todo))
+    done = subprocess.run(**process(listed, processes=2, file=script), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    for name in CHANGES:
+        one = tmp_path / "one" / name
+        assert modules[name].main(changed_training(toy, one, name, flags.get(name, ""))) == 0
+        columns = ["step", "train_loss", "valid_loss"]
+        close_rows(metrics(tmp_path / "two" / name, *columns), metrics(one, *columns), 1e-4)
+
+
+# ======================================================================================
 # THE README AND THE CHAPTERS
 #
 # Commands in the README parse as they stand, links to lines point at what they name, and all
 # chapters open alike.
 # ======================================================================================
+
 
 README = FILE.parent / "README.md"
 README = README.read_text(encoding="utf-8") if README.is_file() else ""
@@ -4175,7 +4385,7 @@ HEADS = {m[1]: number for number, line in enumerate(LINES, 1)
 def readme_commands():
     """The flags of every scratchformer.py command in the README's indented blocks."""
     text = re.sub(r" \\\n +", " ", README)
-    blocks = re.findall(r"^ {4,}(.*scratchformer\.py .*)$", text, re.M)
+    blocks = re.findall(r"^ {4,}(.*scratchformer\.py [a-z].*)$", text, re.M)
     return [shlex.split(line.split("scratchformer.py ", 1)[1]) for line in blocks]
 
 
@@ -4199,7 +4409,7 @@ def test_links_of_the_readme_point_at_the_chapters_they_name():
 @with_readme
 def test_files_the_readme_shows_are_there():
     for path in re.findall(r"\]\(((?:data/|test_|scratch|pyproject)[^)#]*)", README):
-        assert (FILE.parent / path).is_file(), path
+        assert (FILE.parent / path).exists(), path
 
 
 @pytest.mark.parametrize("number", HEADS)
@@ -4220,7 +4430,6 @@ for name, test in list(globals().items()):
         getattr(pytest.mark, f"chapter{chapter}")(test)
 
 
-# ======================================================================================
 # ======================================================================================
 # PEERS: measured, printed, never asserted; left out of the normal run
 #
@@ -4399,7 +4608,7 @@ def measure_step(kind, shape, compiled):
 
         loss_of = torch.compile(loss_of) if compiled else loss_of
     params, scaler = local_params(model), GradScaler(device, False)
-    optimizer = make_optimizer(params.values(), OptimizerConfig(), True)
+    optimizer = make_adamw(params.values(), OptimizerConfig(), True)
     tokens = torch.randint(V, (B, T + 1), device=device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -4452,13 +4661,14 @@ def test_generation_against_peers():
         theirs.model.rotary_emb = angles.to(device)
         state = {"model": model.state_dict(), "model_config": vars(config), "path": "memory"}
         model = model_from_checkpoint(state, device, dtype)
-        use_all_cores(model)
-        cached = (CUDAGraphDecoder if device.type == "cuda" else CachedModel)(model)
+        on_gpu = device.type == "cuda"
+        cache = (CUDAGraphCache if on_gpu else StaticCache)(model, 1, 1024)
         prompt = list(range(100, 116))
         given, texts = torch.tensor([prompt], device=device), {}
 
-        def ours(model=model, prompt=prompt, texts=texts, cached=cached):
-            new = generate_batch(model, [prompt], 512, temperature=0, cached_model=cached)
+        def ours(model=model, prompt=prompt, texts=texts, cache=cache, on_gpu=on_gpu):
+            new = generate_texts(model, [prompt], 512, cache=cache, burst=16 if on_gpu else 1,
+                                 temperature=0)
             texts["ours"] = sum(new, [])
 
         @torch.no_grad()
