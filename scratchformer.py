@@ -456,10 +456,10 @@ class RMSNorm(nn.Module):
 # Attention is a soft dictionary lookup. From the vector x of each position, three matrices
 # produce three vectors: a *query* q = x @ W_q, what the position is looking for; a *key*, what
 # it can be found by; and a *value*, what it has to contribute. How well does a key match a
-# query? Take the dot product. Vectors that point the same way have a
-# large one, (1, 2) . (2, 4) = 10; perpendicular vectors have (1, 2) . (-2, 1) = 0; opposite
-# ones a negative one. So for vectors of similar length the dot product measures similarity.
-# Training makes a query and a key that belong together point the same way.
+# query? Take the dot product. Vectors that point the same way have a large one,
+# (1, 2) . (2, 4) = 10; perpendicular vectors have (1, 2) . (-2, 1) = 0; opposite ones have a
+# negative one. So for vectors of similar length the dot product measures similarity. Training
+# makes a query and a key that belong together point the same way.
 #
 # Softmax turns the scores into fractions that add up to 1, and each position takes the average
 # of all values weighted by them, so mostly of those whose keys match its query.
@@ -615,7 +615,7 @@ class Attention(nn.Module):
     much as one of width D, and each can look for something different, such as the previous word
     or the last name. So the D numbers of q, k and v are H heads of K numbers each:
 
-        x (B, T, D) -> q, k, v (B, T, H, K) each -> softmax(...) @ v (B, T, H, K) -> (B, T, D)
+        x (B, T, D) -> q, k, v (B, T, H, K) -> softmax(...) @ v (B, T, H, K) -> (B, T, D)
 
     Two options. Keys and values may have G < H heads, each shared by H / G query heads, to save
     memory. (Ainslie et al. 2023, arXiv 2305.13245: grouped-query attention, GQA) And
@@ -1126,10 +1126,10 @@ def generate_naive(
 # The key-value cache
 # -------------------
 # Attention is the only place where a token looks at others, and all it needs from an earlier
-# token is the key and the value. Those never change: they depend on the tokens before, not on
-# later ones, in all blocks, because no token looks ahead. So keep them, and let the model
-# compute only the newest token. Attention still looks at all earlier
-# keys, but everything else then costs the same for every token, however long the text is:
+# token is the key and the value. Those never change: in all blocks they depend on the tokens
+# before, not on later ones, because no token looks ahead. So keep them, and let the model
+# compute only the newest token. Attention still looks at all earlier keys, but everything else
+# then costs the same for every token, however long the text is:
 #
 #     computed           in the cache before that       predicted
 #     Once upon a        nothing                        time
@@ -2117,10 +2117,10 @@ class FastEncoder:
 # ------------------------
 
 # Files are read in parts that can be processed independently, so that memory stays small and
-# every CPU core can help. In the patterns of chapter 1, no pre-token contains a letter or digit
-# followed by something that is neither, and nothing before that point depends on what comes
-# after. So "one two|, three" may be cut before any space or punctuation that follows a word.
-# For any other pattern only the end of a special token is safe. (?r) searches from the end.
+# every CPU core can help. In GPT-2's and GPT-4's patterns, no pre-token contains a letter or
+# digit followed by something that is neither, and nothing before that point depends on what
+# comes after. So "one two|, three" may be cut before any space or punctuation that follows a
+# word. For any other pattern only the end of a special token is safe. (?r) searches backwards.
 SAFE_SPLIT = r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])"
 
 
@@ -4241,7 +4241,7 @@ class TokenDataset:
         if len({m.get("tokenizer_sha256") for m in metadata}) > 1:
             raise UserError(f"{names} were encoded by different tokenizers")
         self.tokenizer_sha256 = metadata[0].get("tokenizer_sha256")
-        # The entropy of generated text (chapter 4), the loss that no model can be expected to
+        # The entropy of generated text (chapter 8), the loss that no model can be expected to
         # beat. It isn't known for other text, or for a mix.
         self.floor = metadata[0].get("floor_nats_per_byte") if len(metadata) == 1 else None
 
@@ -5184,7 +5184,7 @@ def resolve_model_config(given: dict, model: LlamaConfig, start: dict) -> LlamaC
     if not start:
         return model
     config = config_from_dict(start["model_config"])
-    for name in given.keys() & vars(config).keys():
+    for name in (name for name in vars(config) if name in given):
         value = getattr(model, name)
         if name == "context_length" and not start["step"]:
             config.context_length = value
@@ -5566,7 +5566,7 @@ def demo(config: DemoConfig) -> int:
     for command in demo_commands(config, out):
         argv = shlex.split(command)
         log("\n$ python scratchformer.py " + shlex.join(argv))
-        if argv[0].startswith("bpe-"):  # a process without PyTorch can fork (chapter 4)
+        if argv[0].startswith("bpe-"):  # a process without PyTorch can fork (chapter 8)
             status = subprocess.call([sys.executable, __file__, *argv, *quiet])
         else:
             status = main(argv + quiet)
