@@ -45,16 +45,6 @@ command explains its flags: python scratchformer.py COMMAND --help
 
 from __future__ import annotations
 
-import sys
-
-# Skip these lines: commands that don't need PyTorch start without importing it, which takes
-# seconds. An object takes its place whose attributes are all itself.
-NO_PYTORCH = {"-h", "--version", "bpe-train", "bpe-encode", "split"}
-if __name__ != "scratchformer" and ("--help" in sys.argv or {*sys.argv[1:2]} & NO_PYTORCH):
-    sys.modules["torch"] = sys.modules["torch.nn"] = type("StandIn", (), {
-        "__getattr__": lambda self, name: self, "__mro_entries__": lambda self, bases: (),
-        "__call__": lambda self, *args, **_: args[0] if args else self})()  # fmt: skip
-
 # ========================================================================================
 # PART ONE: A LANGUAGE MODEL
 #
@@ -67,7 +57,6 @@ if __name__ != "scratchformer" and ("--help" in sys.argv or {*sys.argv[1:2]} & N
 #     riding with Pepper, a bold duck who enjoyed counting hats. She was rather afraid of dogs
 #     and often hid near the statue or by the bush or beside a bright chest.
 # ========================================================================================
-
 # ----------------------------------------------------------------------------------------
 # 1. Pre-tokenization
 #
@@ -80,7 +69,6 @@ if __name__ != "scratchformer" and ("--help" in sys.argv or {*sys.argv[1:2]} & N
 # crosses the boundary of a pre-token, so " dog", " dog." and " dog!" share the token " dog"
 # instead of becoming three unrelated ones. (Radford et al. 2019, GPT-2, section 2.2)
 # ----------------------------------------------------------------------------------------
-
 from collections import Counter
 
 import regex  # like Python's `re`, but it knows \p{L}, any letter, and \p{N}, any digit
@@ -253,16 +241,16 @@ class BPETokenizer:
         self.id_of = {token: i for i, token in enumerate(tokens)}  # and bytes to id
         # The *rank* of a pair is its place in the list of merges: the lower, the earlier.
         self.rank_of = {pair: rank for rank, pair in enumerate(merges)}
-        self.word_ids: dict[bytes, list[int]] = {}  # words repeat, so `encode` keeps their ids
+        self.known: dict[bytes, list[int]] = {}  # the ids of pre-tokens seen before
 
-    def encode_word(self, word: bytes) -> list[int]:
-        """The ids of one pre-token: merge the lowest-ranked pair until no pair has a rank.
+    def encode_pretoken(self, pretoken: bytes) -> list[int]:
+        """The ids of one pre-token. Merge the lowest-ranked pair until no pair has a rank.
 
         This applies the merges in the order learned. Going by rank never has to go back to an
         earlier merge: the pairs that a merge creates contain its new token, so they can only
         have been learned later. For example, "t" + "h" creates "th" + "e", of a higher rank.
         """
-        tokens = [bytes([byte]) for byte in word]
+        tokens = [bytes([byte]) for byte in pretoken]
         while True:
             pairs = [pair for pair in zip(tokens, tokens[1:]) if pair in self.rank_of]
             if not pairs:
@@ -276,10 +264,10 @@ class BPETokenizer:
             if number > 0:
                 ids.append(self.eot_id)
             for pretoken in pretokenize(document):
-                word = pretoken.encode("utf-8")
-                if word not in self.word_ids:
-                    self.word_ids[word] = self.encode_word(word)
-                ids += self.word_ids[word]
+                data = pretoken.encode("utf-8")
+                if data not in self.known:  # words repeat
+                    self.known[data] = self.encode_pretoken(data)
+                ids += self.known[data]
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -292,9 +280,9 @@ class BPETokenizer:
 
 
 # Exercises
-# 1. In `encode_word`, merge the leftmost pair that has a rank, `pairs[0]`, instead of the one
-#    of lowest rank. With the merges h + e and t + h, in this order, which ids does "the" get
-#    now?
+# 1. In `encode_pretoken`, merge the leftmost pair that has a rank, `pairs[0]`, instead of the
+#    one of lowest rank. With the merges h + e and t + h, in this order, which ids does "the"
+#    get now?
 # 2. Encode "Ünï" with the tokenizer of the example, then decode the ids one by one and all
 #    together.
 
@@ -313,6 +301,15 @@ class BPETokenizer:
 # ----------------------------------------------------------------------------------------
 
 import functools
+import sys
+
+# PyTorch takes seconds to import, and a command that doesn't need it shouldn't wait. For such a
+# command, an object takes the place of PyTorch whose attributes are all itself.
+NO_PYTORCH = {"-h", "--version", "bpe-train", "bpe-encode", "split"}
+if __name__ != "scratchformer" and ("--help" in sys.argv or {*sys.argv[1:2]} & NO_PYTORCH):
+    sys.modules["torch"] = sys.modules["torch.nn"] = type("StandIn", (), {
+        "__getattr__": lambda self, name: self, "__mro_entries__": lambda self, bases: (),
+        "__call__": lambda self, *args, **_: args[0] if args else self})()  # fmt: skip
 
 import numpy as np
 import torch
@@ -419,7 +416,7 @@ import math
 #
 #   B batch (sequences)        D model width (d_model)      H attention heads
 #   T time (positions)         F MLP width (d_ff)           K width of one head, D / H
-#   V vocabulary               S tokens so far, often T     G key/value heads, often H
+#   V vocabulary
 #
 # (In code, F is torch.nn.functional, as in F.softmax, and .T transposes a matrix.) Functions
 # named ..._naive are for reading; tests check faster equivalents against them.
@@ -595,7 +592,7 @@ class ModelConfig:
         return 0.02 / math.sqrt(2 * self.num_layers)
 
 
-class Linear(nn.Linear):
+class Projection(nn.Linear):
     """A matrix, or several for the same input side by side: [..., d_in] to [..., sum(d_outs)].
 
     Initialized with random numbers of standard deviation 0.02, as in GPT-2.
@@ -608,8 +605,40 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=std)
 
 
-class Attention(nn.Module):
-    """Causal multi-head self-attention: [B, T, D] -> [B, T, D].
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attention_naive` for each head, faster: q, k, v [B, T, H, K] -> [B, T, H, K].
+
+    FlashAttention computes the T x T scores in tiles and never stores them. (Dao et al. 2022,
+    arXiv 2205.14135) With fewer heads in k and v, each of these serves several heads of q.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] < q.shape[1])
+    return out.transpose(1, 2)
+
+
+class CausalAttention:
+    """Attention among the tokens [B, T] of a batch: each sees itself and those before it.
+
+    The model makes one of these for every batch, and every block calls it. To let some blocks
+    see less, such as only the tokens nearby, change `mask`.
+    """
+
+    def __init__(self, config: ModelConfig, tokens: Tensor):
+        self.config = config
+        self.tokens = tokens  # (B, T)
+        self.positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
+
+    def mask(self, layer: int) -> Tensor | None:
+        """What may queries see in block number `layer`? None: the causal mask."""
+        return None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, self.mask(layer))  # (B, T, H, K)
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head self-attention: [B, T, D] -> [B, T, D].
 
     WHY heads: one softmax gives one weighted average. H attentions of width K = D / H cost as
     much as one of width D, and each can look for something different, such as the previous word
@@ -617,39 +646,27 @@ class Attention(nn.Module):
 
         x (B, T, D) -> q, k, v (B, T, H, K) -> softmax(...) @ v (B, T, H, K) -> (B, T, D)
 
-    Two options. Keys and values may have G < H heads, each shared by H / G query heads, to save
-    memory. (Ainslie et al. 2023, arXiv 2305.13245: grouped-query attention, GQA) And
-    generation, where tokens come one at a time, gives a `cache` that keeps the keys and values
-    of earlier tokens, so that they needn't be computed again. Chapter 7 defines it. Until then
-    it's None, and you can skip the lines that mention it.
+    Keys and values may have G < H heads, each shared by H / G heads of queries, to save memory.
+    (Ainslie et al. 2023, arXiv 2305.13245: grouped-query attention, GQA)
     """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        D, K = config.d_model, config.head_dim
+        D, H, K, G = config.d_model, config.num_heads, config.head_dim, config.num_kv_heads
         self.layer, self.head_dim = layer, K  # the block's number, from 0
-        H, G = config.num_heads, config.num_kv_heads
-        self.qkv = Linear(D, H * K, G * K, G * K)
+        self.qkv = Projection(D, H * K, G * K, G * K)
         # Combines what the heads have found.
-        self.output = Linear(H * K, D, std=config.residual_std)
+        self.output = Projection(H * K, D, std=config.residual_std)
 
-    def forward(
-        self, x: Tensor, rope: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, attend: CausalAttention) -> Tensor:
         """`rope` [2, T, 1, K/2]: the 1 stands for all heads, which rotate alike."""
         q, k, v = self.qkv(x).split(self.qkv.d_outs, dim=-1)
         q = q.unflatten(-1, (-1, self.head_dim))  # (B, T, H, K)
         k = k.unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
         v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, S, G, K): of earlier tokens as well
-        # `attention_naive` for each head, by FlashAttention, which computes the T x T scores in
-        # tiles and never stores them (Dao et al. 2022, arXiv 2205.14135).
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads in front
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] < q.shape[1])
-        return self.output(out.transpose(1, 2).flatten(2))  # (B, T, H, K) to (B, T, D)
+        out = attend(self.layer, q, k, v)  # (B, T, H, K)
+        return self.output(out.flatten(2))  # (B, T, H * K) to (B, T, D)
 
 
 # The MLP and the block
@@ -670,8 +687,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up = Linear(config.d_model, config.d_ff, config.d_ff)
-        self.down = Linear(config.d_ff, config.d_model, std=config.residual_std)
+        self.gate_up = Projection(config.d_model, config.d_ff, config.d_ff)
+        self.down = Projection(config.d_ff, config.d_model, std=config.residual_std)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
@@ -698,36 +715,17 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = MultiHeadAttention(config, layer)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(
-        self, x: Tensor, rope: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
+    def forward(self, x: Tensor, rope: Tensor, attend: CausalAttention) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, attend)
         return x + self.mlp(self.mlp_norm(x))
 
 
 # The model
 # ---------
-
-
-def attention_masks(
-    config: ModelConfig, tokens: Tensor, positions: Tensor
-) -> list[Tensor | None]:
-    """A mask for each block: which of the `tokens` [B, S] do those at `positions` [T] see?
-
-    In our model every block has the causal one. (For a block that sees only nearby tokens, say,
-    change this function.) In training, T = S, and the mask is None: PyTorch makes it itself.
-    With a cache, only the newest T tokens go through the blocks. For T = 2 and S = 4 they see
-
-        [[True, True, True, False],
-         [True, True, True, True]]
-    """
-    columns = torch.arange(tokens.shape[1], device=tokens.device)  # (S,)
-    mask = columns <= positions[:, None]  # (T, S)
-    return [mask if len(positions) < len(columns) else None] * config.num_layers
 
 
 def compute_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -750,7 +748,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         # lm_head ("language model head", not an attention head) produces the logits. It starts
         # with small values, so that to an untrained model all tokens are about as likely.
-        self.lm_head = Linear(config.d_model, config.vocab_size)
+        self.lm_head = Projection(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             # WHY: in small models V * D is a large part of all parameters. (Press & Wolf 2017)
             self.lm_head.weight = self.embedding.weight
@@ -763,19 +761,19 @@ class Transformer(nn.Module):
         frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta)
         return rope_table(torch.arange(self.config.context_length), frequencies)
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The residual stream after the last block, normalized: [B, T] -> [B, T, D]."""
+    def hidden_states(self, tokens: Tensor, attend: CausalAttention | None = None) -> Tensor:
+        """The residual stream after the last block, normalized: [B, T] -> [B, T, D].
+
+        (Chapter 7 passes another `attend`, for generation.)
+        """
         T = tokens.shape[1]
         if self.config.context_length < T:
             raise ValueError(f"{T} tokens, but context_length is {self.config.context_length}")
-        seen, positions = tokens, torch.arange(T, device=tokens.device)
-        if cache is not None:  # `tokens` are the newest of the S that the cache has seen
-            seen, positions = cache.tokens, cache.positions  # (B, S), (T,)
-        rope = self.rope[:, positions, None]  # (2, T, 1, K/2)
-        masks = attention_masks(self.config, seen, positions)
+        attend = attend or CausalAttention(self.config, tokens)
+        rope = self.rope[:, attend.positions, None]  # (2, T, 1, K/2)
         x = self.embedding(tokens)  # (B, T, D)
-        for block, mask in zip(self.blocks, masks):
-            x = block(x, rope, mask, cache)  # (B, T, D)
+        for block in self.blocks:
+            x = block(x, rope, attend)  # (B, T, D)
         return self.norm(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -1137,15 +1135,12 @@ def generate_naive(
 #     there              Once upon a time               was
 
 
-class KVCache:
-    """The keys and values, in each block, of all S tokens that the model has read so far.
+class KVCache(CausalAttention):
+    """CausalAttention that remembers keys and values of the S tokens that it has seen so far.
 
-    This is what happens when the model reads T tokens more:
-
-        cache.read(tokens)              notes the tokens and their positions
-            model.hidden_states(...)    looks up the positions' rotations
-                cache.update(0, k, v)   block 0: appends the new k and v, and gets all of them
-                cache.update(1, k, v)   block 1, and so on
+    Read T more tokens with `cache.hidden_states(tokens)`. It lets the model compute only these,
+    and each block calls the cache, which appends their keys and values to those of before and
+    lets them look at all S + T.
     """
 
     def __init__(self, model: Transformer):
@@ -1154,25 +1149,31 @@ class KVCache:
 
     def clear(self) -> None:
         """Forget everything."""
-        device = self.model.rope.device
-        self.tokens = torch.empty(1, 0, dtype=torch.int64, device=device)  # (B, S)
-        self.positions = torch.empty(0, dtype=torch.int64, device=device)  # of the newest: (T,)
-        self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}  # by block
+        nothing = torch.empty(1, 0, dtype=torch.int64, device=self.model.rope.device)
+        super().__init__(self.model.config, nothing)
+        self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}  # by block: [B, S, G, K] each
 
-    def read(self, tokens: Tensor) -> Tensor:
-        """Hidden states [B, T, D] of tokens [B, T] that continue the sequences so far."""
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Hidden states [B, T, D] of tokens [B, T], which follow those seen so far."""
         S, T = self.tokens.shape[1], tokens.shape[1]
         self.tokens = torch.cat([self.tokens.expand(len(tokens), -1), tokens], dim=1)
-        self.positions = torch.arange(S, S + T, device=tokens.device)
-        return self.model.hidden_states(tokens, cache=self)
+        self.positions = torch.arange(S, S + T, device=tokens.device)  # of the new ones
+        return self.model.hidden_states(tokens, attend=self)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v [B, T, G, K] of new tokens. Returns all keys and values so far."""
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v [B, T, G, K] of new tokens. Returns all keys and values so far."""
         if layer in self.keys_values:
             past_k, past_v = self.keys_values[layer]
             k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
         self.keys_values[layer] = k, v
         return k, v
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = self.append(layer, k, v)  # (B, S + T, G, K)
+        mask = self.mask(layer)
+        if mask is None:  # causal. Row t is position S + t, and sees columns 0 to S + t.
+            mask = torch.arange(k.shape[1], device=k.device) <= self.positions[:, None]
+        return attention(q, k, v, mask)  # (T, S + T): the mask
 
 
 @torch.no_grad()
@@ -1193,7 +1194,7 @@ def generate(
         if tokens.shape[1] > limit:  # no room: read the second half of the context again
             cache.clear()
             new = tokens[:, -(limit // 2 + 1) :]
-        logits = compute_logits(cache.read(new)[:, -1], weight)  # (B, V)
+        logits = compute_logits(cache.hidden_states(new)[:, -1], weight)  # (B, V)
         new = sample(logits, u[:, step], **sampling)[:, None]  # (B, 1)
         yield new[:, 0]
 
@@ -1405,15 +1406,16 @@ class Tokenizer(BPETokenizer):
         self.special_pattern = special_token_pattern(self.special_tokens)
         self.rank_of = {pair: rank for rank, pair in enumerate(self.merges)}
         # Words repeat, so remember the most recent ones.
-        self.encode_cached = functools.lru_cache(maxsize=1 << 11)(self.encode_word)
+        self.encode_cached = functools.lru_cache(maxsize=1 << 11)(self.encode_pretoken)
 
-    def encode_word(self, word: bytes) -> list[int]:
+    def encode_pretoken(self, pretoken: bytes) -> list[int]:
         """The ids of one pre-token."""
-        if self.ignore_merges and word in self.id_of:
-            return [self.id_of[word]]
-        if len(word) > MAX_NAIVE:
-            return self.fast.encode_word(word)
-        return super().encode_word(bytes(b for b in word if bytes([b]) in self.id_of))
+        if self.ignore_merges and pretoken in self.id_of:
+            return [self.id_of[pretoken]]
+        if len(pretoken) > MAX_NAIVE:
+            return self.fast.encode_word(pretoken)
+        known = bytes(b for b in pretoken if bytes([b]) in self.id_of)
+        return super().encode_pretoken(known)
 
     def encode_ordinary(self, text: str) -> list[int]:
         """The ids of `text`. Special tokens in it are treated like any other text."""
@@ -2928,7 +2930,7 @@ class Muon(torch.optim.AdamW):
         stacks: dict[Any, Any] = {}
         others = dict(params)
         for layer in model.blocks.modules():
-            if isinstance(layer, Linear) and layer.weight in others:
+            if isinstance(layer, Projection) and layer.weight in others:
                 key = layer.d_outs, layer.in_features
                 stack = stacks.setdefault(key, {
                     "params": [], "weight_decay": config.weight_decay, "momentum": 0.95,
@@ -3023,7 +3025,7 @@ class StaticCache(KVCache):
 
     WHY: the plain one copies all keys and values whenever it appends some.
     `prompts` [B, P] may hold known tokens, and -1 where there is none: they're read instead of
-    the tokens that `read` is given.
+    the tokens that `hidden_states` is given.
     """
 
     def __init__(self, model: Transformer, batch_size: int, size: int):
@@ -3035,13 +3037,14 @@ class StaticCache(KVCache):
         self.values = torch.zeros_like(self.keys)
         self.all_tokens = torch.zeros(batch_size, size, dtype=torch.int64, device=weight.device)
         self.columns = torch.arange(size, device=weight.device)
+        self.config = c
         super().__init__(model)
 
     def clear(self) -> None:
         self.tokens = self.all_tokens[:, :0]
         self.prompts: Tensor | None = None
 
-    def append(self, tokens: Tensor) -> Tensor:
+    def append_tokens(self, tokens: Tensor) -> Tensor:
         """Append tokens [B, T], or what the prompts have in their place. Returns these."""
         S, T = self.tokens.shape[1], tokens.shape[1]
         if self.prompts is not None and self.prompts.shape[1] > S:
@@ -3053,10 +3056,10 @@ class StaticCache(KVCache):
         return tokens
 
     @torch.no_grad()
-    def read(self, tokens: Tensor) -> Tensor:
-        return self.model.hidden_states(self.append(tokens), cache=self)
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        return self.model.hidden_states(self.append_tokens(tokens), attend=self)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.keys[layer][:, self.positions] = k
         self.values[layer][:, self.positions] = v
         S = self.tokens.shape[1]
@@ -3081,19 +3084,19 @@ class CUDAGraphCache(StaticCache):
         self.position = self.columns[:1].clone()
 
     @torch.no_grad()
-    def read(self, tokens: Tensor) -> Tensor:
+    def hidden_states(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] > 1:
-            return super().read(tokens)
-        self.new_tokens.copy_(self.append(tokens))
+            return super().hidden_states(tokens)
+        self.new_tokens.copy_(self.append_tokens(tokens))
         self.position.copy_(self.positions)
         # Attend to all columns: their number can't change, and the mask hides the empty ones.
         filled, self.tokens, self.positions = self.tokens, self.all_tokens, self.position
         with torch.cuda.device(self.all_tokens.device):
             if self.graph is None:
-                self.model.hidden_states(self.new_tokens, cache=self)  # initializes libraries
+                self.model.hidden_states(self.new_tokens, attend=self)  # initializes libraries
                 self.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):
-                    self.hidden = self.model.hidden_states(self.new_tokens, cache=self)
+                    self.hidden = self.model.hidden_states(self.new_tokens, attend=self)
             self.graph.replay()  # recording alone computes nothing
         self.tokens = filled
         return self.hidden
@@ -4396,7 +4399,7 @@ def flops_per_token(model: Transformer) -> int:
     348
     """
     c = model.config
-    matmuls = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
+    matmuls = sum(m.weight.numel() for m in model.modules() if isinstance(m, Projection))
     return 6 * (matmuls + c.num_layers * c.context_length * c.num_heads * c.head_dim)
 
 

@@ -59,14 +59,15 @@ from scratchformer import (
     GPT4_PATTERN,
     OPTIMIZERS,
     PRETOKEN_PATTERN,
-    Attention,
     BPETokenizer,
+    CausalAttention,
     CUDAGraphCache,
     FileSpan,
     GradScaler,
     KVCache,
     LlamaConfig,
     ModelConfig,
+    MultiHeadAttention,
     Muon,
     OptimizerConfig,
     ProcessConfig,
@@ -643,14 +644,15 @@ def test_the_attention_formula_equals_the_fused_kernel_in_value_and_gradient(
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_attention_is_the_formula_in_every_head(kv_heads):
     config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads)
-    layer, x = Attention(config, 0), noise(2, 9, 32)
+    layer, x = MultiHeadAttention(config, 0), noise(2, 9, 32)
     qkv = layer.qkv(x).view(2, 9, -1, 8).transpose(1, 2).split([4, kv_heads, kv_heads], dim=1)
     q, k, v = qkv[0], *(x.repeat_interleave(4 // kv_heads, dim=1) for x in qkv[1:])
     rope = rope_table(torch.arange(9) + 3, rope_frequencies(8))
     q, k = apply_rope(q, rope), apply_rope(k, rope)
     out = attention_naive(q, k, v, torch.ones(9, 9).tril().bool())
     expected = out.transpose(1, 2).reshape(2, 9, 32) @ layer.output.weight.T
-    assert torch.allclose(layer(x, rope[:, :, None]), expected, atol=1e-5)
+    attend = CausalAttention(config, torch.zeros(2, 9))
+    assert torch.allclose(layer(x, rope[:, :, None], attend), expected, atol=1e-5)
 
 
 def test_swiglu_is_its_formula():
@@ -965,7 +967,7 @@ def test_hidden_states_with_a_cache_equal_those_without(borders, cache_type):
     model = tiny_model()
     tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(2))
     cache, edges = cache_type(model), [0, *borders, *range(borders[-1] + 1, 25)]
-    steps = [cache.read(tokens[:, start:end]) for start, end in zip(edges, edges[1:])]
+    steps = [cache.hidden_states(tokens[:, start:end]) for start, end in zip(edges, edges[1:])]
     assert torch.allclose(torch.cat(steps, 1), model.hidden_states(tokens), atol=2e-5)
 
 
@@ -1192,7 +1194,7 @@ def test_long_words_are_encoded_like_short_ones(text):
     plain = Tokenizer(OURS.vocab, OURS.merges)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scratchformer, "MAX_NAIVE", 1000)
-        expected = plain.encode_word(word)
+        expected = plain.encode_pretoken(word)
     assert OURS.fast.encode_word(word) == expected
 
 
@@ -1819,7 +1821,7 @@ def matrices_of(model):
     return {
         f"{name}.weight": list(layer.d_outs)
         for name, layer in model.named_modules()
-        if isinstance(layer, scratchformer.Linear) and name.startswith("blocks.")
+        if isinstance(layer, scratchformer.Projection) and name.startswith("blocks.")
     }
 
 
