@@ -1,16 +1,15 @@
 """Scratchformer: build a language model from scratch, in one file you can read.
 
-The file contains a byte-level BPE tokenizer (trainer and encoder), a
-Transformer with RoPE, SwiGLU and RMSNorm, a memory-mapped data loader, and a
-training loop that runs on a laptop, on one GPU, or on many GPUs with FSDP. It
-needs Python 3.10 and three packages (pip install torch regex numpy); a few
-extras need more and say so. To start, in a clone of the repository:
+It contains a byte-level BPE tokenizer, a Transformer with RoPE, SwiGLU and
+RMSNorm, a memory-mapped data loader, and a training loop for a laptop, one GPU,
+or many GPUs with FSDP. It needs Python 3.10 and three packages (pip install
+torch regex numpy). To start, in a clone of the repository:
 
     python scratchformer.py demo
 
-The demo trains a tokenizer and a small model on the bundled synthetic stories,
-evaluates the model, and generates a story, in a minute or two.
-`demo --text_path DIR` does the same with your own text. The commands it runs:
+This trains a tokenizer and a small model on the bundled synthetic stories, and
+generates a story, in a minute or two. `demo --text_path DIR` does the same with
+your own text. All commands, each of which explains its flags with --help:
 
     split        hold out part of your own text for validation
     bpe-train    learn a vocabulary from text
@@ -18,9 +17,8 @@ evaluates the model, and generates a story, in a minute or two.
     train        train a Transformer on token files
     eval         evaluate a model on token files or text
     generate     generate text with a trained model
-
-One more, `export`, converts a model for Hugging Face transformers. Every
-command explains its flags: python scratchformer.py COMMAND --help
+    export       convert a model for Hugging Face transformers
+    demo         run most of the above
 """
 
 # How to read this file
@@ -44,6 +42,16 @@ command explains its flags: python scratchformer.py COMMAND --help
 # easy to make there. Lines that start with >>> are examples, which the tests run.
 
 from __future__ import annotations
+
+import sys
+
+# Skip these lines; they only save time. Importing PyTorch takes seconds, and for commands that
+# don't use it, a stub replaces it: an object whose attributes are all that same object.
+NO_PYTORCH = {"-h", "--version", "bpe-train", "bpe-encode", "split"}
+if __name__ != "scratchformer" and ("--help" in sys.argv or {*sys.argv[1:2]} & NO_PYTORCH):
+    sys.modules["torch"] = sys.modules["torch.nn"] = type("Stub", (), {
+        "__getattr__": lambda self, name: self, "__mro_entries__": lambda self, bases: (),
+        "__call__": lambda self, *args, **_: args[0] if args else self})()  # fmt: skip
 
 # ========================================================================================
 # PART ONE: A LANGUAGE MODEL
@@ -75,13 +83,11 @@ import regex  # like Python's `re`, but it knows \p{L}, any letter, and \p{N}, a
 
 # GPT-2's pattern. At each position the first alternative that matches wins: an English
 # contraction; letters, digits or punctuation, each with one optional space in front; or
-# whitespace. So a space belongs to the word that follows it, and most words need no separate
-# token for the space.
+# whitespace. So a space belongs to the word that follows it and needs no token of its own.
 #
 # `\s+(?!\S)` is for several spaces in a row. `(?!\S)` forbids a non-space right after the
 # match, so before a word it takes all spaces but the last one, which is left for the word:
-# "a   b" becomes "a", "  ", " b". The last `\s+` takes whatever whitespace is left, such as a
-# newline before a word.
+# "a   b" becomes "a", "  ", " b". The last `\s+` takes what is left: a newline before a word.
 PRETOKEN_PATTERN = (
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )
@@ -125,7 +131,7 @@ def count_pretokens(text: str) -> Counter[bytes]:
 #
 # Which byte sequences deserve a token of their own? Byte-pair encoding answers greedily:
 # start with the 256 single bytes, find the pair of adjacent tokens that occurs most often,
-# make that pair a new token, and repeat until the vocabulary is full.
+# make that pair a new token, and repeat until the vocabulary has the size you want.
 # (Sennrich et al. 2016, arXiv 1508.07909, Algorithm 1)
 # ----------------------------------------------------------------------------------------
 
@@ -158,7 +164,8 @@ def merge_pair(tokens: Sequence[bytes], pair: Merge) -> list[bytes]:
 def learn_merges_naive(pretoken_counts: Mapping[bytes, int], num_merges: int) -> list[Merge]:
     """Up to `num_merges` merges, in the order learned; fewer if no pair is left.
 
-    Here are five words, with how often each occurs, and the pairs that are merged:
+    Here are five words, with how often each occurs, and the pairs that are merged. A blank
+    means that the word stays as it was.
 
         start             merge s + t       merge e + st      merge o + w    merge l + ow
 
@@ -168,10 +175,9 @@ def learn_merges_naive(pretoken_counts: Mapping[bytes, int], num_merges: int) ->
         w i d e s t  3    w i d e st        w i d est
         s l o w      1                                        s l ow         s low
 
-    (Blank: as before.) At first "es" and "st" both occur 6 + 3 = 9 times. Of equally frequent
-    pairs, the lexicographically greatest is merged: "st", since "s" comes after "e". Then
-    "e" + "st" occurs 9 times. Then "lo" and "ow" occur 5 + 2 + 1 = 8 times each, and "o" comes
-    after "l".
+    At first "es" and "st" both occur 6 + 3 = 9 times. Of equally frequent pairs, the
+    lexicographically greatest is merged: "st", since "s" comes after "e". Then "e" + "st"
+    occurs 9 times. Then "lo" and "ow" occur 5 + 2 + 1 = 8 times each, and "o" comes after "l".
 
     >>> words = {b"low": 5, b"lower": 2, b"newest": 6, b"widest": 3, b"slow": 1}
     >>> learn_merges_naive(words, 4)
@@ -208,9 +214,8 @@ def learn_merges_naive(pretoken_counts: Mapping[bytes, int], num_merges: int) ->
 # each of those into bytes, and apply the merges in the order in which they were learned. To
 # *decode* ids, look up their bytes and join them. (Sennrich et al. 2016, section 3.2)
 #
-# One token isn't learned. A *special token* marks something that isn't text: ours,
-# END_OF_TEXT, marks the end of a document. It has a single id, and is cut out before the
-# pattern sees the text.
+# One token isn't learned. A *special token* marks something that isn't text: ours, END_OF_TEXT,
+# the end of a document. It has a single id, and is cut out before the pattern sees the text.
 # ----------------------------------------------------------------------------------------
 
 
@@ -241,7 +246,7 @@ class BPETokenizer:
         self.id_of = {token: i for i, token in enumerate(tokens)}  # and bytes to id
         # The *rank* of a pair is its place in the list of merges: the lower, the earlier.
         self.rank_of = {pair: rank for rank, pair in enumerate(merges)}
-        self.known: dict[bytes, list[int]] = {}  # the ids of pre-tokens seen before
+        self.cache: dict[bytes, list[int]] = {}  # the ids of pre-tokens seen before
 
     def encode_pretoken(self, pretoken: bytes) -> list[int]:
         """The ids of one pre-token. Merge the lowest-ranked pair until no pair has a rank.
@@ -260,14 +265,14 @@ class BPETokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text`. END_OF_TEXT in it becomes its own id."""
         ids: list[int] = []
-        for number, document in enumerate(text.split(END_OF_TEXT)):
-            if number > 0:
+        for i, document in enumerate(text.split(END_OF_TEXT)):
+            if i > 0:
                 ids.append(self.eot_id)
             for pretoken in pretokenize(document):
                 data = pretoken.encode("utf-8")
-                if data not in self.known:  # words repeat
-                    self.known[data] = self.encode_pretoken(data)
-                ids += self.known[data]
+                if data not in self.cache:  # words repeat
+                    self.cache[data] = self.encode_pretoken(data)
+                ids += self.cache[data]
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -290,26 +295,16 @@ class BPETokenizer:
 # ----------------------------------------------------------------------------------------
 # 4. Data
 #
-# A corpus is one long sequence of token ids. We cut *windows* of T + 1 tokens out of it. One
-# window is T training examples: after its first token comes its second, after its first two
-# comes its third, and so on. So the inputs are a window without its last token, the targets
-# are the same window one token later, and B windows are a *batch*.
-#
-# A *step* of training looks at one batch, and an *epoch* is one pass over the corpus: every
-# window once, in random order. The order depends only on the seed, so the same seed always
-# gives the same batches.
+# A corpus is one long sequence of token ids. We cut *windows* of T + 1 tokens out of it; T, the
+# *context length*, is how much text the model sees at once. One window is T training examples:
+# after its first token comes its second, after its first two comes its third, and so on. So the
+# inputs are a window without its last token, the targets are the same window one token later,
+# and B windows are a *batch*. A training *step* processes one batch, and an *epoch* is one pass
+# over the corpus: every window once, in random order. The order depends only on the seed, so
+# the same seed always gives the same batches.
 # ----------------------------------------------------------------------------------------
 
 import functools
-import sys
-
-# PyTorch takes seconds to import, and a command that doesn't need it shouldn't wait. For such a
-# command, an object takes the place of PyTorch whose attributes are all itself.
-NO_PYTORCH = {"-h", "--version", "bpe-train", "bpe-encode", "split"}
-if __name__ != "scratchformer" and ("--help" in sys.argv or {*sys.argv[1:2]} & NO_PYTORCH):
-    sys.modules["torch"] = sys.modules["torch.nn"] = type("StandIn", (), {
-        "__getattr__": lambda self, name: self, "__mro_entries__": lambda self, bases: (),
-        "__call__": lambda self, *args, **_: args[0] if args else self})()  # fmt: skip
 
 import numpy as np
 import torch
@@ -339,7 +334,7 @@ def cut_windows(
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, T) each
 
 
-@functools.lru_cache(2)  # remembers two results, since every batch of an epoch asks again
+@functools.lru_cache(2)  # every batch of an epoch asks again, or one between two epochs
 def shuffle_windows(seed: int, epoch: int, num_tokens: int, context_length: int) -> np.ndarray:
     """The positions where the windows of one epoch begin, in random order; an array of int64.
 
@@ -350,7 +345,8 @@ def shuffle_windows(seed: int, epoch: int, num_tokens: int, context_length: int)
         epoch 0    ....[ 4- 8][ 9-13][14-18][19-23].....
         epoch 1    ..[ 2- 6][ 7-11][12-16][17-21].......
 
-    Every epoch has 29 // 5 - 1 = 4 windows, as many as fit whatever the offset is.
+    Every epoch has 29 // 5 - 1 = 4 windows. That many always fit: with the largest offset, 4,
+    the targets of the fourth end at 4 + 4 * 5 = 24, and a fifth would end at 29, one too far.
 
     >>> shuffle_windows(0, 0, 29, 5).tolist(), shuffle_windows(0, 1, 29, 5).tolist()
     ([14, 4, 9, 19], [7, 17, 2, 12])
@@ -366,8 +362,8 @@ def get_batch(
     """Inputs and targets, int64 [B, T], of the windows with these indices.
 
     Windows are numbered from 0 in the order in which training sees them, across epochs. With B
-    windows per batch, step s sees s * B, ..., s * B + B - 1. WHY numbers: they and the seed are
-    enough to make any batch of a run again.
+    windows per batch, step s sees s * B, ..., s * B + B - 1. WHY numbers: with the seed, they
+    are enough to reproduce any batch of a run.
 
     A window may start in the middle of a document and run into the next one. From the
     END_OF_TEXT between them, the model can learn that they are unrelated.
@@ -393,9 +389,9 @@ def get_batch(
 # ----------------------------------------------------------------------------------------
 # 5. The Transformer
 #
-# Which function maps T tokens to a prediction of each next token? Look up a vector of D numbers
-# for every token. Then pass it through a stack of identical blocks, each of which adds two
-# updates to it: attention mixes in information from earlier tokens; an MLP (multilayer
+# We need a function from T tokens to a prediction of each next token. Look up a vector of D
+# numbers for every token, then pass it through a stack of identical blocks, each of which adds
+# two updates to it: attention mixes in information from earlier tokens; an MLP (multilayer
 # perceptron: matrices and a nonlinearity) works on each position separately. At the end, a
 # matrix turns each vector into V scores, the *logits*, one per possible token.
 # (Vaswani et al. 2017, arXiv 1706.03762, with the changes of Llama: Touvron et al. 2023,
@@ -406,8 +402,8 @@ import dataclasses
 import math
 
 # The parts of PyTorch that we use: a Tensor is an array of numbers. An nn.Parameter is a tensor
-# to be learned. An nn.Module is a function with parameters, its own and those of the modules in
-# it, which have names such as blocks.0.attention.qkv.weight; calling a module runs `forward`.
+# to be learned. An nn.Module is a function with parameters; calling it runs its `forward`. It
+# may contain other modules. A parameter's name says where it is: blocks.0.attention.qkv.weight.
 # nn.Embedding(V, D) is a table with one row of D numbers per token. nn.Linear(a, b) multiplies
 # by a matrix (a *matmul*): a vector of `a` numbers becomes one of `b` numbers. (It stores the
 # matrix as [b, a] and computes x @ W.T; formulas here just say x @ W.)
@@ -416,7 +412,7 @@ import math
 #
 #   B batch (sequences)        D model width (d_model)      H attention heads
 #   T time (positions)         F MLP width (d_ff)           K width of one head, D / H
-#   V vocabulary
+#   V vocabulary                                            G key/value heads, often H
 #
 # (In code, F is torch.nn.functional, as in F.softmax, and .T transposes a matrix.) Functions
 # named ..._naive are for reading; tests check faster equivalents against them.
@@ -426,8 +422,7 @@ class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension. The shape stays the same.
 
     The entries of every vector come out with a mean square of 1 (before `weight` scales them),
-    so no layer has to cope with inputs that are much larger or smaller than usual. `eps`, tiny,
-    avoids a division by 0.
+    so no layer has to cope with very large or small inputs. `eps` avoids a division by 0.
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4.
     Worked example: the mean square of 3 and 4 is 12.5, and 3 / sqrt(12.5) = 0.8485.
 
@@ -544,8 +539,7 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     Source: Su et al. 2021, RoFormer (arXiv 2104.09864), equation 34.
 
     At position 0 nothing rotates. At position 1, the pair (1, 0) rotates by one radian, to
-    (cos 1, sin 1). And the score between a query at position 5 and a key at 3 is the same as
-    between 9 and 7:
+    (cos 1, sin 1). A query at position 5 has the same score with a key at 3 as one at 9 with 7:
 
     >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     >>> apply_rope(x, rope_table(torch.tensor([0, 1]), rope_frequencies(2)))
@@ -562,6 +556,14 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
 
 
+# Several heads
+# -------------
+# One softmax gives one weighted average. So attention is done H times side by side: each *head*
+# has queries, keys and values of width K = D / H of its own, and can look for something else,
+# such as the previous word or the last name. H heads of width D / H cost as much as one of
+# width D. What they have found, H * K = D numbers, is then combined by one more matrix.
+
+
 @dataclasses.dataclass
 class ModelConfig:
     """The sizes of a model and some constants: its *hyperparameters*, chosen, not learned."""
@@ -576,7 +578,7 @@ class ModelConfig:
     tie_embeddings: bool = False  # use one matrix for the embedding and the output
     rope_theta: float = 10000.0  # the base of RoPE: a larger one means slower rotations
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
-    architecture: str = "llama"  # stored in checkpoints: rename it if you change the model
+    architecture: str = "llama"  # stored with a model: rename it if you change the code
 
     def __post_init__(self) -> None:
         self.num_kv_heads = self.num_kv_heads or self.num_heads
@@ -588,19 +590,24 @@ class ModelConfig:
 
     @property
     def residual_std(self) -> float:
-        """The initial standard deviation of two matrices in each block: see Block."""
+        """The initial standard deviation of the n = 2 * num_layers matrices that end a branch.
+
+        The model adds up what they compute. The variance of a sum of n independent numbers is n
+        times theirs, and n * (0.02^2 / n) = 0.02^2: the sum starts equally large at any depth.
+        (Radford et al. 2019, section 2.3)
+        """
         return 0.02 / math.sqrt(2 * self.num_layers)
 
 
 class Projection(nn.Linear):
     """A matrix, or several for the same input side by side: [..., d_in] to [..., sum(d_outs)].
 
-    Initialized with random numbers of standard deviation 0.02, as in GPT-2.
-    WHY side by side: one large matmul is faster than several small ones.
+    It starts as random numbers of standard deviation 0.02, as in GPT-2. WHY side by side: one
+    large matmul is faster than several small ones.
     """
 
     def __init__(self, d_in: int, *d_outs: int, std: float = 0.02):
-        super().__init__(d_in, sum(d_outs), bias=False)  # bias: it would add a vector
+        super().__init__(d_in, sum(d_outs), bias=False)  # no vector is added
         self.d_outs = d_outs
         nn.init.normal_(self.weight, std=std)
 
@@ -608,8 +615,7 @@ class Projection(nn.Linear):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """`attention_naive` for each head, faster: q, k, v [B, T, H, K] -> [B, T, H, K].
 
-    FlashAttention computes the T x T scores in tiles and never stores them. (Dao et al. 2022,
-    arXiv 2205.14135) With fewer heads in k and v, each of these serves several heads of q.
+    FlashAttention (Dao et al. 2022, arXiv 2205.14135) never stores the T x T scores.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
     out = F.scaled_dot_product_attention(
@@ -617,32 +623,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return out.transpose(1, 2)
 
 
-class CausalAttention:
-    """Attention among the tokens [B, T] of a batch: each sees itself and those before it.
+class AttentionContext:
+    """Which tokens a batch attends to: each of its tokens [B, T] to itself and those before.
 
-    The model makes one of these for every batch, and every block calls it. To let some blocks
-    see less, such as only the tokens nearby, change `mask`.
+    WHY a class: chapter 7 extends it. There the model computes only the newest tokens, and they
+    attend to keys and values that were kept. Here the context is just the batch itself.
     """
 
     def __init__(self, config: ModelConfig, tokens: Tensor):
-        self.config = config
-        self.tokens = tokens  # (B, T)
+        self.config, self.tokens = config, tokens
         self.positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
 
     def mask(self, layer: int) -> Tensor | None:
-        """What may queries see in block number `layer`? None: the causal mask."""
+        """The mask for block number `layer`. None, the causal one, unless you change this."""
         return None
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, self.mask(layer))  # (B, T, H, K)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention for q, k, v [B, T, H, K] of block number `layer`; [B, T, H, K]."""
+        return attention(q, k, v, self.mask(layer))
 
 
 class MultiHeadAttention(nn.Module):
     """Multi-head self-attention: [B, T, D] -> [B, T, D].
-
-    WHY heads: one softmax gives one weighted average. H attentions of width K = D / H cost as
-    much as one of width D, and each can look for something different, such as the previous word
-    or the last name. So the D numbers of q, k and v are H heads of K numbers each:
 
         x (B, T, D) -> q, k, v (B, T, H, K) -> softmax(...) @ v (B, T, H, K) -> (B, T, D)
 
@@ -655,17 +657,16 @@ class MultiHeadAttention(nn.Module):
         D, H, K, G = config.d_model, config.num_heads, config.head_dim, config.num_kv_heads
         self.layer, self.head_dim = layer, K  # the block's number, from 0
         self.qkv = Projection(D, H * K, G * K, G * K)
-        # Combines what the heads have found.
         self.output = Projection(H * K, D, std=config.residual_std)
 
-    def forward(self, x: Tensor, rope: Tensor, attend: CausalAttention) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, context: AttentionContext) -> Tensor:
         """`rope` [2, T, 1, K/2]: the 1 stands for all heads, which rotate alike."""
         q, k, v = self.qkv(x).split(self.qkv.d_outs, dim=-1)
         q = q.unflatten(-1, (-1, self.head_dim))  # (B, T, H, K)
         k = k.unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
         v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        out = attend(self.layer, q, k, v)  # (B, T, H, K)
+        out = context.attend(self.layer, q, k, v)  # (B, T, H, K)
         return self.output(out.flatten(2))  # (B, T, H * K) to (B, T, D)
 
 
@@ -706,10 +707,7 @@ class Block(nn.Module):
     block then only has to learn what to change, and what earlier blocks found is still there.
     (He et al. 2015, arXiv 1512.03385; Xiong et al. 2020, arXiv 2002.04745: the norms)
     WHY several blocks: in "Tim met Ann. Tim", one block can note at each word which word came
-    before it, and the next can look for what came after "Tim" last time.
-    The n = 2 * num_layers matrices that write to x start with 0.02 / sqrt(n) instead of 0.02:
-    variances of independent numbers add, n * (0.02^2 / n) = 0.02^2, so the sum of all updates
-    has the same size in models of any depth. (Radford et al. 2019, section 2.3)
+    before it, and the next can look for what came after "Tim" last time: "met".
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -719,8 +717,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, rope: Tensor, attend: CausalAttention) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, attend)
+    def forward(self, x: Tensor, rope: Tensor, context: AttentionContext) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, context)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -729,9 +727,9 @@ class Block(nn.Module):
 
 
 def compute_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """The scores of all tokens, [..., V], for vectors [..., D] and lm_head's weight [V, D].
+    """The scores of all tokens, [..., V], for vectors [..., D] and the output matrix [V, D].
 
-    Training, evaluation and generation all get the logits from here.
+    WHY a function for one multiplication: generation needs the logits of one position only.
     """
     return F.linear(x, weight)  # x @ weight.T
 
@@ -747,7 +745,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         # lm_head ("language model head", not an attention head) produces the logits. It starts
-        # with small values, so that to an untrained model all tokens are about as likely.
+        # with small values, so that to an untrained model all tokens are about equally likely.
         self.lm_head = Projection(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             # WHY: in small models V * D is a large part of all parameters. (Press & Wolf 2017)
@@ -761,19 +759,16 @@ class Transformer(nn.Module):
         frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta)
         return rope_table(torch.arange(self.config.context_length), frequencies)
 
-    def hidden_states(self, tokens: Tensor, attend: CausalAttention | None = None) -> Tensor:
-        """The residual stream after the last block, normalized: [B, T] -> [B, T, D].
-
-        (Chapter 7 passes another `attend`, for generation.)
-        """
+    def hidden_states(self, tokens: Tensor, context: AttentionContext | None = None) -> Tensor:
+        """The residual stream after the last block, normalized: [B, T] -> [B, T, D]."""
         T = tokens.shape[1]
         if self.config.context_length < T:
             raise ValueError(f"{T} tokens, but context_length is {self.config.context_length}")
-        attend = attend or CausalAttention(self.config, tokens)
-        rope = self.rope[:, attend.positions, None]  # (2, T, 1, K/2)
+        context = context or AttentionContext(self.config, tokens)
+        rope = self.rope[:, context.positions, None]  # (2, T, 1, K/2)
         x = self.embedding(tokens)  # (B, T, D)
         for block in self.blocks:
-            x = block(x, rope, attend)  # (B, T, D)
+            x = block(x, rope, context)  # (B, T, D)
         return self.norm(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -781,8 +776,9 @@ class Transformer(nn.Module):
 
 
 # Exercises
-# 1. Make `apply_rope` return x unchanged and call `story_from_text`. The model still learns,
-#    but ends at a clearly higher loss: it hardly knows the order of earlier tokens.
+# 1. Make `apply_rope` return x unchanged and call `story_from_text`, the last function of Part
+#    One. The model still learns, but ends at a clearly higher loss: the causal mask is all
+#    that tells it about order.
 # 2. How many parameters does a model with 2 blocks, D = 128, H = 4, F = 256 and V = 1024 have,
 #    with and without tie_embeddings, and with num_kv_heads = 1? Work it out, then count.
 
@@ -792,12 +788,9 @@ class Transformer(nn.Module):
 #
 # How does the model get good at predicting the next token? Measure how wrong it is (the
 # *loss*), compute the derivative of the loss with respect to every parameter (the *gradient*),
-# move all parameters a little the opposite way, and repeat. The chapter ends with a complete
-# training loop.
-#
-# The loss is cross-entropy, the optimizer (which decides how parameters move) is AdamW, and the
-# learning rate rises and falls over the run. (Loshchilov & Hutter 2019, arXiv 1711.05101:
-# AdamW, algorithm 2)
+# move all parameters a little the opposite way, and repeat. The loss is cross-entropy, the
+# optimizer (which decides how parameters move) is AdamW, and the learning rate rises and falls
+# over the run. (Loshchilov & Hutter 2019, arXiv 1711.05101: AdamW, algorithm 2)
 # ----------------------------------------------------------------------------------------
 
 
@@ -884,7 +877,7 @@ def adamw_naive(
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """How a model learns."""
+    """The hyperparameters of training."""
 
     max_steps: int = 5000  # optimizer steps
     lr: float = 1e-3  # the peak learning rate
@@ -900,10 +893,8 @@ class OptimizerConfig:
             self.warmup_steps = min(200, self.max_steps // 10)
 
 
-def make_adamw(
-    parameters: Iterable[Tensor], config: OptimizerConfig, fused: bool | None = None
-) -> torch.optim.AdamW:
-    """PyTorch's AdamW. `fused` updates all parameters in one operation.
+def make_adamw(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
+    """PyTorch's AdamW. (Fused: it updates all parameters in one operation.)
 
     Only matrices decay, the embedding among them. Norm weights start at 1, and pulling them
     towards 0 would shrink the whole input of a layer.
@@ -914,15 +905,16 @@ def make_adamw(
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": others, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
 
 
 def learning_rate(step: int, config: OptimizerConfig) -> float:
     """The learning rate at `step` (from 0): linear warmup, then linear decay to min_lr.
 
-    WHY warm up: AdamW divides by sqrt(v), and at first v is estimated from only a few
-    gradients. WHY decay: large steps bounce between the walls of a valley; small ones at the
-    end settle. (Bergsma et al. 2025, arXiv 2502.15938, recommend linear decay to 0.)
+    WHY warm up: AdamW divides by sqrt(v), and at first v comes from only a few gradients. Where
+    these happen to be small, a full step would be far too long. WHY decay: large steps bounce
+    between the walls of a valley; small ones at the end settle. (Bergsma et al. 2025, arXiv
+    2502.15938, recommend linear decay to 0.)
 
     >>> config = OptimizerConfig(max_steps=6, lr=1.0, min_lr=0.1, warmup_steps=2)
     >>> [round(learning_rate(step, config), 3) for step in range(7)]
@@ -962,7 +954,7 @@ def train_step(
 # ----------
 # A model that is trained on the same text for a long time starts to memorize it: the loss on
 # that text keeps falling while the loss on new text stalls or rises. This is *overfitting*. To
-# notice it, hold some text out of training and measure the loss there, the validation loss.
+# notice it, hold out some text and measure the loss there, the validation loss.
 # In the first epoch all text is new to the model, and both losses fall together.
 
 
@@ -1024,9 +1016,8 @@ def train_model(
 #
 # How does a model that scores next tokens tell a story? Sample the next token from its
 # predictions, append it, and repeat. That is all, and it's slow: for each new token, the
-# model reads the whole text again. The last section fixes this with a key-value cache.
-# (Holtzman et al. 2020, arXiv 1904.09751, section 3.1: top-p; Fan et al. 2018, arXiv
-# 1805.04833: top-k)
+# model reads the whole text again. The key-value cache fixes that. (Fan et al. 2018, arXiv
+# 1805.04833: top-k; Holtzman et al. 2020, arXiv 1904.09751, section 3.1: top-p or nucleus)
 # ----------------------------------------------------------------------------------------
 
 
@@ -1040,9 +1031,8 @@ def token_probabilities(
     top_k keeps the k most likely tokens (including ties). top_p keeps the most likely tokens
     that together reach probability p, at least one.
 
-    Worked example: at temperature 0.5 the ratio of any two probabilities is squared. For
-    top_p=0.5: in descending order they are 67%, 24% and 9%, and the first alone, token 1,
-    reaches 0.5.
+    Worked example: at temperature 0.5 the ratio of any two probabilities is squared. And in
+    descending order they are 67%, 24% and 9%, so token 1 alone reaches top_p=0.5.
 
     >>> logits = torch.tensor([[0.0, 2.0, 1.0]])
     >>> token_probabilities(logits), token_probabilities(logits, temperature=0.5)
@@ -1091,9 +1081,9 @@ def sample(logits: Tensor, u: Tensor, **sampling: Any) -> Tensor:
 
 
 def random_numbers(seed: int, batch_size: int, count: int) -> Tensor:
-    """`count` numbers from 0 to 1 for each of B sequences; [B, count]. Row n has seed + n.
+    """`count` numbers from 0 to 1 for each of B sequences; [B, count].
 
-    WHY: each sequence is then the same whatever else is generated with it.
+    WHY row n has the seed + n: then a text doesn't depend on what is generated beside it.
     """
     generators = [torch.Generator().manual_seed(seed + n) for n in range(batch_size)]
     return torch.stack([torch.rand(count, generator=generator) for generator in generators])
@@ -1103,12 +1093,12 @@ def random_numbers(seed: int, batch_size: int, count: int) -> Tensor:
 def generate_naive(
     model: Transformer, prompts: Tensor, u: Tensor, **sampling: Any
 ) -> Iterator[Tensor]:
-    """Yield the next ids of B sequences, int64 [B], N times.
+    """Yield N times the next ids of B sequences, int64 [B].
 
     `prompts` [B, T] are their beginnings, and `u` [B, N] holds a random number for each new
     token. The model sees at most context_length tokens. When there are more, it continues with
-    the most recent half. (Dropping only the oldest would work here, but not with the cache
-    below: the keys and values that it keeps depend on all tokens before, the dropped ones too.)
+    the newest token and half a context before it. (Why not drop just the oldest token, each
+    time? That would be slow with the cache below, as you will see.)
     """
     limit = model.config.context_length
     tokens = prompts[:, -limit:]  # what the model sees, (B, T)
@@ -1133,47 +1123,53 @@ def generate_naive(
 #     Once upon a        nothing                        time
 #     time               Once upon a                    there
 #     there              Once upon a time               was
+#
+# When the text outgrows the context, the cache is of no more use: keys and values depend on all
+# tokens before, and on the positions. So it's cleared, and half a context is computed again.
 
 
-class KVCache(CausalAttention):
-    """CausalAttention that remembers keys and values of the S tokens that it has seen so far.
+class KVCache(AttentionContext):
+    """An `AttentionContext` that keeps the keys and values of all tokens so far.
 
-    Read T more tokens with `cache.hidden_states(tokens)`. It lets the model compute only these,
-    and each block calls the cache, which appends their keys and values to those of before and
-    lets them look at all S + T.
+    To compute T more tokens:
+
+        cache.extend(tokens)                    notes them and their positions
+        model.hidden_states(tokens, cache)      runs the blocks on these T tokens only
+            cache.attend(0, q, k, v)            block 0: appends k and v to those it has, and
+                                                lets the T queries attend to all of them
+            cache.attend(1, q, k, v)            block 1, and so on
     """
 
-    def __init__(self, model: Transformer):
-        self.model = model
+    def __init__(self, config: ModelConfig):
+        self.config = config
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
-        nothing = torch.empty(1, 0, dtype=torch.int64, device=self.model.rope.device)
-        super().__init__(self.model.config, nothing)
+        self.length = 0  # S: how many tokens it has
         self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}  # by block: [B, S, G, K] each
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
-        """Hidden states [B, T, D] of tokens [B, T], which follow those seen so far."""
-        S, T = self.tokens.shape[1], tokens.shape[1]
-        self.tokens = torch.cat([self.tokens.expand(len(tokens), -1), tokens], dim=1)
-        self.positions = torch.arange(S, S + T, device=tokens.device)  # of the new ones
-        return self.model.hidden_states(tokens, attend=self)
+    def extend(self, tokens: Tensor) -> None:
+        """Note tokens [B, T], which continue those so far and will be computed next."""
+        S, T = self.length, tokens.shape[1]
+        self.tokens = torch.cat([self.tokens, tokens], dim=1) if S > 0 else tokens  # (B, S + T)
+        self.positions = torch.arange(S, S + T, device=tokens.device)
+        self.length = S + T
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v [B, T, G, K] of new tokens. Returns all keys and values so far."""
+        """Keep k and v [B, T, G, K] of the new tokens. Returns those of all tokens."""
         if layer in self.keys_values:
             past_k, past_v = self.keys_values[layer]
             k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
         self.keys_values[layer] = k, v
         return k, v
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = self.append(layer, k, v)  # (B, S + T, G, K)
         mask = self.mask(layer)
-        if mask is None:  # causal. Row t is position S + t, and sees columns 0 to S + t.
+        if mask is None:  # the causal one: a query sees all keys up to its own position
             mask = torch.arange(k.shape[1], device=k.device) <= self.positions[:, None]
-        return attention(q, k, v, mask)  # (T, S + T): the mask
+        return attention(q, k, v, mask)  # where the mask is [T, S + T]
 
 
 @torch.no_grad()
@@ -1186,15 +1182,16 @@ def generate(
     WHY B sequences: each step reads all parameters from memory, which takes longer than the
     arithmetic. So a batch takes barely longer than a single sequence.
     """
-    limit, weight = model.config.context_length, model.lm_head.weight
-    cache = cache or KVCache(model)
-    new = prompts[:, -limit:]  # what the model reads next, (B, T)
+    limit = model.config.context_length
+    cache = cache or KVCache(model.config)
+    new = prompts[:, -limit:]  # what to compute next, (B, T)
     for step in range(u.shape[1]):
-        tokens = torch.cat([cache.tokens.expand(len(new), -1), new], dim=1)
-        if tokens.shape[1] > limit:  # no room: read the second half of the context again
+        if cache.length + new.shape[1] > limit:
+            new = torch.cat([cache.tokens, new], dim=1)[:, -(limit // 2 + 1) :]
             cache.clear()
-            new = tokens[:, -(limit // 2 + 1) :]
-        logits = compute_logits(cache.hidden_states(new)[:, -1], weight)  # (B, V)
+        cache.extend(new)
+        x = model.hidden_states(new, cache)[:, -1]  # (B, D), after the last token
+        logits = compute_logits(x, model.lm_head.weight)  # (B, V)
         new = sample(logits, u[:, step], **sampling)[:, None]  # (B, 1)
         yield new[:, 0]
 
@@ -1204,6 +1201,11 @@ def generate(
 #    since the seed is the same. Which stories are dull, and which fall apart?
 # 2. Add min-p (Nguyen et al. 2024, arXiv 2407.01082): keep the tokens whose probability is at
 #    least a fraction p of the most likely token's. One parameter, and two lines beside top_k's.
+
+
+# All of it
+# ---------
+
 
 def story_from_text(
     text: str, prompt: str = "Once", vocab_size: int = 1024, max_steps: int = 300,
@@ -2643,7 +2645,7 @@ def make_autocast(device: torch.device, dtype: torch.dtype, fsdp: bool = False) 
 
 
 class GradScaler:
-    """Keeps float16 gradients in range, and skips steps whose gradients are inf or NaN.
+    """Skips steps whose gradients are inf or NaN, and keeps those of float16 in range.
 
     Many gradients are below 6e-8, where float16 has no numbers left. So the loss is multiplied
     by a large power of two before backward, and the gradients are divided by it afterwards. If
@@ -2651,11 +2653,11 @@ class GradScaler:
     it's doubled. For other dtypes the scale stays 1. With clipping, this is
 
         if grad_norm.isfinite():
-            grad /= scale * max(1, grad_norm / clip_grad)
+            grad /= loss_scale * max(1, grad_norm / clip_grad)
             optimizer.step()
 
-    but this `if` makes the host wait for the GPU. The fused AdamW kernel doesn't: it divides
-    gradients by `optimizer.grad_scale`, and does nothing if `optimizer.found_inf` is 1. And in
+    but this `if` makes the host wait for the GPU. PyTorch's fused AdamW doesn't: it divides
+    gradients by `optimizer.grad_scale`, and does nothing if `optimizer.found_inf` is 1. So, in
     `step`, x * (1 - found_inf) means: 0 if the step is skipped, else x.
     WHY not torch.amp.GradScaler: under FSDP (chapter 12) it sees one process's shards only, so
     one process would skip a step that the others take.
@@ -2663,15 +2665,11 @@ class GradScaler:
 
     GROWTH_INTERVAL = 2000
     MAX_CONSECUTIVE_SKIPS = 10  # too many to be bad luck: chapter 14 stops the run
-    STATE = ("loss_scale", "good_steps", "skipped", "consecutive_skips")
 
-    def __init__(self, device: torch.device, enabled: bool):
-        self.enabled = enabled
-        self.loss_scale = torch.tensor(2.0**16 if enabled else 1.0, device=device)
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.is_float16 = dtype == torch.float16
+        self.loss_scale = torch.tensor(2.0**16 if self.is_float16 else 1.0, device=device)
         self.good_steps, self.skipped, self.consecutive_skips = torch.zeros(3, device=device)
-
-    def scale(self, loss: Tensor) -> Tensor:
-        return loss * self.loss_scale
 
     @torch.no_grad()
     def step(self, optimizer: Any, grad_norm: Tensor, clip_grad: float) -> None:
@@ -2682,14 +2680,14 @@ class GradScaler:
         if optimizer.defaults.get("fused"):
             optimizer.grad_scale, optimizer.found_inf = divisor, found_inf
             optimizer.step()
-        elif not found_inf.item():  # without that kernel
+        elif not found_inf.item():  # an optimizer that you have added
             for p in (p for group in optimizer.param_groups for p in group["params"]):
                 if p.grad is not None:
                     p.grad /= divisor
             optimizer.step()
         self.skipped = self.skipped + found_inf
         self.consecutive_skips = (self.consecutive_skips + 1) * found_inf  # a good step: 0
-        if self.enabled:
+        if self.is_float16:
             self.good_steps = (self.good_steps + 1) * (1 - found_inf)  # a skipped step: 0
             grow = (self.good_steps >= self.GROWTH_INTERVAL).float()
             # Double it if `grow` is 1, halve it if found_inf is 1 (never both).
@@ -2697,11 +2695,11 @@ class GradScaler:
             self.good_steps = self.good_steps * (1 - grow)
 
     def state_dict(self) -> dict[str, float]:
-        return {key: getattr(self, key).item() for key in self.STATE}
+        return {name: x.item() for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        for key in self.STATE:
-            setattr(self, key, torch.full_like(self.loss_scale, state[key]))
+        for name, value in state.items():
+            setattr(self, name, torch.full_like(self.loss_scale, value))
 
 
 # The loss in chunks
@@ -2925,7 +2923,7 @@ class Muon(torch.optim.AdamW):
 
     def __init__(
         self, model: Any, params: dict[Any, Any], config: OptimizerConfig,
-        dtype: torch.dtype = torch.float32, fused: bool | None = None, compiled: bool = False,
+        dtype: torch.dtype = torch.float32, compiled: bool = False,
     ):
         stacks: dict[Any, Any] = {}
         others = dict(params)
@@ -2936,8 +2934,8 @@ class Muon(torch.optim.AdamW):
                     "params": [], "weight_decay": config.weight_decay, "momentum": 0.95,
                     "d_outs": list(layer.d_outs), "d_in": layer.in_features})
                 stack["params"].append(others.pop(layer.weight))
-        groups = make_adamw(others.values(), config, fused).param_groups
-        super().__init__([*groups, *stacks.values()], lr=config.lr, fused=fused)
+        groups = make_adamw(others.values(), config).param_groups
+        super().__init__([*groups, *stacks.values()], lr=config.lr, fused=True)
         for stack in stacks.values():
             for weight in stack["params"]:
                 self.state[weight]["exp_avg"] = torch.zeros_like(weight)  # the momentum
@@ -3024,8 +3022,6 @@ class StaticCache(KVCache):
     """A `KVCache` for B texts whose memory is allocated once, for `size` tokens of each.
 
     WHY: the plain one copies all keys and values whenever it appends some.
-    `prompts` [B, P] may hold known tokens, and -1 where there is none: they're read instead of
-    the tokens that `hidden_states` is given.
     """
 
     def __init__(self, model: Transformer, batch_size: int, size: int):
@@ -3037,27 +3033,16 @@ class StaticCache(KVCache):
         self.values = torch.zeros_like(self.keys)
         self.all_tokens = torch.zeros(batch_size, size, dtype=torch.int64, device=weight.device)
         self.columns = torch.arange(size, device=weight.device)
-        self.config = c
-        super().__init__(model)
+        super().__init__(c)
 
     def clear(self) -> None:
-        self.tokens = self.all_tokens[:, :0]
-        self.prompts: Tensor | None = None
+        self.length = 0
 
-    def append_tokens(self, tokens: Tensor) -> Tensor:
-        """Append tokens [B, T], or what the prompts have in their place. Returns these."""
-        S, T = self.tokens.shape[1], tokens.shape[1]
-        if self.prompts is not None and self.prompts.shape[1] > S:
-            known = self.prompts[:, S : S + T]
-            tokens = torch.where(known >= 0, known, tokens)
-        self.positions = self.columns[S : S + T]
-        self.all_tokens[:, S : S + T] = tokens
-        self.tokens = self.all_tokens[:, : S + T]
-        return tokens
-
-    @torch.no_grad()
-    def hidden_states(self, tokens: Tensor) -> Tensor:
-        return self.model.hidden_states(self.append_tokens(tokens), attend=self)
+    def extend(self, tokens: Tensor) -> None:
+        S, self.length = self.length, self.length + tokens.shape[1]
+        self.positions = self.columns[S : self.length]
+        self.all_tokens[:, S : self.length] = tokens
+        self.tokens = self.all_tokens[:, : self.length]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.keys[layer][:, self.positions] = k
@@ -3066,69 +3051,79 @@ class StaticCache(KVCache):
         return self.keys[layer][:, :S], self.values[layer][:, :S]
 
 
-class CUDAGraphCache(StaticCache):
-    """A `StaticCache` that reads single tokens by replaying a CUDA graph.
+class CUDAGraphModel:
+    """A model that computes single tokens by replaying a CUDA graph.
 
     A CUDA graph is a recording of kernel launches, which one launch replays: the same kernels
     on the same memory. So what changes, tokens and position, is kept in tensors that stay where
     they are, and the result is overwritten by the next call.
     """
 
-    def __init__(self, model: Transformer, batch_size: int, size: int):
-        super().__init__(model, batch_size, size)
-        if not self.all_tokens.is_cuda:
-            device = self.all_tokens.device.type
-            raise UserError(f"CUDA graphs need a model on a CUDA device, not on {device}")
+    def __init__(self, model: Transformer):
+        self.model, self.config, self.lm_head = model, model.config, model.lm_head
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.new_tokens = self.all_tokens[:, :1].clone()
-        self.position = self.columns[:1].clone()
 
-    @torch.no_grad()
-    def hidden_states(self, tokens: Tensor) -> Tensor:
+    def hidden_states(self, tokens: Tensor, cache: StaticCache) -> Tensor:
+        """The same as the model's. The cache must be the same in every call."""
         if tokens.shape[1] > 1:
-            return super().hidden_states(tokens)
-        self.new_tokens.copy_(self.append_tokens(tokens))
-        self.position.copy_(self.positions)
+            return self.model.hidden_states(tokens, cache)
+        if self.graph is None:
+            self.new, self.position = tokens.clone(), cache.positions.clone()
+        self.new.copy_(tokens)
+        self.position.copy_(cache.positions)
         # Attend to all columns: their number can't change, and the mask hides the empty ones.
-        filled, self.tokens, self.positions = self.tokens, self.all_tokens, self.position
-        with torch.cuda.device(self.all_tokens.device):
+        filled, cache.tokens, cache.positions = cache.tokens, cache.all_tokens, self.position
+        with torch.cuda.device(tokens.device):
             if self.graph is None:
-                self.model.hidden_states(self.new_tokens, attend=self)  # initializes libraries
+                self.model.hidden_states(self.new, cache)  # initializes libraries
                 self.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):
-                    self.hidden = self.model.hidden_states(self.new_tokens, attend=self)
+                    self.x = self.model.hidden_states(self.new, cache)
             self.graph.replay()  # recording alone computes nothing
-        self.tokens = filled
-        return self.hidden
+        cache.tokens = filled
+        return self.x
+
+
+def force_prompts(steps: Iterator[Tensor], prompts: Tensor, start: int) -> Iterator[Tensor]:
+    """`steps` of `generate`, with the prompts' own tokens [B, P] in place of sampled ones.
+
+    -1 means that a prompt has ended. Step 0 gives column `start`. The ids are replaced in
+    place, because `generate` continues with the tensor that it has yielded.
+    """
+    for column, new in enumerate(steps, start):
+        if column < prompts.shape[1]:
+            known = prompts[:, column]
+            new.copy_(torch.where(known >= 0, known, new))
+        yield new
 
 
 def generate_texts(
     model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int = 0,
-    stop_ids: Collection[int] = (), cache: StaticCache | None = None, burst: int = 1,
-    **sampling: Any,
+    stop_ids: Collection[int] = (), **sampling: Any,
 ) -> Iterator[list[int | None]]:
     """`generate` for prompts of any lengths, with seed + n for text n: at each step, its ids.
 
     All texts begin together, with as many tokens as the shortest prompt has. Where a prompt is
     longer, its own tokens are read instead of sampled ones. None in a list of ids means that
     the text's prompt hasn't ended, or that the text has, with one of `stop_ids`.
-
-    WHY `burst`: when the host reads an id, it waits for the GPU, and then the GPU waits for the
-    host. So it reads the ids of `burst` steps together.
     """
     limit, device = model.config.context_length, model.rope.device
     windows = [torch.tensor(prompt[-limit:]) for prompt in prompts]
     lengths = [len(window) for window in windows]
     T, longest = min(lengths), max(lengths)
-    cache = cache or StaticCache(model, len(prompts), min(limit, longest + max_new_tokens))
-    cache.clear()
+    cache = StaticCache(model, len(prompts), min(limit, longest + max_new_tokens))
     padded = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True, padding_value=-1)
-    cache.prompts = padded.to(device)  # (B, longest)
+    padded = padded.to(device)  # (B, longest), -1 where a prompt has ended
     u = torch.zeros(len(prompts), longest - T + max_new_tokens)
     for row, length in enumerate(lengths):
         numbers = random_numbers(seed + row, 1, max_new_tokens)
         u[row, length - T : length - T + max_new_tokens] = numbers
-    steps = generate(model, cache.prompts[:, :T], u.to(device), cache, **sampling)
+    runner: Any = CUDAGraphModel(model) if device.type == "cuda" else model
+    # WHY 16: when the host reads an id, it waits for the GPU, and then the GPU waits for the
+    # host. So it reads the ids of several steps together.
+    burst = 16 if device.type == "cuda" else 1
+    steps = generate(runner, padded[:, :T], u.to(device), cache, **sampling)
+    steps = force_prompts(steps, padded, T)
     left = [max_new_tokens] * len(prompts)  # how many tokens are still wanted of each text
     number = T  # of tokens in each text
     while drawn := list(itertools.islice(steps, burst)):
@@ -3751,7 +3746,7 @@ def write_checkpoint(outdir: Path, state: dict, keep: int, name: str = "") -> No
 def check_optimizer_state(state: dict) -> None:
     """Raise an error if the optimizer state in a checkpoint is damaged."""
     values = [item for by_name in state["optimizer"].values() for item in by_name.items()]
-    values += [("", state["scaler"][key]) for key in GradScaler.STATE]
+    values += [("", x) for x in state["scaler"].values()]
     for name, x in values:
         if isinstance(x, Tensor):
             good = x.shape == state["model"][name].shape and bool(x.isfinite().all())
@@ -3873,10 +3868,9 @@ def make_muon(model: Any, params: dict, config: Any, *how: Any) -> Muon:
 
 
 # What --optimizer can be: functions of the model, the tensors to update (`local_params`), the
-# configuration, the precision for Muon, and whether to use fused and compiled code.
+# configuration, the precision for Muon, and whether to compile.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": lambda model, params, config, dtype, fused, compiled: make_adamw(
-        params.values(), config, fused),
+    "adamw": lambda model, params, config, *how: make_adamw(params.values(), config),
     "muon": make_muon,
 }
 
@@ -3912,9 +3906,8 @@ class Trainer:
         self.params = local_params(self.model)
         precision = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
         self.optimizer = OPTIMIZERS[self.optim.optimizer](
-            self.model, self.params, self.optim, precision, self.device.type != "mps",
-            self.processes.compile)
-        self.scaler = GradScaler(self.device, enabled=self.dtype == torch.float16)
+            self.model, self.params, self.optim, precision, self.processes.compile)
+        self.scaler = GradScaler(self.device, self.dtype)
         self.autocast = make_autocast(self.device, self.dtype, is_fsdp(self.model))
         rows = data.batch_size * data.grad_accum_steps * get_world_size()
         self.tokens_per_step = rows * self.model_config.context_length
@@ -3941,7 +3934,7 @@ class Trainer:
             with self.autocast:
                 # The mean over the step is the sum of these means, each divided by `count`.
                 loss = model(inputs, targets) / count
-            scaler.scale(loss).backward()
+            (loss * scaler.loss_scale).backward()
             total_loss += loss.detach()
         average_gradients(model)
         take_local_gradients(self.params)
@@ -5409,7 +5402,6 @@ def generate_command(config: GenerateConfig, devices: DeviceConfig) -> None:
     state, model, tokenizer = config.load(device, dtype, config.context_length)
     # The model's vocabulary may be larger than the tokenizer's: leave out what has no text.
     model.lm_head.weight = nn.Parameter(model.lm_head.weight[: tokenizer.vocab_size].detach())
-    cache_type, burst = (CUDAGraphCache, 16) if device.type == "cuda" else (StaticCache, 1)
     eot = tokenizer.eot_id
     stop = state.get("special_ids", {}).get("eos_token_id", eot)  # a number, a list or None
     stop_ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
@@ -5422,11 +5414,8 @@ def generate_command(config: GenerateConfig, devices: DeviceConfig) -> None:
             rows = [tokenizer.encode(p) or ([] if eot is None else [eot]) for p in batch]
             if not all(rows):
                 raise UserError("a prompt is empty, and the tokenizer has no end-of-text token")
-            size = min(model.config.context_length,
-                       max(map(len, rows)) + config.max_new_tokens)
-            cache = cache_type(model, len(rows), size)
             new = generate_texts(model, rows, config.max_new_tokens, seed + first, stop_ids,
-                                 cache, burst, **sampling)
+                                 **sampling)
             # A single text is printed token by token. Several are printed one after the other,
             # when all are complete.
             columns: Any = zip(*new) if len(rows) > 1 else [(ids[0] for ids in new)]
