@@ -46,7 +46,7 @@ from __future__ import annotations
 import sys
 
 # Skip these lines; they only save time. Importing PyTorch takes seconds, and for commands that
-# don't use it, a stub replaces it: an object whose attributes are all that same object.
+# don't use it, a stub replaces it: an object that returns itself for any attribute.
 NO_PYTORCH = {"-h", "--version", "bpe-train", "bpe-encode", "split"}
 if __name__ != "scratchformer" and ("--help" in sys.argv or {*sys.argv[1:2]} & NO_PYTORCH):
     sys.modules["torch"] = sys.modules["torch.nn"] = type("Stub", (), {
@@ -135,7 +135,7 @@ def count_pretokens(text: str) -> Counter[bytes]:
 # (Sennrich et al. 2016, arXiv 1508.07909, Algorithm 1)
 # ----------------------------------------------------------------------------------------
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 Merge = tuple[bytes, bytes]  # two tokens that become one
@@ -214,8 +214,9 @@ def learn_merges_naive(pretoken_counts: Mapping[bytes, int], num_merges: int) ->
 # each of those into bytes, and apply the merges in the order in which they were learned. To
 # *decode* ids, look up their bytes and join them. (Sennrich et al. 2016, section 3.2)
 #
-# One token isn't learned. A *special token* marks something that isn't text: ours, END_OF_TEXT,
-# the end of a document. It has a single id, and is cut out before the pattern sees the text.
+# One more token is neither a byte nor learned. A *special token* marks something that isn't
+# text; ours, END_OF_TEXT, marks the end of a document. It has a single id, and is cut out before
+# the pattern sees the text.
 # ----------------------------------------------------------------------------------------
 
 
@@ -334,7 +335,7 @@ def cut_windows(
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, T) each
 
 
-@functools.lru_cache(2)  # every batch of an epoch asks again, or one between two epochs
+@functools.lru_cache(2)  # keep two results: a batch may lie in two epochs
 def shuffle_windows(seed: int, epoch: int, num_tokens: int, context_length: int) -> np.ndarray:
     """The positions where the windows of one epoch begin, in random order; an array of int64.
 
@@ -480,8 +481,8 @@ def attention_naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     times exp(0): the softmax would give nearly all weight to one position.
     Source: Vaswani et al. 2017, equation 1.
 
-    Worked example: scores ln 1, ln 2 and ln 3 give weights 1 : 2 : 3. Row 0 sees only 6.
-    Row 1 is (1 * 6 + 2 * 3) / 3 = 4. Row 2 is (1 * 6 + 2 * 3 + 3 * 0) / 6 = 2.
+    Worked example: scores ln 1, ln 2 and ln 3 give weights 1 : 2 : 3. The values are 6, 3 and
+    0. Row 0 sees only 6. Row 1 is (1 * 6 + 2 * 3) / 3 = 4. Row 2 is (6 + 6 + 0) / 6 = 2.
 
     >>> torch.ones(3, 3).tril().bool()  # the causal mask
     tensor([[ True, False, False],
@@ -556,12 +557,12 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
 
 
-# Several heads
-# -------------
-# One softmax gives one weighted average. So attention is done H times side by side: each *head*
-# has queries, keys and values of width K = D / H of its own, and can look for something else,
-# such as the previous word or the last name. H heads of width D / H cost as much as one of
-# width D. What they have found, H * K = D numbers, is then combined by one more matrix.
+# Multi-head attention
+# --------------------
+# One softmax gives one weighted average. So attention is done H times side by side. Each *head*
+# has queries, keys and values of its own, of width K = D / H, and can look for something
+# different, such as the previous word or the last name. H heads of width D / H cost as much as
+# one of width D. One more matrix combines their outputs, H * K = D numbers.
 
 
 @dataclasses.dataclass
@@ -588,34 +589,28 @@ class ModelConfig:
         """K: the width of one attention head."""
         return self.d_model // self.num_heads
 
-    @property
-    def residual_std(self) -> float:
-        """The initial standard deviation of the n = 2 * num_layers matrices that end a branch.
-
-        The model adds up what they compute. The variance of a sum of n independent numbers is n
-        times theirs, and n * (0.02^2 / n) = 0.02^2: the sum starts equally large at any depth.
-        (Radford et al. 2019, section 2.3)
-        """
-        return 0.02 / math.sqrt(2 * self.num_layers)
-
 
 class Projection(nn.Linear):
     """A matrix, or several for the same input side by side: [..., d_in] to [..., sum(d_outs)].
 
-    It starts as random numbers of standard deviation 0.02, as in GPT-2. WHY side by side: one
-    large matmul is faster than several small ones.
+    Initialized with random numbers of standard deviation 0.02, as in GPT-2. WHY side by side:
+    one large matmul is faster than several small ones.
     """
 
-    def __init__(self, d_in: int, *d_outs: int, std: float = 0.02):
-        super().__init__(d_in, sum(d_outs), bias=False)  # no vector is added
+    def __init__(self, d_in: int, *d_outs: int):
+        super().__init__(d_in, sum(d_outs), bias=False)
         self.d_outs = d_outs
-        nn.init.normal_(self.weight, std=std)
+        nn.init.normal_(self.weight, std=0.02)
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # a function of q, k and v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """`attention_naive` for each head, faster: q, k, v [B, T, H, K] -> [B, T, H, K].
 
-    FlashAttention (Dao et al. 2022, arXiv 2205.14135) never stores the T x T scores.
+    FlashAttention (Dao et al. 2022, arXiv 2205.14135) never stores the T x T scores. If k and v
+    have fewer heads than q, G instead of H, each of them serves H / G heads of q.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
     out = F.scaled_dot_product_attention(
@@ -623,50 +618,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return out.transpose(1, 2)
 
 
-class AttentionContext:
-    """Which tokens a batch attends to: each of its tokens [B, T] to itself and those before.
-
-    WHY a class: chapter 7 extends it. There the model computes only the newest tokens, and they
-    attend to keys and values that were kept. Here the context is just the batch itself.
-    """
-
-    def __init__(self, config: ModelConfig, tokens: Tensor):
-        self.config, self.tokens = config, tokens
-        self.positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
-
-    def mask(self, layer: int) -> Tensor | None:
-        """The mask for block number `layer`. None, the causal one, unless you change this."""
-        return None
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention for q, k, v [B, T, H, K] of block number `layer`; [B, T, H, K]."""
-        return attention(q, k, v, self.mask(layer))
-
-
 class MultiHeadAttention(nn.Module):
     """Multi-head self-attention: [B, T, D] -> [B, T, D].
 
         x (B, T, D) -> q, k, v (B, T, H, K) -> softmax(...) @ v (B, T, H, K) -> (B, T, D)
 
-    Keys and values may have G < H heads, each shared by H / G heads of queries, to save memory.
-    (Ainslie et al. 2023, arXiv 2305.13245: grouped-query attention, GQA)
+    To save memory, keys and values may have only G < H heads. (Ainslie et al. 2023, arXiv
+    2305.13245: grouped-query attention, GQA)
     """
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         D, H, K, G = config.d_model, config.num_heads, config.head_dim, config.num_kv_heads
-        self.layer, self.head_dim = layer, K  # the block's number, from 0
+        self.head_dim = K
         self.qkv = Projection(D, H * K, G * K, G * K)
-        self.output = Projection(H * K, D, std=config.residual_std)
+        self.output = Projection(H * K, D)
 
-    def forward(self, x: Tensor, rope: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, attend: Attend = attention) -> Tensor:
         """`rope` [2, T, 1, K/2]: the 1 stands for all heads, which rotate alike."""
         q, k, v = self.qkv(x).split(self.qkv.d_outs, dim=-1)
         q = q.unflatten(-1, (-1, self.head_dim))  # (B, T, H, K)
         k = k.unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
         v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        out = context.attend(self.layer, q, k, v)  # (B, T, H, K)
+        out = attend(q, k, v)  # (B, T, H, K)
         return self.output(out.flatten(2))  # (B, T, H * K) to (B, T, D)
 
 
@@ -682,14 +657,15 @@ class SwiGLU(nn.Module):
     for large z. So the gate scales each of F numbers, some down to nearly nothing.
     WHY something nonlinear: without it, consecutive matrix products would collapse into one.
     WHY a gate: in Shazeer's experiments, gated MLPs did better than others.
-    WHY F is about 8/3 D: the three matrices then have as many entries as two of width 4 D.
+    WHY F is about 8/3 D: the three matrices then have as many entries as the original
+    Transformer's two matrices of D x 4 D.
     Source: Shazeer 2020 (arXiv 2002.05202), equation 6.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_up = Projection(config.d_model, config.d_ff, config.d_ff)
-        self.down = Projection(config.d_ff, config.d_model, std=config.residual_std)
+        self.down = Projection(config.d_ff, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
@@ -710,15 +686,19 @@ class Block(nn.Module):
     before it, and the next can look for what came after "Tim" last time: "met".
     """
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = MultiHeadAttention(config, layer)
+        self.attention = MultiHeadAttention(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
+        # WHY: all n = 2 * num_layers updates are added up, which makes the variance n times as
+        # large. Divided by sqrt(n), the sum is equally large in a model of any depth, at first.
+        for matrix in (self.attention.output, self.mlp.down):  # (Radford et al. 2019, 2.3)
+            matrix.weight.data /= math.sqrt(2 * config.num_layers)
 
-    def forward(self, x: Tensor, rope: Tensor, context: AttentionContext) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, context)
+    def forward(self, x: Tensor, rope: Tensor, attend: Attend = attention) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, attend)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -729,7 +709,8 @@ class Block(nn.Module):
 def compute_logits(x: Tensor, weight: Tensor) -> Tensor:
     """The scores of all tokens, [..., V], for vectors [..., D] and the output matrix [V, D].
 
-    WHY a function for one multiplication: generation needs the logits of one position only.
+    WHY a function of its own: training, evaluation and generation all get their logits here, so
+    that a change, such as a limit on logits, is made once.
     """
     return F.linear(x, weight)  # x @ weight.T
 
@@ -742,7 +723,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         # lm_head ("language model head", not an attention head) produces the logits. It starts
         # with small values, so that to an untrained model all tokens are about equally likely.
@@ -750,7 +731,8 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             # WHY: in small models V * D is a large part of all parameters. (Press & Wolf 2017)
             self.lm_head.weight = self.embedding.weight
-        # A buffer is a tensor that belongs to the model but isn't learned. It isn't saved.
+        # A buffer is a tensor that belongs to the model but isn't learned. persistent=False: it
+        # isn't saved with the model.
         self.rope: Tensor
         self.register_buffer("rope", self.make_rope(), persistent=False)
 
@@ -759,16 +741,20 @@ class Transformer(nn.Module):
         frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta)
         return rope_table(torch.arange(self.config.context_length), frequencies)
 
-    def hidden_states(self, tokens: Tensor, context: AttentionContext | None = None) -> Tensor:
-        """The residual stream after the last block, normalized: [B, T] -> [B, T, D]."""
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The residual stream after the last block, normalized: [B, T] -> [B, T, D].
+
+        (A `cache`, in chapter 7, has the keys and values of earlier tokens.)
+        """
         T = tokens.shape[1]
         if self.config.context_length < T:
             raise ValueError(f"{T} tokens, but context_length is {self.config.context_length}")
-        context = context or AttentionContext(self.config, tokens)
-        rope = self.rope[:, context.positions, None]  # (2, T, 1, K/2)
+        positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions
+        rope = self.rope[:, positions, None]  # (2, T, 1, K/2)
         x = self.embedding(tokens)  # (B, T, D)
-        for block in self.blocks:
-            x = block(x, rope, context)  # (B, T, D)
+        for i, block in enumerate(self.blocks):
+            attend = attention if cache is None else cache.attend_in(i)
+            x = block(x, rope, attend)  # (B, T, D)
         return self.norm(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -911,10 +897,10 @@ def make_adamw(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.o
 def learning_rate(step: int, config: OptimizerConfig) -> float:
     """The learning rate at `step` (from 0): linear warmup, then linear decay to min_lr.
 
-    WHY warm up: AdamW divides by sqrt(v), and at first v comes from only a few gradients. Where
-    these happen to be small, a full step would be far too long. WHY decay: large steps bounce
-    between the walls of a valley; small ones at the end settle. (Bergsma et al. 2025, arXiv
-    2502.15938, recommend linear decay to 0.)
+    WHY warm up: AdamW's first steps move every parameter by about lr, however small its
+    gradient is, in directions that only a few batches have chosen. WHY decay: large steps
+    bounce between the walls of a valley; small ones at the end settle. (Bergsma et al. 2025,
+    arXiv 2502.15938, recommend linear decay to 0.)
 
     >>> config = OptimizerConfig(max_steps=6, lr=1.0, min_lr=0.1, warmup_steps=2)
     >>> [round(learning_rate(step, config), 3) for step in range(7)]
@@ -955,7 +941,8 @@ def train_step(
 # A model that is trained on the same text for a long time starts to memorize it: the loss on
 # that text keeps falling while the loss on new text stalls or rises. This is *overfitting*. To
 # notice it, hold out some text and measure the loss there, the validation loss.
-# In the first epoch all text is new to the model, and both losses fall together.
+# In the first epoch all text is new to the model, and both losses fall together. (The loss of a
+# single batch also goes up and down by chance.)
 
 
 @torch.no_grad()
@@ -1031,8 +1018,8 @@ def token_probabilities(
     top_k keeps the k most likely tokens (including ties). top_p keeps the most likely tokens
     that together reach probability p, at least one.
 
-    Worked example: at temperature 0.5 the ratio of any two probabilities is squared. And in
-    descending order they are 67%, 24% and 9%, so token 1 alone reaches top_p=0.5.
+    Worked example: at temperature 0.5 the ratio of any two probabilities is squared. At
+    temperature 1 token 1 has 67%, so it alone reaches top_p=0.5.
 
     >>> logits = torch.tensor([[0.0, 2.0, 1.0]])
     >>> token_probabilities(logits), token_probabilities(logits, temperature=0.5)
@@ -1083,7 +1070,7 @@ def sample(logits: Tensor, u: Tensor, **sampling: Any) -> Tensor:
 def random_numbers(seed: int, batch_size: int, count: int) -> Tensor:
     """`count` numbers from 0 to 1 for each of B sequences; [B, count].
 
-    WHY row n has the seed + n: then a text doesn't depend on what is generated beside it.
+    WHY row n uses seed + n: then a text doesn't depend on what is generated beside it.
     """
     generators = [torch.Generator().manual_seed(seed + n) for n in range(batch_size)]
     return torch.stack([torch.rand(count, generator=generator) for generator in generators])
@@ -1093,12 +1080,12 @@ def random_numbers(seed: int, batch_size: int, count: int) -> Tensor:
 def generate_naive(
     model: Transformer, prompts: Tensor, u: Tensor, **sampling: Any
 ) -> Iterator[Tensor]:
-    """Yield N times the next ids of B sequences, int64 [B].
+    """Yield the next ids of B sequences, int64 [B], N times.
 
-    `prompts` [B, T] are their beginnings, and `u` [B, N] holds a random number for each new
+    `prompts` [B, T] are their first tokens, and `u` [B, N] holds a random number for each new
     token. The model sees at most context_length tokens. When there are more, it continues with
-    the newest token and half a context before it. (Why not drop just the oldest token, each
-    time? That would be slow with the cache below, as you will see.)
+    the newest token and half a context before it. (If it dropped only the oldest token, the
+    cache below would become invalid with every new token.)
     """
     limit = model.config.context_length
     tokens = prompts[:, -limit:]  # what the model sees, (B, T)
@@ -1124,35 +1111,35 @@ def generate_naive(
 #     time               Once upon a                    there
 #     there              Once upon a time               was
 #
-# When the text outgrows the context, the cache is of no more use: keys and values depend on all
-# tokens before, and on the positions. So it's cleared, and half a context is computed again.
+# When the text outgrows the context, the oldest tokens are dropped, and the cache is no longer
+# valid, since keys and values depend on all tokens before. So it's cleared, and half a context
+# is computed again.
 
 
-class KVCache(AttentionContext):
-    """An `AttentionContext` that keeps the keys and values of all tokens so far.
+class KVCache:
+    """The keys and values of all tokens so far, S, in every block.
 
     To compute T more tokens:
 
         cache.extend(tokens)                    notes them and their positions
         model.hidden_states(tokens, cache)      runs the blocks on these T tokens only
-            cache.attend(0, q, k, v)            block 0: appends k and v to those it has, and
+            cache.attend_in(0)(q, k, v)         block 0: appends k and v to those it has, and
                                                 lets the T queries attend to all of them
-            cache.attend(1, q, k, v)            block 1, and so on
+            cache.attend_in(1)(q, k, v)         block 1, and so on
     """
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
-        self.length = 0  # S: how many tokens it has
+        self.length = 0  # S
         self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}  # by block: [B, S, G, K] each
 
     def extend(self, tokens: Tensor) -> None:
         """Note tokens [B, T], which continue those so far and will be computed next."""
         S, T = self.length, tokens.shape[1]
-        self.tokens = torch.cat([self.tokens, tokens], dim=1) if S > 0 else tokens  # (B, S + T)
+        self.tokens: Tensor = torch.cat([self.tokens, tokens], 1) if S > 0 else tokens
         self.positions = torch.arange(S, S + T, device=tokens.device)
         self.length = S + T
 
@@ -1164,12 +1151,15 @@ class KVCache(AttentionContext):
         self.keys_values[layer] = k, v
         return k, v
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = self.append(layer, k, v)  # (B, S + T, G, K)
-        mask = self.mask(layer)
-        if mask is None:  # the causal one: a query sees all keys up to its own position
-            mask = torch.arange(k.shape[1], device=k.device) <= self.positions[:, None]
-        return attention(q, k, v, mask)  # where the mask is [T, S + T]
+    def attend_in(self, layer: int, mask: Tensor | None = None) -> Attend:
+        """The function that stands for `attention` in block number `layer`."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = self.append(layer, k, v)  # (B, S + T, G, K)
+            causal = torch.arange(k.shape[1], device=k.device) <= self.positions[:, None]
+            return attention(q, k, v, causal if mask is None else mask)  # mask: (T, S + T)
+
+        return attend
 
 
 @torch.no_grad()
@@ -1183,7 +1173,7 @@ def generate(
     arithmetic. So a batch takes barely longer than a single sequence.
     """
     limit = model.config.context_length
-    cache = cache or KVCache(model.config)
+    cache = cache or KVCache()
     new = prompts[:, -limit:]  # what to compute next, (B, T)
     for step in range(u.shape[1]):
         if cache.length + new.shape[1] > limit:
@@ -1278,7 +1268,7 @@ import threading
 import time
 import typing
 from collections import deque
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Collection, Generator
 from concurrent.futures import (
     BrokenExecutor,
     Executor,
@@ -3033,7 +3023,7 @@ class StaticCache(KVCache):
         self.values = torch.zeros_like(self.keys)
         self.all_tokens = torch.zeros(batch_size, size, dtype=torch.int64, device=weight.device)
         self.columns = torch.arange(size, device=weight.device)
-        super().__init__(c)
+        super().__init__()
 
     def clear(self) -> None:
         self.length = 0

@@ -58,7 +58,6 @@ from scratchformer import (
     GPT4_PATTERN,
     OPTIMIZERS,
     PRETOKEN_PATTERN,
-    AttentionContext,
     BPETokenizer,
     FileSpan,
     GradScaler,
@@ -638,15 +637,14 @@ def test_the_attention_formula_equals_the_fused_kernel_in_value_and_gradient(
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_attention_is_the_formula_in_every_head(kv_heads):
     config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads)
-    layer, x = MultiHeadAttention(config, 0), noise(2, 9, 32)
+    layer, x = MultiHeadAttention(config), noise(2, 9, 32)
     qkv = layer.qkv(x).view(2, 9, -1, 8).transpose(1, 2).split([4, kv_heads, kv_heads], dim=1)
     q, k, v = qkv[0], *(x.repeat_interleave(4 // kv_heads, dim=1) for x in qkv[1:])
     rope = rope_table(torch.arange(9) + 3, rope_frequencies(8))
     q, k = apply_rope(q, rope), apply_rope(k, rope)
     out = attention_naive(q, k, v, torch.ones(9, 9).tril().bool())
     expected = out.transpose(1, 2).reshape(2, 9, 32) @ layer.output.weight.T
-    context = AttentionContext(config, torch.zeros(2, 9))
-    assert torch.allclose(layer(x, rope[:, :, None], context), expected, atol=1e-5)
+    assert torch.allclose(layer(x, rope[:, :, None]), expected, atol=1e-5)
 
 
 def test_swiglu_is_its_formula():
@@ -955,7 +953,7 @@ BORDERS = [[1], [2, 3, 4], [7, 8, 9, 10, 24], [5, 6, 20], [24]]
 
 
 @pytest.mark.parametrize(
-    "cache_type", [lambda model: KVCache(model.config), lambda m: StaticCache(m, 3, 30)])
+    "cache_type", [lambda model: KVCache(), lambda model: StaticCache(model, 3, 30)])
 @pytest.mark.parametrize("borders", BORDERS)
 def test_hidden_states_with_a_cache_equal_those_without(borders, cache_type):
     """However many tokens the model reads at a time."""
