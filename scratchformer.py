@@ -47,7 +47,7 @@ import sys
 
 # Skip these lines; they only save time. Importing PyTorch takes seconds, and for commands that
 # don't use it, a stub replaces it: an object that returns itself for any attribute.
-NO_PYTORCH = {"-h", "--version", "bpe-train", "bpe-encode", "split"}
+NO_PYTORCH = {"-h", "bpe-train", "bpe-encode", "split"}
 if __name__ != "scratchformer" and ("--help" in sys.argv or {*sys.argv[1:2]} & NO_PYTORCH):
     sys.modules["torch"] = sys.modules["torch.nn"] = type("Stub", (), {
         "__getattr__": lambda self, name: self, "__mro_entries__": lambda self, bases: (),
@@ -85,9 +85,9 @@ import regex  # like Python's `re`, but it knows \p{L}, any letter, and \p{N}, a
 # contraction; letters, digits or punctuation, each with one optional space in front; or
 # whitespace. So a space belongs to the word that follows it and needs no token of its own.
 #
-# `\s+(?!\S)` is for several spaces in a row. `(?!\S)` forbids a non-space right after the
-# match, so before a word it takes all spaces but the last one, which is left for the word:
-# "a   b" becomes "a", "  ", " b". The last `\s+` takes what is left: a newline before a word.
+# `\s+(?!\S)` is for several spaces in a row. `(?!\S)` means: no visible character comes next.
+# So before a word, the match backs up by one and leaves the last space for the word: "a   b"
+# becomes "a", "  ", " b". The last `\s+` takes what is left: a newline before a word.
 PRETOKEN_PATTERN = (
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )
@@ -215,8 +215,8 @@ def learn_merges_naive(pretoken_counts: Mapping[bytes, int], num_merges: int) ->
 # *decode* ids, look up their bytes and join them. (Sennrich et al. 2016, section 3.2)
 #
 # One more token is neither a byte nor learned. A *special token* marks something that isn't
-# text; ours, END_OF_TEXT, marks the end of a document. It has a single id, and is cut out before
-# the pattern sees the text.
+# text; ours, END_OF_TEXT, marks the end of a document. It has a single id, and is cut out
+# before the pattern sees the text.
 # ----------------------------------------------------------------------------------------
 
 
@@ -411,9 +411,9 @@ import math
 #
 # Shapes use one letter per dimension, here and in the rest of the file:
 #
-#   B batch (sequences)        D model width (d_model)      H attention heads
+#   B batch (sequences)        D model width (d_model)      H attention heads, explained below
 #   T time (positions)         F MLP width (d_ff)           K width of one head, D / H
-#   V vocabulary                                            G key/value heads, often H
+#   V vocabulary
 #
 # (In code, F is torch.nn.functional, as in F.softmax, and .T transposes a matrix.) Functions
 # named ..._naive are for reading; tests check faster equivalents against them.
@@ -527,7 +527,7 @@ def rope_frequencies(head_dim: int, theta: float = 10000.0) -> Tensor:
 def rope_table(positions: Tensor, frequencies: Tensor) -> Tensor:
     """Cosine and sine of all angles, float32 [2, T, K/2], for positions [T].
 
-    TRAP: keep it in float32. bfloat16 has 8 significant bits and rounds 257 to 256.
+    TRAP: multiply positions in float32. bfloat16, with 8 significant bits, makes 257 a 256.
     """
     angles = positions.float()[:, None] * frequencies  # (T, K/2)
     return torch.stack([angles.cos(), angles.sin()])
@@ -561,8 +561,8 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 # --------------------
 # One softmax gives one weighted average. So attention is done H times side by side. Each *head*
 # has queries, keys and values of its own, of width K = D / H, and can look for something
-# different, such as the previous word or the last name. H heads of width D / H cost as much as
-# one of width D. One more matrix combines their outputs, H * K = D numbers.
+# different, such as the previous word or the latest name. H heads of width D / H cost as much
+# as one of width D. One more matrix combines their outputs, H * K = D numbers.
 
 
 @dataclasses.dataclass
@@ -575,7 +575,7 @@ class ModelConfig:
     d_model: int = 128  # D: the width of the model, the length of each token's vector
     num_heads: int = 4  # H: attention heads
     d_ff: int = 352  # F: the width inside SwiGLU, about 8/3 of d_model
-    num_kv_heads: int = 0  # G: key/value heads; 0: as many as num_heads
+    num_kv_heads: int = 0  # G: heads of keys and values; 0: as many as num_heads
     tie_embeddings: bool = False  # use one matrix for the embedding and the output
     rope_theta: float = 10000.0  # the base of RoPE: a larger one means slower rotations
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
@@ -591,10 +591,10 @@ class ModelConfig:
 
 
 class Projection(nn.Linear):
-    """A matrix, or several for the same input side by side: [..., d_in] to [..., sum(d_outs)].
+    """A matrix, [..., d_in] to [..., d_out]; or several of them, one result after the other.
 
-    Initialized with random numbers of standard deviation 0.02, as in GPT-2. WHY side by side:
-    one large matmul is faster than several small ones.
+    WHY several: one large matmul is faster than several small ones for the same input. They
+    start as random numbers of standard deviation 0.02, as in GPT-2.
     """
 
     def __init__(self, d_in: int, *d_outs: int):
@@ -603,7 +603,9 @@ class Projection(nn.Linear):
         nn.init.normal_(self.weight, std=0.02)
 
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # a function of q, k and v
+# The type of `attention` below. Chapter 7 puts another function in its place, which remembers
+# the keys and values of earlier tokens.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -692,8 +694,9 @@ class Block(nn.Module):
         self.attention = MultiHeadAttention(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
-        # WHY: all n = 2 * num_layers updates are added up, which makes the variance n times as
-        # large. Divided by sqrt(n), the sum is equally large in a model of any depth, at first.
+        # Make the two matrices that write to the stream smaller. WHY: adding up n = 2 *
+        # num_layers independent updates makes the variance n times as large. With each divided
+        # by sqrt(n), the sum is equally large at any depth, at initialization.
         for matrix in (self.attention.output, self.mlp.down):  # (Radford et al. 2019, 2.3)
             matrix.weight.data /= math.sqrt(2 * config.num_layers)
 
@@ -744,7 +747,7 @@ class Transformer(nn.Module):
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """The residual stream after the last block, normalized: [B, T] -> [B, T, D].
 
-        (A `cache`, in chapter 7, has the keys and values of earlier tokens.)
+        (Without a `cache`, which chapter 7 adds, positions are 0 to T - 1.)
         """
         T = tokens.shape[1]
         if self.config.context_length < T:
@@ -753,7 +756,7 @@ class Transformer(nn.Module):
         rope = self.rope[:, positions, None]  # (2, T, 1, K/2)
         x = self.embedding(tokens)  # (B, T, D)
         for i, block in enumerate(self.blocks):
-            attend = attention if cache is None else cache.attend_in(i)
+            attend = attention if cache is None else cache.attention_in(i)
             x = block(x, rope, attend)  # (B, T, D)
         return self.norm(x)
 
@@ -1014,7 +1017,8 @@ def token_probabilities(
 ) -> Tensor:
     """softmax(logits / temperature), with unlikely tokens removed; [B, V] for logits [B, V].
 
-    A temperature below 1 makes likely tokens even more likely; 0 leaves only the most likely.
+    A temperature below 1 makes likely tokens even more likely; 0 leaves only the most likely,
+    which is called greedy decoding.
     top_k keeps the k most likely tokens (including ties). top_p keeps the most likely tokens
     that together reach probability p, at least one.
 
@@ -1084,8 +1088,8 @@ def generate_naive(
 
     `prompts` [B, T] are their first tokens, and `u` [B, N] holds a random number for each new
     token. The model sees at most context_length tokens. When there are more, it continues with
-    the newest token and half a context before it. (If it dropped only the oldest token, the
-    cache below would become invalid with every new token.)
+    the newest token and half a context before it. (Dropping only the oldest would work here,
+    but with the cache below, each drop means computing the whole context again.)
     """
     limit = model.config.context_length
     tokens = prompts[:, -limit:]  # what the model sees, (B, T)
@@ -1117,15 +1121,15 @@ def generate_naive(
 
 
 class KVCache:
-    """The keys and values of all tokens so far, S, in every block.
+    """The keys and values of all S tokens so far, in every block.
 
-    To compute T more tokens:
+    To process T more tokens:
 
-        cache.extend(tokens)                    notes them and their positions
+        cache.extend(tokens)                    records them and their positions
         model.hidden_states(tokens, cache)      runs the blocks on these T tokens only
-            cache.attend_in(0)(q, k, v)         block 0: appends k and v to those it has, and
+            cache.attention_in(0)(q, k, v)      block 0: appends k and v to those it has, and
                                                 lets the T queries attend to all of them
-            cache.attend_in(1)(q, k, v)         block 1, and so on
+            cache.attention_in(1)(q, k, v)      block 1, and so on
     """
 
     def __init__(self) -> None:
@@ -1137,7 +1141,7 @@ class KVCache:
         self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}  # by block: [B, S, G, K] each
 
     def extend(self, tokens: Tensor) -> None:
-        """Note tokens [B, T], which continue those so far and will be computed next."""
+        """Record the next tokens [B, T], which the model will process."""
         S, T = self.length, tokens.shape[1]
         self.tokens: Tensor = torch.cat([self.tokens, tokens], 1) if S > 0 else tokens
         self.positions = torch.arange(S, S + T, device=tokens.device)
@@ -1151,8 +1155,8 @@ class KVCache:
         self.keys_values[layer] = k, v
         return k, v
 
-    def attend_in(self, layer: int, mask: Tensor | None = None) -> Attend:
-        """The function that stands for `attention` in block number `layer`."""
+    def attention_in(self, layer: int, mask: Tensor | None = None) -> Attend:
+        """What replaces `attention` in block number `layer`. `mask` may hide more tokens."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = self.append(layer, k, v)  # (B, S + T, G, K)
@@ -1167,14 +1171,14 @@ def generate(
     model: Transformer, prompts: Tensor, u: Tensor, cache: KVCache | None = None,
     **sampling: Any,
 ) -> Iterator[Tensor]:
-    """`generate_naive` with a cache: the same ids, up to rounding.
+    """`generate_naive` with a cache, yours or a new one: the same ids, but for rounding.
 
     WHY B sequences: each step reads all parameters from memory, which takes longer than the
     arithmetic. So a batch takes barely longer than a single sequence.
     """
     limit = model.config.context_length
     cache = cache or KVCache()
-    new = prompts[:, -limit:]  # what to compute next, (B, T)
+    new = prompts[:, -limit:]  # what to process next, (B, T)
     for step in range(u.shape[1]):
         if cache.length + new.shape[1] > limit:
             new = torch.cat([cache.tokens, new], dim=1)[:, -(limit // 2 + 1) :]
@@ -1214,7 +1218,7 @@ def story_from_text(
         step 200: loss 1.0131, validation loss 1.0103
         step 300: loss 0.8200, validation loss 0.8768
     """
-    merges = learn_merges_naive(count_pretokens(text), vocab_size - 257)
+    merges = learn_merges_naive(count_pretokens(text), vocab_size - 257)  # bytes, END_OF_TEXT
     tokenizer = BPETokenizer(merges)
     tokens = np.array(tokenizer.encode(text))
     num_valid = len(tokens) // 20
@@ -1254,11 +1258,11 @@ def story_from_text(
 # and any number of special tokens.
 # ----------------------------------------------------------------------------------------
 
+import bisect
 import codecs
 import contextlib
-import functools
 import hashlib
-import heapq
+import itertools
 import json
 import multiprocessing
 import os
@@ -1275,263 +1279,12 @@ from concurrent.futures import (
     Future,
     ProcessPoolExecutor,
     ThreadPoolExecutor,
-    wait,
 )
 from pathlib import Path
 from typing import BinaryIO, Literal, NoReturn
 
 CHUNK = 1 << 20  # bytes, or characters, processed at a time
-LONG_TEXT = 1 << 14  # `Tokenizer.encode` uses `FastEncoder` for texts of at least this length
-MAX_NAIVE = 256  # and for words longer than this
 MASK_32 = (1 << 32) - 1
-
-# GPT-4's pattern takes digits in groups of at most three, a word may start with any one
-# punctuation mark or space, not just a space, and line breaks stay with the punctuation or
-# whitespace in front of them. (As first published in OpenAI's tiktoken, and
-# used by Llama 3.)
-GPT4_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-class UserError(ValueError):
-    """An error the user can fix. The command line prints its message as a single line."""
-
-
-def pretokenize_with(pattern: str, text: str) -> list[str]:
-    """Split `text` into pre-tokens by any pattern. Joining them gives `text` again.
-
-    >>> pretokenize_with(r"\\w+", "to be.")
-    ['to', ' ', 'be', '.']
-    """
-    pieces, end = [], 0
-    for match in regex.finditer(pattern, text):
-        # A pattern may leave gaps between its matches: keep their text.
-        pieces += [text[end : match.start()], match[0]]
-        end = match.end()
-    return [piece for piece in [*pieces, text[end:]] if piece]
-
-
-def bytes_to_text(data: bytes) -> str:
-    """The text of UTF-8 `data`, which may contain invalid bytes.
-
-    Python's "surrogateescape" turns each invalid byte into one of 128 *surrogates*, U+DC80 to
-    U+DCFF, code points that valid text doesn't use.
-
-    >>> bytes_to_text(b"caf\\xc3\\xa9 \\xff")
-    'café \\udcff'
-    """
-    return data.decode("utf-8", "surrogateescape")
-
-
-def text_to_bytes(text: str) -> bytes:
-    """The UTF-8 bytes of `text`; the inverse of `bytes_to_text`.
-
-    Raises UserError for a surrogate that `bytes_to_text` doesn't make, since UTF-8 has no bytes
-    for it.
-
-    >>> list(text_to_bytes("aé"))
-    [97, 195, 169]
-    """
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError as error:
-        surrogate = text[error.start]
-        raise UserError(f"the text contains {surrogate!r}, a lone surrogate") from None
-
-
-def special_token_pattern(special_tokens: Iterable[str]) -> re.Pattern:
-    """A pattern that finds special tokens, preferring the longest match.
-
-    >>> special_token_pattern(["<a>", "<a><b>"]).findall("x<a><b>y<a>")
-    ['<a><b>', '<a>']
-    """
-    longest_first = sorted(special_tokens, key=len, reverse=True)
-    # Without special tokens: a pattern that never matches. (\A makes it give up at once.)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"\A(?!)")
-
-
-END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>")  # what GPT-2 and Llama 3 call it
-
-
-class Tokenizer(BPETokenizer):
-    """`BPETokenizer` for long texts, any bytes, any pattern, and tokenizers made by others.
-
-    `vocab` maps ids to bytes. `merges` are pairs of tokens in the order learned. Special
-    tokens may be in `vocab` already; the others get the next free ids. `pattern` splits text
-    into pre-tokens. Raises UserError if the arguments contradict each other.
-
-    Two things exist only for third-party tokenizers. With `ignore_merges`, as in Llama 3, a
-    pre-token that is in the vocabulary takes its id without any merges. And bytes that a
-    vocabulary lacks are skipped; ours have all 256.
-
-    >>> merges = [(b"t", b"h"), (b"th", b"e"), (b"h", b"e")]
-    >>> tokenizer = Tokenizer(build_vocab(merges, []), merges, ["<a>", "<b>"])
-    >>> tokenizer.encode("then<b>he"), tokenizer.encode_ordinary("<b>")
-    ([257, 110, 260, 258], [60, 98, 62])
-    """
-
-    def __init__(
-        self,
-        vocab: dict[int, bytes],
-        merges: Sequence[Merge],
-        special_tokens: Sequence[str] | None = None,
-        pattern: str = PRETOKEN_PATTERN,
-        ignore_merges: bool = False,
-    ):
-        check_special_tokens(special_tokens or [])
-        check_pattern(pattern)
-        self.vocab, self.merges, self.pattern = dict(vocab), list(merges), pattern
-        self.ignore_merges = ignore_merges
-        # Reversed, because the last entry of a dict wins: of two ids with the same bytes, use
-        # the first. (There are two only if a special token repeats an ordinary one.)
-        self.id_of = {token: i for i, token in reversed(self.vocab.items())}
-        check_merges(self.merges, self.id_of)
-        self.special_tokens: dict[str, int] = {}
-        for token in special_tokens or []:
-            data = text_to_bytes(token)
-            # Its id if it has one, else the next free one.
-            i = self.id_of.setdefault(data, max(self.vocab) + 1)
-            self.vocab[i], self.special_tokens[token] = data, i
-        self.vocab_size = max(self.vocab) + 1
-        self.special_pattern = special_token_pattern(self.special_tokens)
-        self.rank_of = {pair: rank for rank, pair in enumerate(self.merges)}
-        # Words repeat, so remember the most recent ones.
-        self.encode_cached = functools.lru_cache(maxsize=1 << 11)(self.encode_pretoken)
-
-    def encode_pretoken(self, pretoken: bytes) -> list[int]:
-        """The ids of one pre-token."""
-        if self.ignore_merges and pretoken in self.id_of:
-            return [self.id_of[pretoken]]
-        if len(pretoken) > MAX_NAIVE:
-            return self.fast.encode_word(pretoken)
-        known = bytes(b for b in pretoken if bytes([b]) in self.id_of)
-        return super().encode_pretoken(known)
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        """The ids of `text`. Special tokens in it are treated like any other text."""
-        if len(text) >= LONG_TEXT:
-            return self.fast.encode(text, special=False).tolist()
-        words = pretokenize_with(self.pattern, text)
-        return [i for word in words for i in self.encode_cached(text_to_bytes(word))]
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`. Special tokens in it become their own ids."""
-        if len(text) >= LONG_TEXT:
-            return self.fast.encode(text).tolist()
-        ids, end = [], 0
-        for match in self.special_pattern.finditer(text):
-            ids += self.encode_ordinary(text[end : match.start()])
-            ids.append(self.special_tokens[match[0]])
-            end = match.end()
-        return ids + self.encode_ordinary(text[end:])
-
-    def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
-        """Yields the ids of the joined chunks, holding only a little text in memory.
-
-        `for token_id in tokenizer.encode_iterable(open(path, newline="")): ...` reads a file of
-        any size. (Without newline="", Python turns \\r\\n into \\n.)
-        """
-        for text in safe_pieces(chunks, self.pattern, self.special_tokens):
-            yield from self.encode(text)
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of these tokens, joined. Raises UserError for an unknown id."""
-        try:
-            return b"".join([self.vocab[i] for i in ids])
-        except KeyError as error:
-            size = self.vocab_size
-            raise UserError(f"id {error} is not in the vocabulary of {size} entries") from None
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    @functools.cached_property
-    def fast(self) -> FastEncoder:
-        """The encoder for long texts: the same ids."""
-        return FastEncoder(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write a tokenizer.json, which `tokenizers.Tokenizer.from_file` reads as well."""
-        write_json(path, tokenizer_to_json(self))  # chapter 15
-
-    @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json, ours or another library's byte-level BPE.
-
-        Many such files add tokens around each text (a "post-processor", for instance one that
-        starts every text with <s>). Those are not added here. Raises UserError for files that
-        are damaged or need something this class lacks, and says what.
-        """
-        return tokenizer_from_json(read_json(path, "tokenizer.json"), path)  # chapter 15
-
-    @functools.cached_property
-    def eot_id(self) -> int | None:  # type: ignore[override]
-        """The id of the special token that ends a text, if there is one."""
-        ids = map(self.special_tokens.get, END_OF_TEXT_NAMES)
-        return next((i for i in ids if i is not None), None)
-
-    @property
-    def dtype(self) -> str:
-        """How token files store ids: as little-endian integers of 16 bits, or 32 if needed."""
-        return "<u2" if self.vocab_size <= 1 << 16 else "<u4"
-
-    def fingerprint(self) -> str:
-        """A hash of everything that determines the ids: are two tokenizers the same?"""
-        return hashlib.sha256(json.dumps(tokenizer_to_json(self)).encode()).hexdigest()
-
-    def __reduce__(self) -> tuple:  # makes it picklable, for other processes
-        specials = list(self.special_tokens)
-        return Tokenizer, (self.vocab, self.merges, specials, self.pattern, self.ignore_merges)
-
-
-def build_vocab(merges: Sequence[Merge], special_tokens: Sequence[str]) -> dict[int, bytes]:
-    """The vocabulary, id to bytes: 256 bytes, merges in the order learned, special tokens.
-
-    >>> vocab = build_vocab([(b"s", b"t"), (b"e", b"st")], ["<end>"])
-    >>> vocab[101], vocab[256], vocab[257], vocab[258]
-    (b'e', b'st', b'est', b'<end>')
-    """
-    tokens = [bytes([byte]) for byte in range(256)]
-    tokens += [left + right for left, right in merges]
-    tokens += map(text_to_bytes, special_tokens)
-    return dict(enumerate(tokens))
-
-
-def check_special_tokens(special_tokens: Sequence[str]) -> None:
-    """Raise UserError for a special token that is empty, repeated, or a single byte."""
-    for token, count in Counter(special_tokens).items():
-        if not token:
-            raise UserError("a special token is empty: remove it from the list")
-        if count > 1:
-            raise UserError(f"special token {token!r} is listed {count} times: list it once")
-        if len(text_to_bytes(token)) == 1:
-            raise UserError(f"special token {token!r} is one byte, and bytes have ids already")
-
-
-def check_pattern(pattern: str) -> None:
-    """Raise UserError for a pattern that does not compile or matches the empty string."""
-    try:
-        matches_empty = regex.compile(pattern).match("") is not None
-    except regex.error as error:
-        raise UserError(f"pattern {pattern!r} is not a regular expression: {error}") from None
-    if matches_empty:
-        raise UserError(f"pattern {pattern!r} matches the empty string: use + instead of *")
-
-
-def check_merges(merges: Sequence[Merge], id_of: dict[bytes, int]) -> None:
-    """Raise UserError unless every merge joins two earlier tokens and all have ids."""
-    known = {bytes([byte]) for byte in range(256)} & id_of.keys()
-    for left, right in merges:
-        if left not in known or right not in known:
-            raise UserError(f"merge {left!r} + {right!r} comes before its parts are made")
-        known.add(left + right)
-    if missing := known - id_of.keys():
-        raise UserError(f"the vocabulary lacks {min(missing)!r}, which is a merge")
-    if len(set(merges)) < len(merges):
-        raise UserError("a merge is listed twice")
 
 
 def run_starts(values: np.ndarray) -> np.ndarray:
@@ -1715,25 +1468,16 @@ def without_overlaps(left_pos: np.ndarray, right_pos: np.ndarray) -> np.ndarray:
     return (index - first_of_run) % 2 == 0
 
 
-def tie_break_key(token: bytes) -> tuple[int, ...]:
-    """A key that sorts tokens in reverse order, for a heap, whose top is its smallest entry.
-
-    >>> sorted([b"a", b"ab", b"b"], key=tie_break_key)
-    [b'b', b'ab', b'a']
-    """
-    return (*(-byte for byte in token), 1)  # 1, so that "a" sorts after "ab"
-
-
 def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Merge]:
     """The merges of `learn_merges_naive`, in a fraction of the time.
 
-    Pairs wait in a max-heap keyed by count. An entry goes stale when another merge
-    consumes some of the pair's occurrences; then it is put back with its current count. (A
-    count never grows: a pair contains the newest token when it is created, and later merges
-    only take occurrences away.) Most pairs are rare and are never merged. So the heap holds
-    only pairs above a threshold, which is halved whenever the heap is empty. The top pairs of
-    the heap are merged together, as many as are independent: often tens, on a large
-    corpus.
+    Pairs wait in a sorted queue, whose last entry is the best: the highest count, and among
+    equals the greatest pair. An entry goes stale when another merge consumes some of the pair's
+    occurrences; then it is put back with its current count. (A count never grows: a pair
+    contains the newest token when it is created, and later merges only take occurrences away.)
+    Most pairs are rare and are never merged. So the queue holds only pairs above a threshold,
+    which is halved whenever the queue is empty. The best pairs are merged together, as many as
+    are independent: often tens, on a large corpus.
 
     >>> words = {b"low": 5, b"lower": 2, b"newest": 6, b"widest": 3, b"slow": 1}
     >>> learn_merges(words, 4)
@@ -1741,40 +1485,36 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
     """
     index = PairIndex(pretoken_counts, pretoken_counts.values())
     tokens = [bytes([byte]) for byte in range(256)]
-    tie_keys = [tie_break_key(token) for token in tokens]
     merges: list[Merge] = []
-    heap: list[tuple] = []
+    queue: list[tuple[int, bytes, bytes, int]] = []
     threshold, num_merged = int(index.count[: index.num_pairs].max(initial=0)) + 1, 1
 
-    def push(pairs: Iterable[int]) -> None:
-        for pair in pairs:
-            if (count := int(index.count[pair])) >= threshold:
-                keys = tie_keys[index.left[pair]], tie_keys[index.right[pair]]
-                heapq.heappush(heap, (-count, *keys, pair))
+    def entry(pair: int) -> tuple[int, bytes, bytes, int]:
+        return int(index.count[pair]), tokens[index.left[pair]], tokens[index.right[pair]], pair
 
     progress = Progress("merging", num_merges, "merges")
-    while len(merges) < num_merges and (heap or threshold > 1):
-        if not heap:
+    while len(merges) < num_merges and (queue or threshold > 1):
+        if not queue:
             threshold = max(1, threshold // 2)
-            push(np.flatnonzero(index.count[: index.num_pairs] >= threshold).tolist())
+            frequent = np.flatnonzero(index.count[: index.num_pairs] >= threshold)
+            queue = sorted(map(entry, frequent.tolist()))
         # Try twice as many as were merged together last time.
         batch: list[int] = []
         limit = min(2 * num_merged, num_merges - len(merges))
-        while heap and len(batch) < limit:
-            negative_count, *_, pair = heapq.heappop(heap)
-            if index.count[pair] == -negative_count:
+        while queue and len(batch) < limit:
+            count, _, _, pair = queue.pop()
+            if index.count[pair] == count:
                 batch.append(pair)
-            else:
-                push([pair])
+            elif index.count[pair] >= threshold:
+                bisect.insort(queue, entry(pair))
         if batch:
             num_merged, created = index.merge(batch, len(tokens))
             for pair in batch[:num_merged]:
                 merges.append((tokens[index.left[pair]], tokens[index.right[pair]]))
                 tokens.append(b"".join(merges[-1]))
-                tie_keys.append(tie_break_key(tokens[-1]))
-            counts = index.count[created.start : created.stop]
-            push(created.start + np.flatnonzero(counts >= threshold))
-            push(batch[num_merged:])
+            for pair in [*batch[num_merged:], *created]:
+                if index.count[pair] >= threshold:
+                    bisect.insort(queue, entry(pair))
         progress.update(len(merges))
     progress.close()
     return merges
@@ -1786,28 +1526,63 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
 # where the class changes, with three exceptions. N is the number of characters. (Any other
 # pattern goes through the regular expression, several times slower: see `find_pretokens`.)
 
+# GPT-4's pattern takes digits in groups of at most three, a word may start with any one
+# punctuation mark or space, not just a space, and line breaks stay with the punctuation or
+# whitespace in front of them. (As first published in OpenAI's tiktoken, and
+# used by Llama 3.)
+GPT4_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 LETTER, NUMBER, OTHER, SPACE, SPECIAL, UNKNOWN = range(6)
-CLASS_OF_CODE = np.full(0x110000, UNKNOWN, np.uint8)  # of every code point
+CLASS_OF_CODE = np.full(0x110000, UNKNOWN, np.uint8)  # of every code point, once it is known
 
 
-def classify(codes: Iterable[int]) -> None:
-    """Fill in CLASS_OF_CODE, asking the regex package so that both agree on Unicode."""
-    characters = "".join(map(chr, codes))
-    # Start with OTHER for all, since `.` matches any character.
-    for pattern, c in {".": OTHER, r"\p{L}": LETTER, r"\p{N}": NUMBER, r"\s": SPACE}.items():
-        found = regex.findall(pattern, characters, regex.DOTALL)
-        CLASS_OF_CODE[list(map(ord, found))] = c
+def bytes_to_text(data: bytes) -> str:
+    """The text of UTF-8 `data`, which may contain invalid bytes.
+
+    Python's "surrogateescape" turns each invalid byte into one of 128 *surrogates*, U+DC80 to
+    U+DCFF, code points that valid text doesn't use.
+
+    >>> bytes_to_text(b"caf\\xc3\\xa9 \\xff")
+    'café \\udcff'
+    """
+    return data.decode("utf-8", "surrogateescape")
 
 
-classify(range(128))
+def text_to_bytes(text: str) -> bytes:
+    """The UTF-8 bytes of `text`; the inverse of `bytes_to_text`.
+
+    >>> list(text_to_bytes("aé"))
+    [97, 195, 169]
+    """
+    return text.encode("utf-8", "surrogateescape")
+
+
+def special_token_pattern(special_tokens: Iterable[str]) -> re.Pattern:
+    """A pattern that finds special tokens, preferring the longest match.
+
+    >>> special_token_pattern(["<a>", "<a><b>"]).findall("x<a><b>y<a>")
+    ['<a><b>', '<a>']
+    """
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    # Without special tokens: a pattern that never matches. (\A makes it give up at once.)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"\A(?!)")
 
 
 def character_classes(codes: np.ndarray) -> np.ndarray:
-    """The class of each code point; uint8 [N]."""
+    """The class of each code point; uint8 [N].
+
+    New ones are looked up with the regex package, so that both agree on Unicode.
+    """
     classes = CLASS_OF_CODE.take(codes)
-    unknown = classes == UNKNOWN
-    if unknown.any():
-        classify(set(codes[unknown].tolist()))
+    if (unknown := codes[classes == UNKNOWN]).size:
+        characters = "".join(map(chr, set(unknown.tolist())))
+        # Start with OTHER for all, since `.` matches any character.
+        kinds = {r"(?s).": OTHER, r"\p{L}": LETTER, r"\p{N}": NUMBER, r"\s": SPACE}
+        for pattern, kind in kinds.items():
+            CLASS_OF_CODE[list(map(ord, regex.findall(pattern, characters)))] = kind
         classes = CLASS_OF_CODE.take(codes)
     return classes
 
@@ -1842,13 +1617,12 @@ def find_gpt2_pretokens(codes: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 class Pretokens(typing.NamedTuple):
-    """The UTF-8 bytes of a text, and the pre-tokens in it."""
+    """The UTF-8 bytes of a text, and the pre-tokens and special tokens in it, in order."""
 
     data: bytes
     starts: np.ndarray  # where each starts in `data`; int64 [N]
     lengths: np.ndarray  # in bytes; int64 [N]
     special_at: np.ndarray  # which of them are special tokens; int64
-    special_tokens: list[str]  # and which tokens these are
 
     def cut(self, indices: np.ndarray) -> list[bytes]:
         """The pre-tokens with these indices."""
@@ -1857,39 +1631,38 @@ class Pretokens(typing.NamedTuple):
 
 
 def find_pretokens(text: str, pattern: str, special_pattern: re.Pattern) -> Pretokens:
-    """All pre-tokens and special tokens of `text`, in order."""
+    """All pre-tokens and special tokens of `text`."""
     data = text_to_bytes(text)
     if text.isascii():  # one byte per character
         codes = np.frombuffer(data, np.uint8)
     else:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    matches = list(special_pattern.finditer(text))
-    edges = np.array([edge for match in matches for edge in match.span()], np.int64)
-    edges = edges.reshape(-1, 2)  # the start and the end of each special token
+    specials = [match.span() for match in special_pattern.finditer(text)]
+    special_starts, special_ends = np.array(specials, np.int64).reshape(-1, 2).T
+    is_start = np.zeros(len(text) + 1, bool)  # the last one is the end of the text
     if pattern == PRETOKEN_PATTERN:
         # Inside special tokens nothing starts, and code points are ignored.
         codes_outside, classes = codes.copy(), character_classes(codes)
-        inside = ragged_indices(edges[:, 0], edges[:, 1] - edges[:, 0])
+        inside = ragged_indices(special_starts, special_ends - special_starts)
         codes_outside[inside], classes[inside] = 0, SPECIAL
-        is_start = find_gpt2_pretokens(codes_outside, classes)
-        is_start[edges[edges < len(codes)]] = True
-        starts = np.flatnonzero(is_start)
+        is_start[:-1] = find_gpt2_pretokens(codes_outside, classes)
     else:
-        borders, end = [0, *edges.flat], 0
-        # The text before each special token, and after the last one.
-        for start, next_end in [*edges.tolist(), (len(text), 0)]:
+        borders, end = [0], 0
+        # The text before each special token, and after the last one. A pattern may leave gaps
+        # between its matches: they are pre-tokens, too.
+        for start, next_end in [*specials, (len(text), 0)]:
             for match in regex.finditer(pattern, text[end:start]):
                 borders += [end + match.start(), end + match.end()]
             end = next_end
-        starts = np.unique(np.array(borders, np.int64))
-        starts = starts[starts < len(text)]
-    special_at = np.searchsorted(starts, edges[:, 0])
+        is_start[borders] = True
+    is_start[special_starts] = is_start[special_ends] = True
+    starts = np.flatnonzero(is_start[:-1])
+    special_at = np.searchsorted(starts, special_starts)
     if len(text) < len(data):  # from characters to bytes; an escaped byte is one byte
         sizes = np.uint8(1) + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
         sizes[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1
         starts = np.cumsum(sizes, dtype=np.int64)[starts] - sizes[starts]
-    lengths = np.diff(starts, append=len(data))
-    return Pretokens(data, starts, lengths, special_at, [match[0] for match in matches])
+    return Pretokens(data, starts, np.diff(starts, append=len(data)), special_at)
 
 
 # Looking up all words of a chunk at once
@@ -1925,28 +1698,29 @@ class WordTable:
     A word's hash determines the slot where it is stored. If another word is there, that one is
     evicted; when it reappears, it gets another number. So a word can have several numbers, but
     a number always means one word. Words longer than 15 bytes are rare: they're kept in a
-    dictionary.
+    dictionary. So are the special tokens, which have the first numbers.
     """
 
     BITS = 18
 
-    def __init__(self, size: int = 0):
+    def __init__(self, special_tokens: Iterable[str]):
         # A free slot has the key (0, 0), which isn't a word's, since it contains the length.
         self.keys = np.zeros((1 << self.BITS, 2), np.uint64)
         self.numbers = np.zeros(1 << self.BITS, np.int64)
-        self.long_words: dict[bytes, int] = {}
-        self.size = size
+        self.others = {text_to_bytes(token): n for n, token in enumerate(special_tokens)}
+        self.size = len(self.others)
 
     def lookup(self, words: Pretokens) -> tuple[np.ndarray, np.ndarray]:
         """The number of each word, int64 [N], and the indices of words that are new.
 
         If a new word occurs several times, one of its indices is in the second result.
         """
-        keys, is_long = word_keys(words), words.lengths > MAX_SHORT
+        keys, in_table = word_keys(words), words.lengths <= MAX_SHORT
+        in_table[words.special_at] = False
         hashes = (keys[:, 0] * HASH_FACTORS[0] ^ keys[:, 1]) * HASH_FACTORS[1]
         slots = (hashes >> np.uint64(64 - self.BITS)).astype(np.int64)
         numbers, equal = self.numbers.take(slots), self.keys.take(slots, axis=0) == keys
-        missing = np.flatnonzero(~(equal[:, 0] & equal[:, 1] | is_long))
+        missing = np.flatnonzero(~(equal[:, 0] & equal[:, 1]) & in_table)
         # Sorting by hash puts equal words side by side; each group gets the next number. (If
         # two words have the same hash, one may get two numbers: harmless.)
         missing = missing[hashes[missing].argsort()]
@@ -1956,506 +1730,33 @@ class WordTable:
         # TRAP: new words may share a slot. The last one wins, the same in both arrays.
         self.keys[slots[new]], self.numbers[slots[new]] = keys[new], numbers[new]
         self.size += len(new)
-        new_long: list[int] = []
-        at = np.flatnonzero(is_long)
+        new_others: list[int] = []
+        at = np.flatnonzero(~in_table)
         for i, word in zip(at.tolist(), words.cut(at)):
-            if word not in self.long_words:
-                self.long_words[word] = self.size + len(new_long)
-                new_long.append(i)
-            numbers[i] = self.long_words[word]
-        self.size += len(new_long)
-        return numbers, np.append(new, np.array(new_long, np.int64))
+            numbers[i] = self.others.setdefault(word, self.size)
+            if numbers[i] == self.size:
+                new_others.append(i)
+                self.size += 1
+        return numbers, np.append(new, np.array(new_others, np.int64))
 
 
-# Encoding
-# --------
+# Errors, messages, and files that are never half-written
+# -------------------------------------------------------
 
 
-def merge_levels(id_merges: Sequence[tuple[tuple[int, int], int]]) -> list[int]:
-    """Gives consecutive merges the same level if they never compete for a token.
+class UserError(ValueError):
+    """An error the user can fix. The command line prints its message as a single line."""
 
-    "t" + "h" and "h" + "e" do, since "the" has only one h; there the order matters. In general,
-    two merges compete if one begins with a token that the other ends with. "th" + "e" needs the
-    result of "t" + "h", but doesn't compete with it: both may be in one level, which then takes
-    two rounds of `encode_words`. Tens of merges share a level.
 
-    >>> th, the, he = 256, 257, 258  # as in chapter 3, and then i + n
-    >>> merge_levels([((116, 104), th), ((th, 101), the), ((104, 101), he), ((105, 110), 259)])
-    [0, 0, 1, 1]
+def error_message(error: BaseException) -> str:
+    """What to tell the user about an error, in one line.
+
+    >>> error_message(OSError(2, "No such file or directory", "text.txt"))
+    'text.txt: No such file or directory'
     """
-    level, levels = 0, []
-    lefts: set[int] = set()
-    rights: set[int] = set()
-    for (left, right), _ in id_merges:
-        if left in rights or right in lefts:
-            level, lefts, rights = level + 1, set(), set()
-        lefts.add(left)
-        rights.add(right)
-        levels.append(level)
-    return levels
-
-
-class FastEncoder:
-    """Encodes long texts: the ids of `Tokenizer.encode`, by looking up whole words."""
-
-    MAX_IDS = 1 << 20  # when the cache holds more, it is cleared
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, id_of = tokenizer, tokenizer.id_of
-        merges = [((id_of[left], id_of[right]), id_of[left + right])
-                  for left, right in tokenizer.merges]
-        pairs = np.array([pair for pair, _ in merges], np.int64).reshape(-1, 2)
-        # Both ids of a pair in one integer, sorted for binary search. The last is a sentinel.
-        keys = np.append(pairs[:, 0] << 32 | pairs[:, 1], np.iinfo(np.int64).max)
-        self.rank_of_pair, self.pairs = keys.argsort(), np.sort(keys)
-        self.merged_ids = np.array([merged for _, merged in merges], np.int64)
-        self.no_merge = len(merges)  # the rank and the level of a pair that has no merge
-        self.levels = np.array([*merge_levels(merges), self.no_merge])
-        self.byte_ids = np.array([id_of.get(bytes([b]), -1) for b in range(256)])
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget all words. Word number n has the ids pool[start[n] : start[n + 1]]."""
-        specials = list(self.tokenizer.special_tokens.values())
-        self.table = WordTable(size=len(specials))  # the first numbers are special tokens
-        self.pool = np.array(specials, np.int32)
-        self.start = np.arange(len(specials) + 1)
-        self.special_numbers = {s: n for n, s in enumerate(self.tokenizer.special_tokens)}
-
-    def encode(self, text: str, special: bool = True) -> np.ndarray:
-        """The ids of `text`, int32 [N]; with `special`, special tokens are recognized."""
-        specials = self.tokenizer.special_tokens if special else {}
-        pattern = special_token_pattern(specials)
-        pieces = safe_pieces([text], self.tokenizer.pattern, specials, CHUNK)
-        return np.concatenate([self.encode_piece(piece, pattern) for piece in pieces])
-
-    def encode_piece(self, text: str, special_pattern: re.Pattern) -> np.ndarray:
-        """The ids of a text that is small enough to be processed at once."""
-        if len(self.pool) > self.MAX_IDS:
-            self.clear()
-        words = find_pretokens(text, self.tokenizer.pattern, special_pattern)
-        numbers, new = self.table.lookup(words)
-        if len(new):
-            ids, lengths = self.encode_words(words, new)
-            self.start = np.append(self.start, len(self.pool) + np.cumsum(lengths))
-            self.pool = np.append(self.pool, ids.astype(np.int32))
-        numbers[words.special_at] = [self.special_numbers[t] for t in words.special_tokens]
-        starts, ends = self.start.take(numbers), self.start.take(numbers + 1)
-        return self.pool.take(ragged_indices(starts, ends - starts))
-
-    def encode_words(
-        self, words: Pretokens, indices: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of some words, concatenated, and how many each has.
-
-        The ids of all words are in one flat array, and `word` tells which word each belongs
-        to. In every round all merges of a word's lowest level are applied. A word without
-        any merge left is done. With the merges th, the, he:
-
-            ids    t h e n t h      word    0 0 0 0 1 1      before the first round
-                   th e n th                0 0 0 1          word 1 is done
-                   the n                    0 0              word 0 is done
-
-        Each round passes over whole words, so a single word of a megabyte, which takes
-        hundreds of rounds, takes seconds.
-        """
-        empty, lengths = np.empty(0, np.int64), words.lengths[indices]
-        done_ids, done_words = [empty], [empty]
-        if self.tokenizer.ignore_merges:  # some words are one token without any merge
-            id_of, cut = self.tokenizer.id_of, words.cut(indices)
-            whole = {n: id_of[word] for n, word in enumerate(cut) if word in id_of}
-            done_ids.append(np.array([*whole.values()], np.int64))
-            done_words.append(np.array([*whole], np.int64))
-            lengths[done_words[-1]] = 0
-        word = np.repeat(np.arange(len(indices)), lengths)
-        data = np.frombuffer(words.data, np.uint8)
-        ids = self.byte_ids[data[ragged_indices(words.starts[indices], lengths)]]
-        ids, word = ids[ids >= 0], word[ids >= 0]  # drop bytes that no token stands for
-        ranks = self.pair_ranks(ids, word, np.arange(len(ids)))
-        while len(ids):
-            levels, starts = self.levels[ranks], np.flatnonzero(run_starts(word))
-            lowest = np.minimum.reduceat(levels, starts)
-            lowest = np.repeat(lowest, np.diff(starts, append=len(ids)))
-            is_done = lowest == self.no_merge
-            done_ids.append(ids[is_done])
-            done_words.append(word[is_done])
-            pos = np.flatnonzero((levels == lowest) & ~is_done)
-            pos = pos[without_overlaps(pos, pos + 1)]
-            ids[pos] = self.merged_ids[ranks[pos]]
-            keep = ~is_done
-            keep[pos + 1] = False
-            new_pos = np.cumsum(keep)[pos] - 1  # where the merged tokens are after the removal
-            ids, word, ranks = ids[keep], word[keep], ranks[keep]
-            changed = np.append(new_pos[new_pos > 0] - 1, new_pos)
-            ranks[changed] = self.pair_ranks(ids, word, changed)
-        all_ids, all_words = np.concatenate(done_ids), np.concatenate(done_words)
-        order = all_words.argsort(kind="stable")
-        return all_ids[order], np.bincount(all_words, minlength=len(indices))
-
-    def encode_word(self, word: bytes) -> list[int]:
-        """The ids of one word."""
-        words = Pretokens(word, np.array([0]), np.array([len(word)]), np.array([]), [])
-        return self.encode_words(words, np.array([0]))[0].tolist()
-
-    def pair_ranks(self, ids: np.ndarray, word: np.ndarray, pos: np.ndarray) -> np.ndarray:
-        """The rank of the pair at each `pos` and pos + 1; no rank if these are two words."""
-        next_pos = np.minimum(pos + 1, len(ids) - 1)
-        pairs = ids[pos] << 32 | ids[next_pos]
-        found = self.pairs.searchsorted(pairs)
-        one_word = (word[pos] == word[next_pos]) & (pos != next_pos)
-        has_rank = (self.pairs[found] == pairs) & one_word
-        return np.where(has_rank, self.rank_of_pair[found], self.no_merge)
-
-
-# Files larger than memory
-# ------------------------
-
-# Files are read in parts that can be processed independently, so that memory stays small and
-# every CPU core can help. In GPT-2's and GPT-4's patterns, no pre-token contains a letter or
-# digit followed by something that is neither, and nothing before that point depends on what
-# comes after. So "one two|, three" may be cut before any space or punctuation that follows a
-# word. For any other pattern only the end of a special token is safe. (?r) searches backwards.
-SAFE_SPLIT = r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])"
-
-
-def last_safe_split(text: str, pattern: str, special_tokens: Iterable[str]) -> int:
-    """The last position where `text` can be cut, whatever comes before and after it; else 0.
-
-    >>> last_safe_split("one two, three four", PRETOKEN_PATTERN, [])
-    14
-    """
-    specials = list(special_tokens)
-    finder = SAFE_SPLIT
-    if pattern not in (PRETOKEN_PATTERN, GPT4_PATTERN):
-        finder = f"(?r)(?<={special_token_pattern(specials).pattern})"
-    # Both ends of `text` may hold part of a special token, or of a character of four bytes. And
-    # a special token that ends at the cut may begin one margin before it.
-    margin = max([4, *(len(text_to_bytes(token)) for token in specials)])
-
-    def crossed(p: int) -> bool:  # does a special token begin before p and end after it?
-        return any(text.find(s, max(0, p - len(s) + 1), p + len(s) - 1) >= 0 for s in specials)
-
-    start, end = 2 * margin, max(0, len(text) - margin)
-    for match in regex.finditer(finder, text, pos=start, endpos=end):
-        cut = match.start()
-        # TRAP: special tokens can overlap. With <a> and a>b, "<a>b" is parsed as <a>, then b.
-        # There the end of a>b isn't a safe place, since something crosses its start.
-        lengths = [len(token) for token in specials if text.endswith(token, 0, cut)]
-        if not crossed(cut) and not crossed(cut - max(lengths, default=0)):
-            return cut
-    return 0
-
-
-def safe_pieces(
-    chunks: Iterable[str], pattern: str, special_tokens: Iterable[str], size: int = 1 << 13
-) -> Iterator[str]:
-    """The text of `chunks` in pieces of about `size` characters, to be encoded one by one."""
-    text, wanted = "", size
-    for chunk in chunks:
-        for start in range(0, len(chunk), size):
-            text += chunk[start : start + size]
-            if len(text) >= wanted:
-                cut = last_safe_split(text, pattern, special_tokens)
-                if cut:
-                    yield text[:cut]
-                text = text[cut:]
-                wanted = max(size, 2 * len(text))  # doubling keeps the total search time linear
-    yield text
-
-
-class FileSpan(typing.NamedTuple):
-    """A part of a text file, in bytes, that can be processed independently."""
-
-    path: str
-    start: int
-    end: int
-
-    def read(self) -> str:
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            return bytes_to_text(file.read(self.end - self.start))
-
-
-def split_file(
-    whole: FileSpan, pattern: str, special_tokens: Sequence[str], size: int = CHUNK
-) -> Iterator[FileSpan]:
-    """`whole` in spans of about `size` bytes; longer where no safe split point exists.
-
-    Only a window before each border is read. It may begin inside a character, with
-    continuation bytes (0x80 to 0xBF) that belong to what comes before.
-    """
-    window, start, border = 1 << 16, whole.start, whole.start + size
-    with open(whole.path, "rb") as file:
-        while border < whole.end:
-            low = max(start, border - window)
-            file.seek(low)
-            data = file.read(border - low)
-            text = bytes_to_text(data.lstrip(bytes(range(0x80, 0xC0))))
-            if cut := last_safe_split(text, pattern, special_tokens):
-                end = border - len(text_to_bytes(text[cut:]))
-                yield FileSpan(whole.path, start, end)
-                start, border = end, end + size
-            else:
-                border += window // 2
-    yield FileSpan(whole.path, start, whole.end)
-
-
-def input_files(paths: str | Path | Sequence[str | Path]) -> list[FileSpan]:
-    """The text files to read, each as one span.
-
-    Directories are searched recursively, without hidden files and directories (such as .git)
-    and without binary files.
-    """
-    files, given = [], [paths] if isinstance(paths, (str, Path)) else list(paths)
-    for path in map(Path, given):
-        found = [path]
-        if path.is_dir():
-            everything = sorted(p for p in path.rglob("*") if p.is_file())
-            visible = [p for p in everything
-                       if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            found = [p for p in visible if not is_binary(p)]
-            if len(found) < len(everything):
-                log(f"{path}: {len(found)} text files; skipped "
-                    f"{len(everything) - len(visible)} hidden and "
-                    f"{len(visible) - len(found)} binary ones")
-        elif Path(f"{path}.json").is_file() and is_binary(path):
-            raise UserError(f"{path} is a token file, not text")
-        files += [FileSpan(str(p), 0, p.stat().st_size) for p in found]
-    if not sum(file.end for file in files):
-        raise UserError(f"no text to read in {', '.join(map(str, given))}")
-    return files
-
-
-def is_binary(path: Path) -> bool:
-    """Whether there is a NUL byte in the first 8,000: the test that git uses."""
-    with open(path, "rb") as file:
-        return b"\0" in file.read(8000)
-
-
-# Many cores, and progress
-# ------------------------
-
-
-def available_cores() -> int:
-    """The number of CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def bounded_map(
-    executor: Executor, function: Callable, tasks: Iterable, limit: int
-) -> Iterator[Any]:
-    """Yields `function(task)` in order, with at most `limit` tasks running or waiting."""
-    pending: deque[Future] = deque()
-    for task in tasks:
-        pending.append(executor.submit(function, task))
-        if len(pending) >= limit:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
-worker_function: Callable  # in a worker process, what to call for every task
-
-
-def start_worker(function: Callable) -> None:
-    """What a worker process does first. It gets the function once, with all that it needs."""
-    global worker_function
-    worker_function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
-    parent = multiprocessing.parent_process()
-    assert parent
-
-    def exit_with_parent() -> None:  # it would otherwise wait forever if the parent is killed
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def call_worker_function(task: Any) -> Any:
-    """What a worker process does for every task."""
-    return worker_function(task)
-
-
-def map_on_cores(
-    function: Callable, spans: Sequence[FileSpan], num_workers: int | None
-) -> Iterator[Any]:
-    """Yields `function(span)` for each span, in order, computed in several processes.
-
-    None means one process per core, or no extra process for less than 8 MB, which would be
-    done before another process is ready.
-    """
-    if num_workers is None:
-        large = sum(span.end - span.start for span in spans) >= 8 * CHUNK
-        num_workers = available_cores() if large else 1
-    if num_workers < 1:
-        raise UserError(f"num_workers must be at least 1, not {num_workers}")
-    num_workers = min(num_workers, len(spans))
-    if num_workers == 1:
-        yield from map(function, spans)
-        return
-    # WHY fork: the new process starts at once and shares our memory. TRAP: forking is unsafe on
-    # macOS, and after PyTorch has started threads. Then "spawn" imports this file again.
-    fork = sys.platform == "linux" and "torch._C" not in sys.modules
-    context = multiprocessing.get_context("fork" if fork else "spawn")
-    try:
-        with ProcessPoolExecutor(num_workers, context, start_worker, (function,)) as pool:
-            yield from bounded_map(pool, call_worker_function, spans, 2 * num_workers)
-    except BrokenExecutor:
-        raise UserError("a worker process died: is there enough memory?") from None
-
-
-def count_span(
-    whole: FileSpan, pattern: str, special_tokens: Sequence[str]
-) -> dict[bytes, int]:
-    """How often each pre-token occurs in a part of a file."""
-    special_pattern = special_token_pattern(special_tokens)
-    table, counts = WordTable(), np.zeros(0, np.int64)
-    seen: list[bytes] = []
-    for span in split_file(whole, pattern, special_tokens):
-        words = find_pretokens(span.read(), pattern, special_pattern)
-        numbers, new = table.lookup(words)
-        seen += words.cut(new)  # seen[n] is the word with number n
-        numbers = np.delete(numbers, words.special_at)
-        counts = np.append(counts, np.zeros(len(new), np.int64))
-        counts += np.bincount(numbers, minlength=len(counts))
-    totals: Counter[bytes] = Counter()
-    for word, count in zip(seen, counts.tolist()):
-        totals[word] += count
-    return {word: count for word, count in totals.items() if count}
-
-
-def count_files(
-    paths: str | Path | Sequence[str | Path],
-    special_tokens: Sequence[str],
-    num_workers: int | None = None,
-    pattern: str = PRETOKEN_PATTERN,
-) -> Counter[bytes]:
-    """`count_pretokens` of text files of any size."""
-    files, counts = input_files(paths), Counter[bytes]()
-    total, done = sum(file.end for file in files), 0.0
-    # Use few, large tasks, since most words are in the result of every task.
-    size = min(max(total // (num_workers or available_cores()), 4 * CHUNK), 32 * CHUNK)
-    spans = [s for file in files for s in split_file(file, pattern, special_tokens, size)]
-    count = functools.partial(count_span, pattern=pattern, special_tokens=special_tokens)
-    progress = Progress("counting", total / 1e6, "MB")
-    for span, result in zip(spans, map_on_cores(count, spans, num_workers)):
-        for word, n in result.items():
-            counts[word] += n
-        progress.update(done := done + (span.end - span.start) / 1e6)
-    progress.close()
-    return counts
-
-
-# Training on files and encoding files
-# ------------------------------------
-
-
-def train_bpe(
-    input_path: str | Path | Sequence[str | Path],
-    vocab_size: int,
-    special_tokens: Sequence[str],
-    num_workers: int | None = None,
-    pattern: str = PRETOKEN_PATTERN,
-) -> tuple[dict[int, bytes], list[Merge]]:
-    """A vocabulary of at most `vocab_size` tokens, and its merges in the order learned.
-
-    `input_path` is a text file, a directory, or a list of them. The vocabulary is smaller,
-    with a message, if no pair is left to merge. The result does not depend on `num_workers`
-    or on the order of the files. Raises UserError for a vocabulary too small for bytes and
-    special tokens, a bad special token or pattern, and files without text.
-    """
-    check_special_tokens(special_tokens)
-    check_pattern(pattern)
-    num_fixed = 256 + len(special_tokens)
-    if not num_fixed <= vocab_size < 1 << 31:
-        raise UserError(f"vocab_size must be from {num_fixed} (256 bytes and "
-                        f"{len(special_tokens)} special tokens) to 2^31 - 1, not {vocab_size}")
-    counts = count_files(input_path, special_tokens, num_workers, pattern)
-    merges = learn_merges(counts, vocab_size - num_fixed)
-    if num_fixed + len(merges) < vocab_size:
-        log(f"no pair is left after {len(merges)} merges: the vocabulary has "
-            f"{num_fixed + len(merges)} tokens, not {vocab_size}")
-    return build_vocab(merges, special_tokens), merges
-
-
-def encode_span(span: FileSpan, tokenizer: Tokenizer) -> bytes:
-    """The ids of a part of a file, as they are stored in a token file."""
-    return tokenizer.fast.encode(span.read()).astype(tokenizer.dtype).tobytes()
-
-
-def encode_file(
-    tokenizer: Tokenizer,
-    dataset_path: str | Path | Sequence[str | Path],
-    out_path: str | Path,
-    append_eot: bool = False,
-    num_workers: int | None = None,
-) -> int:
-    """Encode text files into the token file `out_path`; returns the number of tokens.
-
-    A token file is raw ids without a header, little-endian uint16, or uint32 if the vocabulary
-    has more than 65,536 entries. Its metadata is written next to it, to `out_path`.json. With
-    `append_eot`, each input file that does not end with the end-of-text token gets one.
-    """
-    files, specials = input_files(dataset_path), list(tokenizer.special_tokens)
-    eot_id = tokenizer.eot_id
-    if append_eot and eot_id is None:
-        raise UserError(f"append_eot needs the special token {END_OF_TEXT} in the tokenizer")
-    dtype = np.dtype(tokenizer.dtype)
-    eot = np.array([eot_id], dtype).tobytes() if append_eot else b""
-    spans = [s for file in files for s in split_file(file, tokenizer.pattern, specials)]
-    encode = functools.partial(encode_span, tokenizer=tokenizer)
-    results = map_on_cores(encode, spans, num_workers)
-    progress = Progress("encoding", sum(file.end for file in files) / 1e6, "MB")
-    ends, done, num_tokens = {(file.path, file.end) for file in files}, 0.0, 0
-    text_bytes = sum(file.end for file in files)  # without end-of-text tokens
-    with atomic_write(out_path) as out:
-        for span, ids in zip(spans, results):
-            out.write(ids)
-            if eot_id is not None:
-                num_eot = np.count_nonzero(np.frombuffer(ids, dtype) == eot_id)
-                text_bytes -= int(num_eot) * len(tokenizer.vocab[eot_id])
-            if (span.path, span.end) in ends and not ids.endswith(eot):
-                out.write(eot)
-            done += (span.end - span.start) / 1e6
-            num_tokens = out.tell() // dtype.itemsize
-            progress.update(done, f"  {num_tokens / 1e6:,.1f} M tokens")
-        progress.close()
-        # TRAP: the metadata must be in place before the token file, which is renamed at the
-        # end of this block. If we are killed in between, an old token file of another length
-        # no longer fits the metadata, and `train` says so.
-        write_json(f"{out_path}.json", {
-            "dtype": dtype.name,
-            "vocab_size": tokenizer.vocab_size,
-            "num_tokens": num_tokens,
-            "end_of_text_id": eot_id,
-            "tokenizer_sha256": tokenizer.fingerprint(),
-            "floor_nats_per_byte": entropy_floor(files, text_bytes),
-        })
-    return num_tokens
-
-
-def entropy_floor(files: Sequence[FileSpan], text_bytes: int) -> float | None:
-    """The entropy floor stated in a .json file beside each text file, if all have one.
-
-    The bundled stories come from data/make_stories.py, which draws every word with a known
-    probability p and adds up -log p. On new stories no model can be expected to have a lower
-    loss than that. The unit is chapter 6's, nats, but per byte of text instead of per token.
-    """
-    nats = 0.0
-    for file in files:
-        description = Path(file.path + ".json")
-        stated = read_json(description, "corpus description") if description.is_file() else {}
-        if not isinstance(stated, dict) or "nats_per_byte" not in stated:
-            return None
-        nats += stated["nats_per_byte"] * file.end
-    return nats / max(text_bytes, 1)
-
-
-# Messages, and files that are never half-written
-# -----------------------------------------------
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror or error}"
+    return str(error).replace("\n", " ")
 
 
 def log(text: str) -> None:
@@ -2512,17 +1813,6 @@ class Progress:
             print_error("\r" + " " * 79 + "\r")
 
 
-def error_message(error: Exception) -> str:
-    """What to tell the user about an error, in one line.
-
-    >>> error_message(OSError(2, "No such file or directory", "text.txt"))
-    'text.txt: No such file or directory'
-    """
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror or error}"
-    return str(error).replace("\n", " ")
-
-
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Write a file that appears at `path` complete, or not at all.
@@ -2577,11 +1867,529 @@ def read_json(path: str | Path, kind: str) -> Any:
         return json.loads(Path(path).read_bytes())
 
 
+# The tokenizer to import
+# -----------------------
+
+
+def build_vocab(merges: Sequence[Merge], special_tokens: Sequence[str]) -> dict[int, bytes]:
+    """The vocabulary, id to bytes: 256 bytes, merges in the order learned, special tokens.
+
+    >>> vocab = build_vocab([(b"s", b"t"), (b"e", b"st")], ["<end>"])
+    >>> vocab[101], vocab[256], vocab[257], vocab[258]
+    (b'e', b'st', b'est', b'<end>')
+    """
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [left + right for left, right in merges]
+    tokens += map(text_to_bytes, special_tokens)
+    return dict(enumerate(tokens))
+
+
+def check_merges(merges: Sequence[Merge], id_of: dict[bytes, int]) -> None:
+    """Raise UserError unless every merge joins two earlier tokens into one that has an id."""
+    known = {bytes([byte]) for byte in range(256)} & id_of.keys()
+    for left, right in merges:
+        if not {left, right} <= known or left + right not in id_of:
+            raise UserError(f"merge {left!r} + {right!r} comes before its parts are made, or "
+                            f"the vocabulary lacks {left + right!r}")
+        known.add(left + right)
+
+
+class Tokenizer:
+    """The fast `BPETokenizer`: for any bytes and pattern, also for tokenizers made by others.
+
+    `vocab` maps ids to bytes. `merges` are pairs of tokens in the order learned. Special
+    tokens may be in `vocab` already; the others get the next free ids. `pattern` splits text
+    into pre-tokens. Raises UserError if the arguments contradict each other.
+
+    Two things exist only for third-party tokenizers. With `ignore_merges`, as in Llama 3, a
+    pre-token that is in the vocabulary takes its id without any merges. And bytes that a
+    vocabulary lacks are skipped; ours have all 256.
+
+    >>> merges = [(b"t", b"h"), (b"th", b"e"), (b"h", b"e")]
+    >>> tokenizer = Tokenizer(build_vocab(merges, []), merges, ["<a>", "<b>"])
+    >>> tokenizer.encode("then<b>he"), tokenizer.encode_ordinary("<b>")
+    ([257, 110, 260, 258], [60, 98, 62])
+    """
+
+    MAX_IDS = 1 << 20  # when the cache of words holds more, it is emptied
+
+    def __init__(
+        self, vocab: dict[int, bytes], merges: Sequence[Merge],
+        special_tokens: Iterable[str] | None = None, pattern: str = PRETOKEN_PATTERN,
+        ignore_merges: bool = False,
+    ):
+        self.vocab, self.merges, self.pattern = dict(vocab), list(merges), pattern
+        self.ignore_merges = ignore_merges
+        # Reversed, because the last entry of a dict wins: of two ids with the same bytes, use
+        # the first. (There are two only if a special token repeats an ordinary one.)
+        self.id_of = {token: i for i, token in reversed(self.vocab.items())}
+        check_merges(self.merges, self.id_of)
+        self.special_tokens: dict[str, int] = {}
+        for token in special_tokens or []:
+            data = text_to_bytes(token)
+            if len(data) < 2 or token in self.special_tokens:
+                raise UserError(f"special token {token!r} must have at least two bytes and be "
+                                "listed once")
+            if data not in self.id_of:
+                self.id_of[data] = max(self.vocab) + 1
+            self.special_tokens[token] = self.id_of[data]
+            self.vocab[self.id_of[data]] = data
+        try:
+            regex.compile(pattern)
+        except regex.error as error:
+            raise UserError(f"{pattern!r} is not a regular expression: {error}") from None
+        self.special_pattern = special_token_pattern(self.special_tokens)
+        self.vocab_size = max(self.vocab) + 1
+        # The id of the token that ends a text, as GPT-2 and as Llama 3 call it, if any.
+        self.eot_id = self.special_tokens.get(
+            END_OF_TEXT, self.special_tokens.get("<|end_of_text|>"))
+        # How token files store ids: as little-endian integers of 16 bits, or 32 if needed.
+        self.dtype = "<u2" if self.vocab_size <= 1 << 16 else "<u4"
+
+        # Both ids of a pair in one integer, sorted for binary search. The last is a sentinel.
+        pairs = [self.id_of[left] << 32 | self.id_of[right] for left, right in self.merges]
+        pairs.append(np.iinfo(np.int64).max)
+        self.rank_of_pair, self.pairs = np.argsort(pairs), np.sort(pairs)
+        self.merged_ids = np.array([self.id_of[left + right] for left, right in self.merges],
+                                   np.int64)
+        self.no_merge = len(self.merges)  # the rank of a pair that has no merge
+        self.byte_ids = np.array([self.id_of.get(bytes([byte]), -1) for byte in range(256)])
+        self.forget_words()
+
+    def forget_words(self) -> None:
+        """Empty the cache. In it, word number n has the ids pool[start[n] : start[n + 1]]."""
+        self.table = WordTable(self.special_tokens)
+        self.pool = np.array([*self.special_tokens.values()], np.int32)
+        self.start = np.arange(len(self.pool) + 1)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`. Special tokens in it become their own ids."""
+        pieces = safe_pieces([text], self.pattern, self.special_tokens, CHUNK)
+        return np.concatenate([self.encode_piece(piece) for piece in pieces]).tolist()
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """The ids of `text`. Special tokens in it are treated like any other text."""
+        return self.without_special_tokens.encode(text)
+
+    @functools.cached_property
+    def without_special_tokens(self) -> Tokenizer:
+        """A tokenizer to which special tokens are ordinary text."""
+        return Tokenizer(self.vocab, self.merges, [], self.pattern, self.ignore_merges)
+
+    def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
+        """Yields the ids of the joined chunks, holding only a little text in memory.
+
+        `for token_id in tokenizer.encode_iterable(open(path, newline="")): ...` reads a file of
+        any size. (Without newline="", Python turns \\r\\n into \\n.)
+        """
+        for text in safe_pieces(chunks, self.pattern, self.special_tokens):
+            yield from self.encode(text)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of these tokens, joined. Raises UserError for an unknown id."""
+        try:
+            return b"".join([self.vocab[i] for i in ids])
+        except KeyError as error:
+            size = self.vocab_size
+            raise UserError(f"id {error} is not in the vocabulary of {size} entries") from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def save(self, path: str | Path) -> None:
+        """Write a tokenizer.json, which `tokenizers.Tokenizer.from_file` reads as well."""
+        write_json(path, tokenizer_to_json(self))  # chapter 15
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a tokenizer.json, ours or another library's byte-level BPE.
+
+        Many such files add tokens around each text (a "post-processor", for instance one that
+        starts every text with <s>). Those are not added here. Raises UserError for files that
+        are damaged or need something this class lacks, and says what.
+        """
+        return tokenizer_from_json(read_json(path, "tokenizer.json"), path)  # chapter 15
+
+    def fingerprint(self) -> str:
+        """A hash of everything that determines the ids: are two tokenizers the same?"""
+        return hashlib.sha256(json.dumps(tokenizer_to_json(self)).encode()).hexdigest()
+
+    def encode_piece(self, text: str) -> np.ndarray:
+        """The ids of a text that is small enough to be processed at once; int32 [N]."""
+        if len(self.pool) > self.MAX_IDS:
+            self.forget_words()
+        words = find_pretokens(text, self.pattern, self.special_pattern)
+        numbers, new = self.table.lookup(words)
+        if len(new):
+            ids, lengths = self.encode_words(words, new)
+            self.start = np.append(self.start, len(self.pool) + np.cumsum(lengths))
+            self.pool = np.append(self.pool, ids.astype(np.int32))
+        starts, ends = self.start.take(numbers), self.start.take(numbers + 1)
+        return self.pool.take(ragged_indices(starts, ends - starts))
+
+    def encode_words(
+        self, words: Pretokens, indices: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of some words, concatenated, and how many each has.
+
+        The ids of all words are in one flat array, and `word` tells which word each belongs to.
+        Every round applies the first merge of each word, in the order learned, wherever it
+        occurs there, as `encode_pretoken` does. A word without any merge left is done. With the
+        merges th, the, he:
+
+            ids    t h e n t h      word    0 0 0 0 1 1      before the first round
+                   th e n th                0 0 0 1          word 1 is done
+                   the n                    0 0              word 0 is done
+        """
+        lengths = words.lengths[indices]
+        done_ids, done_words = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        if self.ignore_merges:  # some words are one token without any merge
+            cut = words.cut(indices)
+            whole = {n: self.id_of[word] for n, word in enumerate(cut) if word in self.id_of}
+            done_ids.append(np.array([*whole.values()], np.int64))
+            done_words.append(np.array([*whole], np.int64))
+            lengths[done_words[-1]] = 0
+        word = np.repeat(np.arange(len(indices)), lengths)
+        data = np.frombuffer(words.data, np.uint8)
+        ids = self.byte_ids[data[ragged_indices(words.starts[indices], lengths)]]
+        ids, word = ids[ids >= 0], word[ids >= 0]  # drop bytes that no token stands for
+        ranks = self.pair_ranks(ids, word, np.arange(len(ids)))
+        while len(ids):
+            starts = np.flatnonzero(run_starts(word))
+            lowest = np.minimum.reduceat(ranks, starts)
+            lowest = np.repeat(lowest, np.diff(starts, append=len(ids)))
+            is_done = lowest == self.no_merge
+            done_ids.append(ids[is_done])
+            done_words.append(word[is_done])
+            pos = np.flatnonzero((ranks == lowest) & ~is_done)
+            pos = pos[without_overlaps(pos, pos + 1)]
+            ids[pos] = self.merged_ids[ranks[pos]]
+            keep = ~is_done
+            keep[pos + 1] = False
+            new_pos = np.cumsum(keep)[pos] - 1  # where the merged tokens are after the removal
+            ids, word, ranks = ids[keep], word[keep], ranks[keep]
+            changed = np.append(new_pos[new_pos > 0] - 1, new_pos)
+            ranks[changed] = self.pair_ranks(ids, word, changed)
+        all_ids, all_words = np.concatenate(done_ids), np.concatenate(done_words)
+        order = all_words.argsort(kind="stable")
+        return all_ids[order], np.bincount(all_words, minlength=len(indices))
+
+    def pair_ranks(self, ids: np.ndarray, word: np.ndarray, pos: np.ndarray) -> np.ndarray:
+        """The rank of the pair at each `pos` and pos + 1; no rank if these are two words."""
+        next_pos = np.minimum(pos + 1, len(ids) - 1)
+        pairs = ids[pos] << 32 | ids[next_pos]
+        found = self.pairs.searchsorted(pairs)
+        one_word = (word[pos] == word[next_pos]) & (pos != next_pos)
+        has_rank = (self.pairs[found] == pairs) & one_word
+        return np.where(has_rank, self.rank_of_pair[found], self.no_merge)
+
+
+# Files larger than memory
+# ------------------------
+
+# Files are cut into spans that can be processed independently, so that memory stays small and
+# every CPU core can help. In GPT-2's and GPT-4's patterns, no pre-token contains a letter or
+# digit followed by something that is neither, and nothing before that point depends on what
+# comes after. So "one two|, three" may be cut before any space or punctuation that follows a
+# word. For any other pattern only the end of a special token is safe. (?r) searches backwards.
+SAFE_SPLIT = r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])"
+
+
+def last_safe_split(text: str, pattern: str, special_tokens: Iterable[str]) -> int:
+    """The last position where `text`, which began at one, can be cut whatever follows; else 0.
+
+    >>> last_safe_split("one two, three four", PRETOKEN_PATTERN, [])
+    14
+    """
+    specials = list(special_tokens)
+    # At the end of `text` there may be a part of a special token, or of a character.
+    end = len(text) - max([4, *map(len, specials)])
+    if pattern not in (PRETOKEN_PATTERN, GPT4_PATTERN):
+        found = special_token_pattern(specials).finditer(text)
+        return max([match.end() for match in found if match.start() <= end], default=0)
+    for match in regex.finditer(SAFE_SPLIT, text, endpos=max(0, end)):
+        cut = match.start()
+        # Does a special token begin before the cut and end after it?
+        if not any(text.find(token, max(0, cut - len(token) + 1), cut + len(token) - 1) >= 0
+                   for token in specials):
+            return cut
+    return 0
+
+
+def safe_pieces(
+    chunks: Iterable[str], pattern: str, special_tokens: Iterable[str], size: int = 1 << 13
+) -> Iterator[str]:
+    """The text of `chunks` in pieces of about `size` characters, to be encoded one by one."""
+    text, wanted = "", size
+    for chunk in chunks:
+        for start in range(0, len(chunk), size):
+            text += chunk[start : start + size]
+            if len(text) >= wanted:
+                cut = last_safe_split(text, pattern, special_tokens)
+                if cut:
+                    yield text[:cut]
+                text = text[cut:]
+                wanted = max(size, 2 * len(text))  # doubling keeps the search time linear
+    yield text
+
+
+def input_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The text files to read. Raises UserError if there is no text in them.
+
+    Directories are searched recursively, without hidden files and directories (such as .git)
+    and without binary files.
+    """
+    given = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    files: list[Path] = []
+    for path in map(Path, given):
+        if path.is_dir():
+            visible = [found for found in sorted(path.rglob("*"))
+                       if "/." not in f"/{found.relative_to(path).as_posix()}"]
+            files += [found for found in visible if found.is_file() and not is_binary(found)]
+        elif is_binary(path) and Path(f"{path}.json").is_file():
+            raise UserError(f"{path} is a token file, not text")
+        else:
+            files.append(path)
+    if not any(path.stat().st_size for path in files):
+        raise UserError(f"no text to read in {', '.join(map(str, given))}")
+    return files
+
+
+def is_binary(path: Path) -> bool:
+    """Whether there is a NUL byte in the first 8,000: the test that git uses."""
+    with open(path, "rb") as file:
+        return b"\0" in file.read(8000)
+
+
+class FileSpan(typing.NamedTuple):
+    """A part of a text file, in bytes, that can be processed independently."""
+
+    path: Path
+    start: int
+    end: int
+    ends_file: bool
+
+    def read(self) -> str:
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            return bytes_to_text(file.read(self.end - self.start))
+
+
+def split_files(
+    files: Sequence[Path], pattern: str, special_tokens: Iterable[str], label: str
+) -> Iterator[FileSpan]:
+    """Yields spans of about a megabyte that add up to the files, and shows progress."""
+    total, done = sum(path.stat().st_size for path in files), 0
+    progress = Progress(label, total / 1e6, "MB")
+    for path in files:
+        size, span = path.stat().st_size, FileSpan(path, 0, CHUNK, False)
+        while span.end < size:
+            text = span.read()
+            cut = len(text_to_bytes(text[: last_safe_split(text, pattern, special_tokens)]))
+            if cut:
+                yield span._replace(end=span.start + cut)
+            # Without a safe place to cut, try again with twice as much text.
+            length = CHUNK if cut else 2 * (span.end - span.start)
+            span = FileSpan(path, span.start + cut, span.start + cut + length, False)
+            progress.update((done + span.start) / 1e6)
+        yield FileSpan(path, span.start, size, True)
+        done += size
+    progress.close()
+
+
+# Many cores
+# ----------
+
+
+def available_cores() -> int:
+    """The number of CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def bounded_map(
+    executor: Executor, function: Callable, tasks: Iterable, limit: int
+) -> Iterator[Any]:
+    """Yields `function(task)` in order, with at most `limit` tasks running or waiting."""
+    pending: deque[Future] = deque()
+    for task in tasks:
+        pending.append(executor.submit(function, task))
+        if len(pending) >= limit:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+worker_function: Callable  # in a worker process, what to call for every task
+
+
+def start_worker(function: Callable) -> None:
+    """What a worker process does first. It gets the function once, with all that it needs."""
+    global worker_function
+    worker_function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    parent: Any = multiprocessing.parent_process()  # if it is killed, don't wait forever
+    threading.Thread(target=lambda: [parent.join(), os._exit(1)], daemon=True).start()
+
+
+def call_worker_function(task: Any) -> Any:
+    """What a worker process does for every task."""
+    return worker_function(task)
+
+
+def map_on_cores(
+    function: Callable, tasks: Iterable, size: int, num_workers: int | None
+) -> Iterator[Any]:
+    """Yields `function(task)` for each task, in order, computed in several processes.
+
+    `size` is that of all tasks in bytes. By default each process gets at least 4 MB, since less
+    would be done before another process is ready.
+    """
+    if num_workers is None:
+        num_workers = min(available_cores(), size // (4 * CHUNK))
+    if num_workers <= 1:
+        yield from map(function, tasks)
+        return
+    # WHY fork: the new process starts at once and shares our memory. TRAP: forking is unsafe on
+    # macOS, and after PyTorch has started threads. Then "spawn" imports this file again.
+    fork = sys.platform == "linux" and "torch._C" not in sys.modules
+    context = multiprocessing.get_context("fork" if fork else "spawn")
+    try:
+        with ProcessPoolExecutor(num_workers, context, start_worker, (function,)) as pool:
+            yield from bounded_map(pool, call_worker_function, tasks, num_workers + 1)
+    except BrokenExecutor:
+        raise UserError("a worker process died: is there enough memory?") from None
+
+
+# Training on files and encoding files
+# ------------------------------------
+
+
+def count_spans(
+    spans: Iterable[FileSpan], pattern: str, special_tokens: Sequence[str]
+) -> Counter[bytes]:
+    """How often each pre-token occurs in some parts of files."""
+    special_pattern = special_token_pattern(special_tokens)
+    table = WordTable(special_tokens)
+    seen = list(table.others)  # seen[n] is the word with number n
+    counts = np.zeros(len(seen), np.int64)
+    for span in spans:
+        words = find_pretokens(span.read(), pattern, special_pattern)
+        numbers, new = table.lookup(words)
+        seen += words.cut(new)
+        counts = np.append(counts, np.zeros(len(new), np.int64))
+        counts += np.bincount(numbers, minlength=len(counts))
+    totals: Counter[bytes] = Counter()
+    for word, count in zip(seen, counts.tolist()):
+        totals[word] += count
+    for token in special_tokens:
+        del totals[text_to_bytes(token)]
+    return totals
+
+
+def count_files(
+    paths: str | Path | Sequence[str | Path], special_tokens: Sequence[str],
+    num_workers: int | None = None, pattern: str = PRETOKEN_PATTERN,
+) -> Counter[bytes]:
+    """`count_pretokens` of text files of any size."""
+    files, counts = input_files(paths), Counter[bytes]()
+    total = sum(path.stat().st_size for path in files)
+    spans = split_files(files, pattern, special_tokens, "counting")
+    # Use few, large tasks, since most words are in the result of every task.
+    length = min(max(total // CHUNK // (num_workers or available_cores()) + 1, 4), 32)
+    tasks = iter(lambda: list(itertools.islice(spans, length)), [])
+    count = functools.partial(count_spans, pattern=pattern, special_tokens=special_tokens)
+    for result in map_on_cores(count, tasks, total, num_workers):
+        counts.update(result)
+    return counts
+
+
+def train_bpe(
+    input_path: str | Path | Sequence[str | Path], vocab_size: int,
+    special_tokens: Sequence[str], num_workers: int | None = None,
+    pattern: str = PRETOKEN_PATTERN,
+) -> tuple[dict[int, bytes], list[Merge]]:
+    """A vocabulary of at most `vocab_size` tokens, and its merges in the order learned.
+
+    `input_path` is a text file, a directory, or a list of them. The vocabulary is smaller if no
+    pair is left to merge. The result does not depend on `num_workers` or on the order of the
+    files. Raises UserError for a vocabulary too small for bytes and special tokens, a bad
+    special token or pattern, and files without text.
+    """
+    Tokenizer(build_vocab([], special_tokens), [], special_tokens, pattern)  # checks them
+    num_fixed = 256 + len(special_tokens)
+    if not num_fixed <= vocab_size < 1 << 31:
+        raise UserError(f"vocab_size must be from {num_fixed} (256 bytes and "
+                        f"{len(special_tokens)} special tokens) to 2^31 - 1, not {vocab_size}")
+    counts = count_files(input_path, special_tokens, num_workers, pattern)
+    merges = learn_merges(counts, vocab_size - num_fixed)
+    return build_vocab(merges, special_tokens), merges
+
+
+def encode_span(span: FileSpan, tokenizer: Tokenizer, append_eot: bool) -> bytes:
+    """The ids of a part of a file, as they are stored in a token file."""
+    ids = tokenizer.encode_piece(span.read())
+    if append_eot and span.ends_file and ids[-1:].tolist() != [tokenizer.eot_id]:
+        ids = np.append(ids, np.array([tokenizer.eot_id]))
+    return ids.astype(tokenizer.dtype).tobytes()
+
+
+def encode_file(
+    tokenizer: Tokenizer, dataset_path: str | Path | Sequence[str | Path],
+    out_path: str | Path, append_eot: bool = False, num_workers: int | None = None,
+) -> int:
+    """Encode text files into the token file `out_path`; returns the number of tokens.
+
+    A token file is raw ids without a header, little-endian uint16, or uint32 if the vocabulary
+    has more than 65,536 entries. Its metadata is written next to it, to `out_path`.json. With
+    `append_eot`, each input file that does not end with the end-of-text token gets one.
+    """
+    files, dtype = input_files(dataset_path), np.dtype(tokenizer.dtype)
+    if append_eot and tokenizer.eot_id is None:
+        raise UserError(f"append_eot needs the special token {END_OF_TEXT} in the tokenizer")
+    total = sum(path.stat().st_size for path in files)
+    spans = split_files(files, tokenizer.pattern, tokenizer.special_tokens, "encoding")
+    encode = functools.partial(encode_span, tokenizer=tokenizer, append_eot=append_eot)
+    with atomic_write(out_path) as out:
+        for ids in map_on_cores(encode, spans, total, num_workers):
+            out.write(ids)
+        num_tokens = out.tell() // dtype.itemsize
+        # TRAP: the metadata must be in place before the token file, which is renamed at the
+        # end of this block. If we are killed in between, an old token file of another length
+        # no longer fits the metadata, and `train` says so.
+        write_json(f"{out_path}.json", {
+            "dtype": dtype.name,
+            "vocab_size": tokenizer.vocab_size,
+            "num_tokens": num_tokens,
+            "end_of_text_id": tokenizer.eot_id,
+            "tokenizer_sha256": tokenizer.fingerprint(),
+            "floor_nats_per_byte": entropy_floor(files),
+        })
+    return num_tokens
+
+
+def entropy_floor(files: Sequence[Path]) -> float | None:
+    """The entropy of generated text, in nats per byte, if a .json file beside it states it.
+
+    The bundled stories come from data/make_stories.py, which draws every word with a known
+    probability p and adds up -log p. On new stories no model can be expected to have a lower
+    loss than that. End-of-text tokens don't count as text.
+    """
+    description = Path(f"{files[0]}.json")
+    if len(files) > 1 or not description.is_file():
+        return None
+    stated = read_json(description, "corpus description")
+    return stated.get("floor_nats_per_byte") if isinstance(stated, dict) else None
+
+
 # Exercises
 # 1. Set WordTable.BITS to 4, so that words keep evicting each other. `bpe-encode` gets slower,
 #    and its result stays the same. Why?
-# 2. Let `tie_break_key` return `tuple(token)`: the smallest pair now wins a tie. On which of
-#    the chapter's examples does `learn_merges` now differ from `learn_merges_naive`?
+# 2. Let `entry` in `learn_merges` return -index.left[pair] and -index.right[pair] instead of
+#    the two tokens: among pairs of equal count the one with the oldest tokens now wins. On
+#    which of the chapter's examples does `learn_merges` now differ from `learn_merges_naive`?
 # 3. Train on the bundled stories with --vocab_size 300, 600, 1200 and 2400, encode, and compare
 #    the bytes per token that bpe-encode prints: 1.5, 2.6, 3.7 and 4.2. Beyond 1,814 entries
 #    nothing changes, because every word of these stories is one token.
@@ -2593,11 +2401,12 @@ def read_json(path: str | Path, kind: str) -> Any:
 # How does the same step take less time and memory on one device? Matmuls in half precision run
 # several times faster on a GPU; the logits, the largest tensor of all, are never stored whole;
 # torch.compile merges small operations; activations can be computed twice instead of stored.
-# All of this gives the same results, up to rounding. A *kernel* is a program that a GPU runs,
-# and the *host* is the CPU that launches it.
-# (Micikevicius et al. 2018, arXiv 1710.03740: mixed precision; Chen et al. 2016, arXiv
-# 1604.06174: activation checkpointing)
+# The results are the same, up to rounding. A *kernel* is a program that a GPU runs, and the
+# *host* is the CPU that launches it. (Micikevicius et al. 2018, arXiv 1710.03740: mixed
+# precision; Chen et al. 2016, arXiv 1604.06174: activation checkpointing)
 # ----------------------------------------------------------------------------------------
+
+import shutil
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -2606,6 +2415,15 @@ class DeviceConfig:
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # device to compute on
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of matmuls
+
+
+@dataclasses.dataclass(kw_only=True)
+class SpeedConfig(DeviceConfig):
+    """Devices and speed"""
+
+    compile: bool = False  # fuse kernels with torch.compile: slower start, faster steps
+    activation_checkpointing: bool = False
+    # compute activations again in the backward pass instead of storing them
 
 
 # Mixed precision
@@ -2787,32 +2605,32 @@ class TransformerWithLoss(Transformer):
 # ----------------------------------------
 
 
-def checkpoint_activations(model: Transformer) -> None:
-    """Let each block keep only its input; the backward pass runs the block again.
+def has_compiler() -> bool:
+    """Whether torch.compile will find a C or C++ compiler."""
+    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "gcc", "clang")))
 
-    Saves most of the memory for activations, for a third more computation.
+
+def make_faster(model: TransformerWithLoss, speed: SpeedConfig, per_block: bool) -> None:
+    """Checkpoint activations and compile: the model as a whole, or each block on its own.
+
+    Activation checkpointing lets each block keep only its input; the backward pass runs the
+    block again. Saves most of the memory for activations, for a third more computation.
     """
-    from torch.utils.checkpoint import checkpoint
+    if speed.activation_checkpointing:
+        from torch.utils.checkpoint import checkpoint
 
-    for block in model.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def compile_model(model: TransformerWithLoss, per_block: bool) -> None:
-    """Let torch.compile fuse operations: the model as a whole, or each block on its own."""
-    if per_block:
+        for block in model.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if speed.compile and per_block:
         for block in model.blocks:
             block.compile()  # all blocks share one compilation
         model.loss_function = torch.compile(chunked_loss)
-    else:
+    elif speed.compile:
         model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
 
 
 def without_compiling() -> Any:
-    """A context in which compiled code runs as plain Python: for shapes that occur only once.
-
-    A *stance* tells torch.compile what to do when it meets a new shape; the default compiles.
-    """
+    """A context in which compiled code runs as plain Python: for shapes that occur once."""
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()  # nothing is compiled; the import would take seconds
     return torch.compiler.set_stance("force_eager")
@@ -3005,7 +2823,6 @@ class Muon(torch.optim.AdamW):
 # (gpt-fast, github.com/pytorch-labs/gpt-fast, did the former for PyTorch models)
 # ----------------------------------------------------------------------------------------
 
-import itertools
 
 
 class StaticCache(KVCache):
@@ -3074,61 +2891,33 @@ class CUDAGraphModel:
         return self.x
 
 
-def force_prompts(steps: Iterator[Tensor], prompts: Tensor, start: int) -> Iterator[Tensor]:
-    """`steps` of `generate`, with the prompts' own tokens [B, P] in place of sampled ones.
-
-    -1 means that a prompt has ended. Step 0 gives column `start`. The ids are replaced in
-    place, because `generate` continues with the tensor that it has yielded.
-    """
-    for column, new in enumerate(steps, start):
-        if column < prompts.shape[1]:
-            known = prompts[:, column]
-            new.copy_(torch.where(known >= 0, known, new))
-        yield new
-
-
 def generate_texts(
-    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int = 0,
+    model: Transformer, prompts: Tensor, max_new_tokens: int, seed: int = 0,
     stop_ids: Collection[int] = (), **sampling: Any,
 ) -> Iterator[list[int | None]]:
-    """`generate` for prompts of any lengths, with seed + n for text n: at each step, its ids.
+    """`generate` for prompts [B, T], with seed + n for text n: at each step, the new ids.
 
-    All texts begin together, with as many tokens as the shortest prompt has. Where a prompt is
-    longer, its own tokens are read instead of sampled ones. None in a list of ids means that
-    the text's prompt hasn't ended, or that the text has, with one of `stop_ids`.
+    None means that the text has ended, with one of `stop_ids`.
     """
-    limit, device = model.config.context_length, model.rope.device
-    windows = [torch.tensor(prompt[-limit:]) for prompt in prompts]
-    lengths = [len(window) for window in windows]
-    T, longest = min(lengths), max(lengths)
-    cache = StaticCache(model, len(prompts), min(limit, longest + max_new_tokens))
-    padded = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True, padding_value=-1)
-    padded = padded.to(device)  # (B, longest), -1 where a prompt has ended
-    u = torch.zeros(len(prompts), longest - T + max_new_tokens)
-    for row, length in enumerate(lengths):
-        numbers = random_numbers(seed + row, 1, max_new_tokens)
-        u[row, length - T : length - T + max_new_tokens] = numbers
+    B, device = len(prompts), model.rope.device
+    size = min(model.config.context_length, prompts.shape[1] + max_new_tokens)
     runner: Any = CUDAGraphModel(model) if device.type == "cuda" else model
     # WHY 16: when the host reads an id, it waits for the GPU, and then the GPU waits for the
     # host. So it reads the ids of several steps together.
     burst = 16 if device.type == "cuda" else 1
-    steps = generate(runner, padded[:, :T], u.to(device), cache, **sampling)
-    steps = force_prompts(steps, padded, T)
-    left = [max_new_tokens] * len(prompts)  # how many tokens are still wanted of each text
-    number = T  # of tokens in each text
-    while drawn := list(itertools.islice(steps, burst)):
-        for ids in torch.stack(drawn).tolist():
-            shown = [i if number >= length and wanted else None
-                     for i, length, wanted in zip(ids, lengths, left)]
-            yield shown
-            left = [0 if i in stop_ids else wanted - (i is not None)
-                    for i, wanted in zip(shown, left)]
-            if not any(left):
+    u = random_numbers(seed, B, max_new_tokens).to(device)
+    cache = StaticCache(model, B, size)
+    steps = generate(runner, prompts.to(device), u, cache, **sampling)
+    ended = [False] * B
+    while some_steps := list(itertools.islice(steps, burst)):
+        for ids in torch.stack(some_steps).tolist():
+            yield [None if end else i for i, end in zip(ids, ended)]
+            ended = [end or i in stop_ids for i, end in zip(ids, ended)]
+            if all(ended):
                 return
-            number += 1
 
 
-def stream_text(tokenizer: BPETokenizer, ids: Iterable[int]) -> Iterator[str]:
+def stream_text(tokenizer: BPETokenizer | Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """The text of `ids`, piece by piece as they come, in whole characters.
 
     A character of several bytes may be spread over several tokens: its bytes wait here.
@@ -3143,7 +2932,7 @@ def stream_text(tokenizer: BPETokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 
 # Exercises
-# 1. On a GPU, compare --max_new_tokens 512 with `burst` 1 and 16 in `generate_command`.
+# 1. On a GPU, compare --max_new_tokens 512 with `burst` 1 and 16 in `generate_texts`.
 # 2. Generate 1, 8 and 64 texts at the same time (--num_samples). How many tokens per second are
 #    that in all, and why is it so many more?
 
@@ -3166,8 +2955,8 @@ def stream_text(tokenizer: BPETokenizer, ids: Iterable[int]) -> Iterator[str]:
 # et al. 2020, ZeRO, arXiv 1910.02054, section 5; Zhao et al. 2023, FSDP, arXiv 2304.11277)
 # ----------------------------------------------------------------------------------------
 
+import datetime
 import gc
-import shutil
 import traceback
 
 # `torchrun` starts several copies of a program, *processes*, and tells each its place in
@@ -3180,34 +2969,25 @@ import traceback
 
 @dataclasses.dataclass(kw_only=True)
 class ProcessConfig:
-    """Speed, memory and processes (start several with torchrun)"""
+    """Processes (start several with torchrun)"""
 
-    compile: bool = False  # fuse kernels with torch.compile: slower start, faster steps
-    activation_checkpointing: bool = False
-    # compute activations again in the backward pass instead of storing them
     fsdp: bool = False  # shard parameters, gradients and optimizer state over the processes
     fsdp_unit: Literal["auto", "model", "block"] = "auto"
     # what FSDP gathers at once; auto: the model up to 10^9 parameters, else a block
     shard_size: int = 0  # processes that share one replica (those of a node, say); 0: all
 
-    def check(self) -> None:
-        """Raise UserError if these flags don't fit the processes that torchrun started."""
-        if self.fsdp and "RANK" not in os.environ:
-            raise UserError("--fsdp needs torchrun: "
-                            "torchrun --nproc_per_node=N scratchformer.py ...")
-        if self.fsdp_unit != "auto" and not self.fsdp:
-            raise UserError(f"--fsdp_unit {self.fsdp_unit} needs --fsdp")
-        if self.shard_size and (not self.fsdp or get_world_size() % self.shard_size):
-            raise UserError(f"--shard_size {self.shard_size} needs --fsdp and a number of "
-                            f"processes that it divides, not {get_world_size()}")
-        if self.compile and not has_compiler():
-            raise UserError("--compile needs a C++ compiler, such as g++")
 
-
-def has_compiler() -> bool:
-    """Whether torch.compile will find a C or C++ compiler."""
-    compilers = os.environ.get("CXX", "g++"), "clang++", "gcc", "clang"
-    return any(map(shutil.which, compilers))
+def check_processes(speed: SpeedConfig, processes: ProcessConfig) -> None:
+    """Raise UserError if these flags don't fit this machine or what torchrun started."""
+    shard_size, world_size = processes.shard_size, get_world_size()
+    if processes.fsdp and "RANK" not in os.environ:
+        raise UserError("--fsdp needs torchrun --nproc_per_node=N scratchformer.py ...")
+    if not processes.fsdp and (shard_size or processes.fsdp_unit != "auto"):
+        raise UserError("each of --shard_size and --fsdp_unit needs --fsdp")
+    if shard_size and world_size % shard_size:
+        raise UserError(f"--shard_size {shard_size} doesn't divide {world_size} processes")
+    if speed.compile and not has_compiler():
+        raise UserError("--compile needs a C++ compiler, such as g++")
 
 
 def get_rank() -> int:
@@ -3243,54 +3023,40 @@ def pick_device(kind: str) -> torch.device:
 # -------------
 
 
-class SharedError(UserError):
-    """An error that all processes know of and raise together."""
-
-
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun has started, if any, and shut down cleanly."""
+    """Join the processes that torchrun has started, if any, and leave them cleanly.
+
+    After an error this process exits, and torchrun ends the others. WHY not leave cleanly: they
+    may be waiting for this one.
+    """
     if "RANK" not in os.environ:
         yield
         return
     # Two backends: gradients travel over NCCL. Small decisions travel over gloo, which doesn't
-    # make the host wait for the GPU.
+    # make the host wait for the GPU. WHY an hour: all wait while process 0 writes a file.
     torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(hours=1))
     try:
         yield
     except BaseException as error:
-        if get_world_size() > 1 and not isinstance(error, SharedError):
-            # The others may be waiting for this process in a collective, so a clean shutdown
-            # would hang. Say why and exit; torchrun then ends the others.
-            if not isinstance(error, UserError):
-                traceback.print_exc()
-            print_error(f"scratchformer: error: process {get_rank()}: {error}\n")
-            os._exit(2 if isinstance(error, UserError) else 1)
-        raise
-    finally:
-        # TRAP: a plain destroy_process_group() aborts some CPU runs at exit ("terminate called
-        # without an active exception"). Whatever holds the group must be gone first, and
-        # nobody may leave while others still communicate.
-        gc.collect()
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def on_every_process(function: Callable[[], Any]) -> Any:
-    """function(), on every process. If it raises UserError or OSError anywhere, all raise."""
-    if not torch.distributed.is_initialized():
-        return function()
-    result, message = None, None
-    try:
-        result = function()
-    except (UserError, OSError) as error:
-        message = error_message(error)
-    messages: list[Any] = [None] * get_world_size()
-    torch.distributed.all_gather_object(messages, message)
-    if any(messages):
-        raise SharedError(next(filter(None, messages)))
-    return result
+        if get_world_size() == 1:
+            raise
+        if get_rank() > 0:
+            # An error that all have is process 0's to tell: torchrun ends this sleep.
+            time.sleep(5)
+        expected = isinstance(error, (UserError, OSError))
+        if not expected:
+            traceback.print_exc()
+        print_error(f"scratchformer: error: process {get_rank()}: {error_message(error)}\n")
+        os._exit(2 if expected else 1)
+    # TRAP: a plain destroy_process_group() aborts some CPU runs at exit ("terminate called
+    # without an active exception"). Whatever holds the group must be gone first, and nobody may
+    # leave while others still communicate.
+    gc.collect()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def broadcast(value: Any) -> Any:
@@ -3309,18 +3075,12 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def any_process(condition: Any) -> bool:
-    """Whether `condition` is true on any process, so that all of them act alike."""
-    return sum_over_processes(torch.tensor(int(bool(condition)))).item() > 0
-
-
-def wait_for_main(future: Future | None) -> None:
-    """Collective: wait until process 0's `future` is done, whether or not it succeeds.
-
-    WHY in rounds: a collective that takes ten minutes times out.
-    """
-    while any_process(future and wait([future], 5).not_done):
-        pass
+def mean_over_processes(losses: Sequence[Any]) -> list[float]:
+    """Collective: the mean over all processes of each of these numbers."""
+    if not losses:
+        return []
+    values = torch.stack([torch.as_tensor(loss) for loss in losses])
+    return (sum_over_processes(values) / get_world_size()).tolist()
 
 
 # Data parallel
@@ -3328,9 +3088,8 @@ def wait_for_main(future: Future | None) -> None:
 
 
 def load_batches(
-    tokens: np.ndarray | TokenDataset, context_length: int, steps: range, device: torch.device,
-    batch_size: int, grad_accum_steps: int = 1, seed: int = 1, rank: int = 0,
-    world_size: int = 1,
+    tokens: TokenFile, context_length: int, steps: range, device: torch.device,
+    data: DataConfig, rank: int = 0, world_size: int = 1,
 ) -> Generator:
     """Yield this process's micro-batches of all `steps`, loaded ahead of time by a thread.
 
@@ -3345,14 +3104,15 @@ def load_batches(
 
     def load(task: tuple[int, int]) -> list[Tensor]:
         step, micro_batch = task
-        first = ((step * grad_accum_steps + micro_batch) * world_size + rank) * batch_size
-        indices = range(first, first + batch_size)
-        batch = get_batch(tokens, context_length, seed, indices)  # type: ignore[arg-type]
+        number = (step * data.grad_accum_steps + micro_batch) * world_size + rank
+        indices = range(number * data.batch_size, (number + 1) * data.batch_size)
+        batch = get_batch(tokens.ids, context_length, data.seed, indices)
+        tokens.check(torch.stack(batch))
         # Pinned memory lets the copy to a GPU run while the GPU computes.
         return [x.pin_memory() if device.type == "cuda" else x for x in batch]
 
     tasks = ((step, micro_batch) for step in steps  # itertools.product would store them all
-             for micro_batch in range(grad_accum_steps))
+             for micro_batch in range(data.grad_accum_steps))
     with ThreadPoolExecutor(1) as executor:
         for batch in bounded_map(executor, load, tasks, 3):
             yield [x.to(device, non_blocking=True) for x in batch]
@@ -3555,7 +3315,7 @@ def load_weights(model: Any, weights: Mapping[str, Tensor] | None) -> None:
 
 def build_model(
     config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype,
-    process_config: ProcessConfig, weights: Mapping[str, Tensor] | None = None,
+    speed: SpeedConfig, processes: ProcessConfig, weights: Mapping[str, Tensor] | None = None,
 ) -> TransformerWithLoss:
     """Collective: the model, ready to train on all processes. The order matters.
 
@@ -3565,15 +3325,12 @@ def build_model(
     with torch.device("meta"):  # shapes without numbers
         model = TransformerWithLoss(config)
     num_parameters = sum(p.numel() for p in model.parameters())
-    fsdp = process_config.fsdp and get_world_size() > 1  # one process has nothing to shard
-    unit = process_config.fsdp_unit
+    fsdp = processes.fsdp and get_world_size() > 1  # one process has nothing to shard
+    unit = processes.fsdp_unit
     per_block = fsdp and (unit == "block" or unit == "auto" and num_parameters > 1e9)
-    if process_config.activation_checkpointing:
-        checkpoint_activations(model)
-    if process_config.compile:
-        compile_model(model, per_block)
+    make_faster(model, speed, per_block)
     if fsdp:
-        shard_model(model, device, dtype, per_block, process_config.shard_size)
+        shard_model(model, device, dtype, per_block, processes.shard_size)
     elif dtype != torch.float32:
         # WHY: autocast would leave the embedding in float32, and with it the residual stream,
         # which would take twice the memory. (FSDP casts it as well.)
@@ -3622,8 +3379,12 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
     ...     load_checkpoint(directory)["model"]["w"].tolist(), os.listdir(directory)
     ([1.0, 1.0], ['step_000007.pt'])
     """
-    with atomic_write(path) as file:
-        torch.save(state, file)
+    try:
+        with atomic_write(path) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # PyTorch's own for a full disk
+        raise UserError(f"{path} could not be written ({error}): is the disk full? Earlier "
+                        "checkpoints are complete") from None
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
@@ -3632,33 +3393,37 @@ def checkpoints_in(directory: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.stem[5:]))
 
 
-CHECKPOINT_TYPES: dict[str, Any] = {
-    "step": int, "run": dict, "progress": dict, "special_ids": dict,
-    "tokenizer_sha256": (str, type(None)),
-}
+def read_checkpoint(path: Path) -> dict:
+    """The state saved in `path`. Raises UserError if the file is damaged or something else.
 
-
-def load_checkpoint(path: str | Path) -> dict:
-    """The state saved in `path`, or in the newest checkpoint of the directory `path`.
-
-    Verifies checksums, then memory-maps the tensors, which are read when used. Raises UserError
-    if the file is missing, damaged or something else. Never runs code from the file.
+    Verifies checksums, then memory-maps the tensors, which are read when used. Never runs code
+    from the file.
     """
-    path = Path(path)
-    if path.is_dir():
-        if not (found := checkpoints_in(path)):
-            raise UserError(f"no checkpoint (step_NNNNNN.pt) in {path}")
-        path = found[-1]
     with file_errors(path, "checkpoint"):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise UserError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        missing = {"model", "model_config", "step"} - set(state)
-        if missing:
-            raise UserError(f"it has no {' or '.join(sorted(missing))}")
-        check_types(state, CHECKPOINT_TYPES)
+        if missing := {"model", "model_config", "step"} - set(state):
+            raise UserError(f"it has no {min(missing)}")
         return {**state, "path": str(path)}
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The state saved in `path`, or in the newest checkpoint of the directory `path`.
+
+    If the newest is damaged, it says so and takes the one before it.
+    """
+    path = Path(path)
+    candidates = checkpoints_in(path)[::-1] if path.is_dir() else [path]
+    for candidate in candidates:
+        try:
+            return read_checkpoint(candidate)
+        except UserError as error:
+            if candidate == candidates[-1]:
+                raise
+            log(f"{error}: trying the checkpoint before it")
+    raise UserError(f"no checkpoint (step_NNNNNN.pt) in {path}")
 
 
 def model_from_checkpoint(
@@ -3677,16 +3442,10 @@ def model_from_checkpoint(
         if config.tie_embeddings:
             weights["lm_head.weight"] = weights["embedding.weight"]
         model.load_state_dict(weights, assign=True)
-        if bad := [k for k, w in state["model"].items() if not w.isfinite().all()]:
-            raise UserError(f"{bad[0]} is not finite")
         if config.tie_embeddings:
             model.lm_head.weight = model.embedding.weight
     model.rope = model.make_rope().to(device)  # in float32, whatever `dtype` is
     return model.eval()
-
-
-# Saving
-# ------
 
 
 def gather_state(
@@ -3720,51 +3479,6 @@ def gather_state(
     return {"model": weights} if weights_only else {"model": weights, "optimizer": moments}
 
 
-def write_checkpoint(outdir: Path, state: dict, keep: int, name: str = "") -> None:
-    """Save `state` in `outdir`, then delete all but the newest `keep` checkpoints, if not 0."""
-    try:
-        save_checkpoint(outdir / (name or f"step_{state['step']:06d}.pt"), state)
-        for old in checkpoints_in(outdir)[:-keep] if keep else []:
-            old.unlink()
-    except Exception as error:
-        complete = ", ".join(path.name for path in checkpoints_in(outdir)) or "none"
-        free = shutil.disk_usage(outdir).free / 1e6
-        raise UserError(f"a checkpoint could not be written in {outdir} ({error}; "
-                        f"{free:,.1f} MB free); complete ones: {complete}") from None
-
-
-def check_optimizer_state(state: dict) -> None:
-    """Raise an error if the optimizer state in a checkpoint is damaged."""
-    values = [item for by_name in state["optimizer"].values() for item in by_name.items()]
-    values += [("", x) for x in state["scaler"].values()]
-    for name, x in values:
-        if isinstance(x, Tensor):
-            good = x.shape == state["model"][name].shape and bool(x.isfinite().all())
-        else:
-            good = type(x) in (int, float) and abs(x) < 1e18
-        if not good:
-            raise UserError("its optimizer state is damaged")
-
-
-def load_newest(outdir: Path) -> dict | None:
-    """The newest checkpoint that isn't damaged, or None. UserError if all of them are."""
-    problem = None
-    for path in reversed(checkpoints_in(outdir)):
-        try:
-            state = load_checkpoint(path)
-            model_from_checkpoint(state)  # raises UserError if weights and shape don't match
-            if "optimizer" in state:
-                with file_errors(path, "checkpoint"):
-                    check_optimizer_state(state)
-            return state
-        except UserError as error:
-            log(f"{error}: trying the checkpoint before it")
-            problem = problem or error
-    if problem:
-        raise problem
-    return None
-
-
 def restore_optimizer(
     saved: dict[str, dict], model: nn.Module, params: dict[Any, Any], optimizer: Any
 ) -> None:
@@ -3775,7 +3489,7 @@ def restore_optimizer(
     for name, p in model.named_parameters():
         local = params.get(p)
         for key in (key for key in numbers if local is not None and name in numbers[key]):
-            if (number := numbers[key][name]) is not None:  # a float32 on the device: for fused
+            if (number := numbers[key][name]) is not None:
                 value = torch.full((), float(number), device=p.device)
             else:
                 # TRAP: `saved` is mapped from a file, which may be deleted: hence clone.
@@ -3795,16 +3509,15 @@ def restore_optimizer(
 # 14. The training run
 #
 # What does the loop of chapter 6 become with everything that chapters 9 to 13 add? The
-# training step is still one piece, `Trainer.step`: forward, backward, average, clip,
-# update. Around it, the loop in `Trainer.run` logs, evaluates, saves, and stops when asked to.
-# What they call comes after them.
+# training step is still one piece, `Trainer.step`: forward, backward, average, clip, update.
+# The loop, `run_training`, logs, evaluates, saves, and stops when asked to. The command
+# `train`, at the end, reads the files and builds what the loop needs.
 #
 # New here are *micro-batches*: gradients add up, so four small batches one after the other
 # are one large batch that wouldn't have fit into memory. (Goyal et al. 2017, arXiv
 # 1706.02677, section 3: what to average)
 # ----------------------------------------------------------------------------------------
 
-import importlib
 import lzma
 
 
@@ -3812,11 +3525,10 @@ import lzma
 class DataConfig:
     """Data"""
 
-    train_tokens: list[Path] | None = None
-    # token files to train on, read as one sequence (required unless resuming)
-    valid_tokens: list[Path] | None = None  # token files to evaluate the loss on
+    train_tokens: Path | None = None  # token file to train on (required unless resuming)
+    valid_tokens: Path | None = None  # token file to evaluate the loss on
     tokenizer_path: Path | None = None
-    # tokenizer of these files: copied to outdir, needed for samples
+    # tokenizer of these files: copied to outdir, for eval and generate
     batch_size: int = 16  # sequences per process and micro-batch
     grad_accum_steps: int = 1  # micro-batches per optimizer step
     seed: int = 1  # random seed of initial parameters and batches
@@ -3845,71 +3557,40 @@ class RunConfig:
     keep_best: bool = False  # keep the parameters with the lowest validation loss: best.pt
     weights_only: bool = False
     # last checkpoint without optimizer: a third of the size; can't be resumed
-    sample_interval: int = 0  # steps between samples of text; 0: none
-    tensorboard: bool = False  # write the metrics for TensorBoard as well, to outdir
     init_from: Path | None = None
     # start from the parameters and configuration of a model: a checkpoint, a run's directory,
     # or a Hugging Face Llama directory
-
-
-def make_muon(model: Any, params: dict, config: Any, *how: Any) -> Muon:
-    """Muon on one process or on several."""
-    return (DistributedMuon if get_world_size() > 1 else Muon)(model, params, config, *how)
 
 
 # What --optimizer can be: functions of the model, the tensors to update (`local_params`), the
 # configuration, the precision for Muon, and whether to compile.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda model, params, config, *how: make_adamw(params.values(), config),
-    "muon": make_muon,
+    "muon": lambda *how: (DistributedMuon if get_world_size() > 1 else Muon)(*how),
 }
 
 
-# The run
-# -------
-
-# What a resumed run must know to log as if it had never stopped: the sum of the losses since
-# the last line of the log, and the best validation loss.
-INITIAL_PROGRESS = {"loss_sum": 0.0, "num_losses": 0, "best_loss": math.inf, "best_step": 0}
-
-
-@dataclasses.dataclass(kw_only=True)
 class Trainer:
-    """One training run. Every process has one; only process 0's touches `outdir`."""
+    """A model and what trains it, on one process or on several."""
 
-    model_config: LlamaConfig
-    data: DataConfig
-    optim: RunOptimizerConfig
-    run_config: RunConfig
-    processes: ProcessConfig
-    device: torch.device
-    dtype: torch.dtype
-    tokens: TokenDataset
-    valid: ValidationSet | None = None
-    tokenizer: Tokenizer | None = None
-    saved: dict | None = None  # the checkpoint to start from; only process 0 has it
-
-    def __post_init__(self) -> None:
-        data, saved = self.data, self.saved or {}
-        self.model = build_model(self.model_config, data.seed, self.device, self.dtype,
-                                 self.processes, saved.get("model"))
+    def __init__(
+        self, config: ModelConfig, data: DataConfig, optim: RunOptimizerConfig,
+        speed: SpeedConfig, processes: ProcessConfig, device: torch.device, dtype: torch.dtype,
+        weights: Mapping[str, Tensor] | None = None,
+    ):
+        self.data, self.optim, self.device, self.dtype = data, optim, device, dtype
+        self.model = build_model(config, data.seed, device, dtype, speed, processes, weights)
         self.params = local_params(self.model)
-        precision = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
-        self.optimizer = OPTIMIZERS[self.optim.optimizer](
-            self.model, self.params, self.optim, precision, self.processes.compile)
-        self.scaler = GradScaler(self.device, self.dtype)
-        self.autocast = make_autocast(self.device, self.dtype, is_fsdp(self.model))
+        precision = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        self.optimizer = OPTIMIZERS[optim.optimizer](
+            self.model, self.params, optim, precision, speed.compile)
+        self.scaler = GradScaler(device, dtype)
+        self.autocast = make_autocast(device, dtype, is_fsdp(self.model))
         rows = data.batch_size * data.grad_accum_steps * get_world_size()
-        self.tokens_per_step = rows * self.model_config.context_length
-        self.dtype_name = str(self.dtype).removeprefix("torch.")
-        self.run_flags = {"rows_per_step": rows, "dtype": self.dtype_name}
-        self.run_flags |= flags_to_save(self.processes, data, self.optim, self.run_config)
-        self.progress: dict[str, Any] = dict(INITIAL_PROGRESS)
-        self.writer = ThreadPoolExecutor(1)
-        self.pending_write: Future | None = None
+        self.tokens_per_step = rows * config.context_length
 
     def step(self, step: int, batches: Iterator) -> tuple[Tensor, Tensor]:
-        """One update of the weights, step 1, 2, ...; the loss and the gradient norm."""
+        """One update of the parameters, step 1, 2, ...; the loss and the gradient norm."""
         model, optimizer, scaler = self.model, self.optimizer, self.scaler
         optim, count = self.optim, self.data.grad_accum_steps
         # If you add dropout: a resumed run draws what an unbroken one does.
@@ -3934,242 +3615,132 @@ class Trainer:
         model.zero_grad()  # under FSDP these aren't the optimizer's
         return total_loss, grad_norm
 
-    def run(self, first_step: int, signals: list[int]) -> int:
-        """Train from `first_step` to the last step or a signal; the exit status."""
-        run_config, data, max_steps = self.run_config, self.data, self.optim.max_steps
-        self.log_setup(first_step)
-        metrics = (Metrics(run_config.outdir, first_step, run_config.tensorboard)
-                   if is_main_process() else None)
-        batches = load_batches(
-            self.tokens, self.model_config.context_length, range(first_step, max_steps),
-            self.device, data.batch_size, data.grad_accum_steps, data.seed, get_rank(),
-            get_world_size())
-        # Speed is measured since step `timed_from`, without evaluation and saving. The first
-        # step compiles and allocates, so the clock starts again after it.
-        seconds, timed_from = 0.0, first_step
-        step, problem = first_step, None
-        for step in range(first_step + 1, max_steps + 1):
-            start, last, record = time.monotonic(), step == max_steps, {}
-            loss, grad_norm = self.step(step, batches)
-            self.progress["loss_sum"] += loss
-            self.progress["num_losses"] += 1
-            logged = last or step <= 2 or step % run_config.log_interval == 0
-            if logged or step == first_step + 1:
-                loss.item()  # wait for the GPU before looking at the clock
-            seconds += time.monotonic() - start
-            if logged:
-                record = self.log_step(step, grad_norm, step - timed_from, seconds)
-            if logged or step == first_step + 1:
-                seconds, timed_from = 0.0, step
-            if self.valid and (last or step % run_config.eval_interval == 0):
-                record |= self.evaluate(step, signals)
-            if run_config.sample_interval and step % run_config.sample_interval == 0:
-                self.log_sample(step)
-            if metrics and record:
-                metrics.write(record)
-            # Whatever ends the run on one process ends it on all, and the weights are saved.
-            problem = self.find_problem(step, logged)
-            stopping = any_process(signals or problem)
-            is_due = last or stopping or step % run_config.save_interval == 0
-            is_best = run_config.keep_best and self.progress["best_step"] == step
-            if is_due or is_best:
-                self.save(step, is_due, is_best)
-            if stopping:
-                break
-        batches.close()
-        self.finish(problem)
-        if step < max_steps:
-            log(f"stopped by a signal after step {step}; continue with --resume")
-            # `signals` is empty if another process got the signal.
-            return 128 + (signals[0] if signals else signal.SIGTERM)
-        return 0
-
-    def save(self, step: int, is_due: bool, is_best: bool) -> None:
-        """Collective: write a checkpoint if `is_due`, the weights as BEST if `is_best`.
-
-        Only the copy to host memory happens here; a thread of process 0 writes the files.
-        """
-        run_config = self.run_config
-        weights_only = not is_due or run_config.weights_only and step == self.optim.max_steps
+    def state(self, step: int, weights_only: bool) -> dict:
+        """Collective: what to save. Whole tensors on process 0, none elsewhere."""
         state = gather_state(self.model, self.params, self.optimizer, weights_only)
-        state |= {"model_config": vars(self.model_config), "step": step,
-                  "scaler": self.scaler.state_dict(), "run": self.run_flags,
-                  "progress": {**self.progress, "loss_sum": self.mean_loss_sum()},
-                  "tokenizer_sha256": self.tokens.tokenizer_sha256 or (
-                      self.tokenizer and self.tokenizer.fingerprint())}
+        return {**state, "model_config": vars(self.model.config), "step": step,
+                "scaler": self.scaler.state_dict()}
 
-        def write() -> None:
-            if is_best:
-                weights = {name: x for name, x in state.items() if name != "optimizer"}
-                write_checkpoint(run_config.outdir, weights, run_config.keep_checkpoints, BEST)
-            if is_due:
-                write_checkpoint(run_config.outdir, state, run_config.keep_checkpoints)
+def run_training(
+    trainer: Trainer, run: RunConfig, tokens: TokenFile, valid: ValidationSet | None,
+    start: dict, signals: list[int],
+) -> int:
+    """Train from start["step"] to the last step or a signal; the exit status.
 
-        wait_for_main(self.pending_write)  # at most one copy of the state waits for the disk
+    `start` also has the best validation loss so far, and what to save besides the state.
+    """
+    first_step, max_steps = start["step"], trainer.optim.max_steps
+    batches = load_batches(
+        tokens, trainer.model.config.context_length, range(first_step, max_steps),
+        trainer.device, trainer.data, get_rank(), get_world_size())
+    writer, pending = ThreadPoolExecutor(1), None  # process 0 saves in a thread
+    losses = start["losses"]  # of the steps since the last line of the log
+    seconds: list[float] = []  # their times, without evaluation and saving
+    best_loss = start["best_loss"]
+    for step in range(first_step + 1, max_steps + 1):
+        began, first, last = time.monotonic(), step == first_step + 1, step == max_steps
+        loss, grad_norm = trainer.step(step, batches)
+        losses.append(loss)
+        stopping = sum_over_processes(torch.tensor(len(signals))).item() > 0  # on any process
+        logging = last or step <= 2 or step % run.log_interval == 0
+        evaluating = last or step % run.eval_interval == 0
+        saving = last or stopping or step % run.save_interval == 0
+        if first or logging or evaluating or saving:
+            loss.item()  # wait for the GPU before looking at the clock
+        seconds.append(time.monotonic() - began)
+        record: dict[str, Any] = {"step": step}
+        states: dict[str, dict] = {}  # to be saved, by file name
+        if logging:
+            record |= log_training(trainer, step, losses, grad_norm, seconds, len(tokens.ids))
+            losses = []
+        if logging or first:  # the first step compiles and allocates: leave it out
+            seconds = []
+        if valid and evaluating:
+            valid_loss = valid.loss(trainer.model, trainer.data.batch_size, trainer.autocast)
+            report, text = valid.report(valid_loss, compare=last and is_main_process())
+            log(f"step {step}: valid {text}")
+            record |= report
+            if run.keep_best and valid_loss < best_loss:
+                states[BEST] = trainer.state(step, weights_only=True) | report
+            best_loss = min(best_loss, valid_loss)
+        if saving:
+            state = trainer.state(step, last and run.weights_only)
+            states[f"step_{step:06d}.pt"] = state | {"losses": mean_over_processes(losses)}
         if is_main_process():
-            self.pending_write = self.writer.submit(write)
+            if len(record) > 1:
+                write_metrics(run.outdir, record)
+            if pending and (states or pending.done()):
+                pending = pending.result()  # None; raises if the files couldn't be written
+            if states:
+                pending = writer.submit(write_checkpoints, run, states, start["about"])
+        if stopping:
+            break
+    batches.close()
+    if pending:
+        pending.result()
+    if step < max_steps:
+        log(f"stopped by a signal after step {step}; continue with --resume")
+        # `signals` is empty if another process got the signal.
+        return 128 + (signals[0] if signals else signal.SIGTERM)
+    return 0
 
-    def restore(self, start: dict) -> None:
-        """Collective: continue the run of a checkpoint.
 
-        Process 0 has it in `saved`. All processes have `start`, the same without tensors.
-        """
-        old, new = start.get("run", {}), self.run_flags
-        changed = [f"{name} {old[name]} -> {new[name]}" for name in new
-                   if name in old and str(old[name]) != str(new[name])]
-        if changed:
-            log("changed since the checkpoint: " + ", ".join(changed))
-        if old.get("optimizer") == new["optimizer"]:  # another one begins with a new state
-            saved = (self.saved or {}).get("optimizer", {})
-            restore_optimizer(saved, self.model, self.params, self.optimizer)
-        if "scaler" in start:
-            self.scaler.load_state_dict(start["scaler"])
-        with file_errors(start["path"], "checkpoint"):
-            self.progress |= {name: type(INITIAL_PROGRESS[name])(value)
-                              for name, value in start.get("progress", {}).items()}
-        self.saved = None  # frees its tensors
-
-    def find_problem(self, step: int, logged: bool) -> BaseException | None:
-        """What must end the run, if anything: a failed save, or too many skipped updates."""
-        write = self.pending_write
-        if write and write.done() and (error := write.exception()):
-            return error
-        # Asking the scaler waits for the GPU; a step that is logged has waited already.
-        skips = int(self.scaler.consecutive_skips) if logged else 0
-        if skips < self.scaler.MAX_CONSECUTIVE_SKIPS:
-            return None
-        first = step - skips + 1
-        return UserError(f"loss or gradients have not been finite since step {first}: the "
-                         "weights are as they were then; try a smaller --lr or another --dtype")
-
-    def finish(self, problem: BaseException | None) -> None:
-        """Collective: wait for the last save, and raise what has ended the run, if anything."""
-        wait_for_main(self.pending_write)
-
-        def check() -> None:
-            if self.pending_write:
-                self.pending_write.result()
-            if problem:
-                raise problem
-
-        on_every_process(check)
-
-    def mean_loss_sum(self) -> float:
-        """Collective: the sum of the losses since the last log, averaged over processes."""
-        loss_sum = torch.as_tensor(self.progress["loss_sum"], device=self.device)
-        return sum_over_processes(loss_sum).item() / get_world_size()
-
-    def log_step(self, step: int, grad_norm: Tensor, steps: int, seconds: float) -> dict:
-        """Log a line about the last `steps` steps. Returns it as a row of metrics.jsonl."""
-        seen = step * self.tokens_per_step
-        seconds_left = seconds / steps * (self.optim.max_steps - step)
-        rate = steps * self.tokens_per_step / max(seconds, 1e-9)
-        record = {"step": step, "tokens_seen": seen, "epochs": seen / len(self.tokens),
-                  "train_loss": self.mean_loss_sum() / self.progress["num_losses"],
-                  "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
-                  "tokens_per_second": round(rate, 1),
-                  "skipped_steps": int(self.scaler.skipped)}
-        self.progress |= {"loss_sum": 0.0, "num_losses": 0}
-        line = (f"step {step:>6}/{self.optim.max_steps}  {seen / 1e6:,.1f}M tokens, "
-                f"{record['epochs']:.2f} epochs  loss {record['train_loss']:.4f}  "
-                f"lr {record['lr']:.2e}  norm {record['grad_norm']:.3f}  {rate:,.0f} tok/s")
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-            peaks = [PEAK_TFLOPS[gpu] for gpu in PEAK_TFLOPS if re.search(rf"\b{gpu}\b", name)]
-            if peaks and self.dtype != torch.float32:
-                tflops = rate * flops_per_token(self.model) / 1e12
-                record["mfu"] = round(tflops / peaks[0] / get_world_size(), 4)
-                line += f"  MFU {record['mfu']:.1%}"
-            record["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            line += f"  {record['memory_gib']:.1f} GiB"
-        if record["skipped_steps"]:
-            line += f"  {record['skipped_steps']} skipped"
-        log(f"{line}  {format_duration(seconds_left)} left")
-        if step == 2 and seconds_left > 24 * 3600:
-            log(f"at this speed the run takes {seconds_left / 3600:,.0f} hours; smaller "
-                "--num_layers, --d_model, --d_ff, --context_length or --batch_size or fewer "
-                "--max_steps shorten it")
-        return record
-
-    def evaluate(self, step: int, signals: list[int]) -> dict:
-        """A row with the loss on valid_tokens; {} if a signal has been received."""
-        run_config, progress = self.run_config, self.progress
-        assert self.valid
-        loss = self.valid.loss(self.model, self.data.batch_size, self.autocast, signals)
-        if loss is None:
-            return {}
-        compare = step == self.optim.max_steps and is_main_process()
-        report, text = self.valid.report(loss, compare)
-        log(f"step {step}: valid {text}")
-        if loss < progress["best_loss"]:
-            progress |= {"best_loss": loss, "best_step": step}
-        elif step - progress["best_step"] == 3 * run_config.eval_interval:
-            log(f"the validation loss has not fallen since step {progress['best_step']}: the "
-                "model may be memorizing; more text, fewer steps or a smaller model would help"
-                f"{'' if run_config.keep_best else ', and --keep_best keeps the best weights'}")
-        return {"step": step, **report, "best_valid_loss": progress["best_loss"]}
-
-    def log_sample(self, step: int) -> None:
-        """Collective: a short text by the model as it is now."""
-        assert (tokenizer := self.tokenizer)
-        eot_ids = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
-        self.model.eval()
-        with self.autocast, without_compiling():
-            # No cache: under FSDP only calling the model gathers its parameters.
-            start = torch.tensor([eot_ids or tokenizer.encode("\n")], device=self.device)
-            u = random_numbers(1, 1, 100).to(self.device)
-            new_ids = map(int, generate_naive(self.model, start, u, temperature=0.8))
-            ids = list(itertools.takewhile(lambda i: i not in eot_ids, new_ids))
-        reshard(self.model)
-        self.model.train()
-        # A model's vocabulary may be larger than the tokenizer's.
-        text = tokenizer.decode(i for i in ids if i in tokenizer.vocab)
-        log(f"--- sample at step {step} ---\n{text}\n---")
-
-    def log_setup(self, first_step: int) -> None:
-        """Two lines about the run."""
-        size, data, kind = get_world_size(), self.data, self.device.type
-        names = {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple GPU"}
-        name = names.get(kind) or torch.cuda.get_device_name(self.device)
-        how = f"{'FSDP' if self.processes.fsdp else 'data parallel'} on {size}"
-        num_parameters = sum(p.numel() for p in self.model.parameters())
-        log(f"{name}, {self.dtype_name}{', compiled' * self.processes.compile}, "
-            f"{how if size > 1 else 'one process'}: {num_parameters:,} parameters in "
-            f"{self.run_config.outdir}, steps {first_step} to {self.optim.max_steps}")
-        log(f"{self.run_flags['rows_per_step']} sequences = {self.tokens_per_step:,} tokens "
-            f"per step: batch_size {data.batch_size} x grad_accum_steps "
-            f"{data.grad_accum_steps} x processes {size}")
+def write_checkpoints(run: RunConfig, states: dict[str, dict], about: dict) -> None:
+    """Save `states` under their names in outdir, then delete all but the newest checkpoints."""
+    for name, state in states.items():
+        save_checkpoint(run.outdir / name, {**state, **about})
+    if run.keep_checkpoints:
+        for old in checkpoints_in(run.outdir)[: -run.keep_checkpoints]:
+            old.unlink()
 
 
 # Token files
 # -----------
-# A `TokenDataset` is an array of ids that stays on disk until a slice of it is read, like the
-# np.memmap of chapter 4. Most of its lines check that files are what they claim to be.
-
-METADATA_TYPES: dict[str, Any] = {
-    "dtype": str, "vocab_size": int, "num_tokens": int,
-    "floor_nats_per_byte": (float, type(None)), "tokenizer_sha256": (str, type(None)),
-}
 
 
-def check_types(content: dict, expected: dict[str, Any]) -> None:
-    """Raise UserError if an entry isn't of its expected type."""
-    for key, value in content.items():
-        if not isinstance(value, expected.get(key, object)):
-            raise UserError(f"{key} is {value!r}")
+class TokenFile(typing.NamedTuple):
+    """A file of token ids, and what is known about it."""
+
+    path: Path
+    ids: np.ndarray  # an np.memmap, as in chapter 4: it's read when used
+    vocab_size: int
+    tokenizer_sha256: str | None = None
+    # The entropy of generated text (chapter 8), in nats per byte: the loss that no model can be
+    # expected to beat. None for other text.
+    floor: float | None = None
+
+    def check(self, ids: Any) -> None:
+        """Raise UserError if one of these ids is outside the vocabulary.
+
+        TRAP: on a GPU, such an id triggers a device-side assert that names neither the file nor
+        the id and kills the process.
+        """
+        if ids.max() >= self.vocab_size:
+            raise UserError(f"{self.path} holds the id {ids.max()}, outside the vocabulary of "
+                            f"{self.vocab_size}: another tokenizer made it")
 
 
-def load_metadata(token_file: Path) -> dict:
-    """What NAME.bin.json says about NAME.bin; {} if there's none, as for nanoGPT's files."""
-    path, kind = Path(f"{token_file}.json"), "metadata file"
-    if not path.is_file():
-        return {}
-    metadata = read_json(path, kind)
-    with file_errors(path, kind):
-        check_types(metadata, METADATA_TYPES)
-        if (dtype := metadata.get("dtype", "uint16")) not in ("uint16", "uint32"):
-            raise UserError(f"dtype is {dtype!r}, not uint16 or uint32")
-    return metadata
+def open_tokens(path: Path, vocab_size: int = 0) -> TokenFile:
+    """The token file at `path`, with its metadata. nanoGPT's files, which have none, work, too.
+
+    `vocab_size` 0 takes the metadata's; a larger one only costs memory. Raises UserError if the
+    file is cut short or contradicts its metadata.
+    """
+    metadata: dict[str, Any] = {"dtype": "uint16", "vocab_size": 0}
+    if (description := Path(f"{path}.json")).is_file():
+        metadata |= read_json(description, "metadata file")
+    elif not is_binary(path):
+        raise UserError(f"{path} is text, not a token file: encode it with bpe-encode")
+    with file_errors(path, "token file"):
+        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[metadata["dtype"]])
+        ids = np.memmap(path, dtype, mode="r")
+        if metadata.get("num_tokens", len(ids)) != len(ids):
+            raise UserError(f"it has {len(ids)} tokens, not {metadata['num_tokens']}")
+        if not metadata["vocab_size"] <= (vocab_size or metadata["vocab_size"]) > 0:
+            raise UserError(f"--vocab_size is {vocab_size or 'missing'}, and its metadata says "
+                            f"{metadata['vocab_size'] or 'nothing'}")
+    return TokenFile(path, ids, vocab_size or metadata["vocab_size"],
+                     metadata.get("tokenizer_sha256"), metadata.get("floor_nats_per_byte"))
 
 
 def check_same_tokenizer(hashes: dict[Any, str | None]) -> None:
@@ -4183,90 +3754,6 @@ def check_same_tokenizer(hashes: dict[Any, str | None]) -> None:
             raise UserError(f"{name} was made with a different tokenizer from {known[0]}")
 
 
-def is_text(path: Path) -> bool:
-    """Whether a file begins with 100 characters of UTF-8, none of them zero.
-
-    Token files hardly ever do: half of the bytes of small ids are zero.
-    """
-    with open(path, "rb") as file, contextlib.suppress(UnicodeDecodeError):
-        start = codecs.getincrementaldecoder("utf-8")().decode(file.read(8000))
-        return len(start) >= 100 and "\0" not in start
-    return False
-
-
-class TokenDataset:
-    """Token files as one long array of ids: `dataset[start:stop]` reads them from disk.
-
-    Ids are uint16 unless the metadata says otherwise. `vocab_size` 0 takes the metadata's; a
-    larger one is fine and only costs memory. Raises UserError if a file is cut short or if
-    the files contradict their metadata or each other.
-    """
-
-    def __init__(self, paths: Sequence[str | Path], vocab_size: int = 0):
-        self.paths = [Path(path) for path in paths]
-        names, metadata = ", ".join(map(str, paths)), [load_metadata(p) for p in self.paths]
-        self.dtypes = [np.dtype(m.get("dtype", "uint16")).newbyteorder("<") for m in metadata]
-        lengths = []
-        # Held open, so that a file replaced during training doesn't change what we read.
-        self.files = [open(path, "rb") for path in self.paths]
-        for path, file, dtype, stated in zip(self.paths, self.files, self.dtypes, metadata):
-            if "num_tokens" not in stated and is_text(path):
-                raise UserError(f"{path} is text, not a token file: encode it with bpe-encode")
-            length, rest = divmod(size := os.fstat(file.fileno()).st_size, dtype.itemsize)
-            if rest or stated.get("num_tokens", length) != length:
-                raise UserError(f"{path} is damaged: {size} bytes don't match its metadata")
-            lengths.append(length)
-        self.lengths, self.ends = lengths, np.cumsum(lengths)  # `ends` in the whole sequence
-        sizes = {m["vocab_size"] for m in metadata if "vocab_size" in m}
-        if len(sizes) > 1 or vocab_size and sizes and vocab_size < max(sizes):
-            raise UserError(f"vocab_size is {vocab_size or 'not given'}, but {names} state "
-                            f"{' and '.join(map(str, sorted(sizes)))}")
-        self.vocab_size = vocab_size or next(iter(sizes), 0)
-        if not self.vocab_size:
-            raise UserError(f"{self.paths[0]} has no metadata: give --vocab_size")
-        if len({m.get("tokenizer_sha256") for m in metadata}) > 1:
-            raise UserError(f"{names} were encoded by different tokenizers")
-        self.tokenizer_sha256 = metadata[0].get("tokenizer_sha256")
-        # The entropy of generated text (chapter 8), the loss that no model can be expected to
-        # beat. It isn't known for other text, or for a mix.
-        self.floor = metadata[0].get("floor_nats_per_byte") if len(metadata) == 1 else None
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def check_length(self, needed: int) -> None:
-        """Raise UserError if the dataset holds fewer tokens."""
-        if len(self) < needed:
-            raise UserError(f"{self.paths[0]} holds {len(self)} tokens, too few: "
-                            f"{needed} are needed")
-
-    def check_ids(self, first: int, stride: int) -> None:
-        """Read every `stride`-th chunk, to find bad ids now and not at the first evaluation."""
-        for start in range(first * CHUNK, len(self), stride * CHUNK):
-            _ = self[start : start + CHUNK]  # raises for a bad id
-
-    def __getitem__(self, window: slice) -> np.ndarray:
-        """The ids of a slice, int64. Raises UserError if one is outside the vocabulary."""
-        start, stop, _ = window.indices(len(self))
-        parts = [np.empty(0, np.int64)]
-        for file, dtype, end, length in zip(self.files, self.dtypes, self.ends, self.lengths):
-            if start < end and start < stop:
-                # WHY a new map for each read: all that has been read through one map counts as
-                # this process's memory, in the end the whole file.
-                with file_errors(file.name, "token file"):
-                    mapped = np.memmap(file, dtype, mode="r", shape=(length,))
-                offset = length - (end - start)  # of `start` in this file
-                parts.append(mapped[offset : offset + stop - start].astype(np.int64))
-                start += len(parts[-1])
-        ids = np.concatenate(parts)
-        # TRAP: on a GPU, an id outside the embedding triggers a device-side assert that names
-        # neither the file nor the id and kills the process.
-        if ids.max(initial=0) >= self.vocab_size:
-            raise UserError(f"{self.paths[0]} holds the id {ids.max()}, outside the vocabulary "
-                            f"of {self.vocab_size}: another tokenizer made it")
-        return ids
-
-
 # Evaluation
 # ----------
 
@@ -4276,40 +3763,34 @@ class ValidationSet:
 
     All windows, end to end, or `limit` of them, spread evenly. The last may be shorter, so that
     all tokens but the first are predicted once. For example, with 12 tokens and a context of
-    2, they begin at 0, 2, 4, 6, 8 and 10; three of them at 0, 4 and 10. Raises UserError if
-    there are fewer than two tokens, or ids that `tokenizer` lacks.
+    2, they begin at 0, 2, 4, 6, 8 and 10; three of them at 0, 4 and 10.
     """
 
     def __init__(
-        self, tokens: TokenDataset, context_length: int, limit: int = 0,
+        self, tokens: TokenFile, context_length: int, limit: int = 0,
         tokenizer: Tokenizer | None = None,
     ):
-        tokens.check_length(2)
-        self.tokens, self.T, self.text = tokens, min(context_length, len(tokens) - 1), b""
-        self.starts = np.arange(0, len(tokens) - 1, self.T)
+        if len(tokens.ids) < 2:
+            raise UserError(f"{tokens.path} holds only {len(tokens.ids)} token")
+        self.tokens, self.T, self.text = tokens, min(context_length, len(tokens.ids) - 1), b""
+        self.starts = np.arange(0, len(tokens.ids) - 1, self.T)
         if limit and limit < len(self.starts):
             at = np.linspace(0, len(self.starts) - 1, limit).round().astype(int)
             self.starts = self.starts[at]
-        ids = np.concatenate([self.tokens[i + 1 : i + self.T + 1] for i in self.starts])
+        ids = np.concatenate([tokens.ids[i + 1 : i + self.T + 1] for i in self.starts])
+        tokens.check(np.append(ids, tokens.ids[self.starts]))
         if tokenizer:
-            with file_errors(tokens.paths[0], "token file of this tokenizer"):
-                self.text = tokenizer.decode_bytes(ids[ids != tokenizer.eot_id].tolist())
+            self.text = tokenizer.decode_bytes(ids[ids != tokenizer.eot_id].tolist())
         self.bytes_per_token = len(self.text) / len(ids)  # 0 if unknown
-        counts = np.bincount(ids)
-        shares = counts[counts > 0] / len(ids)
-        self.unigram_loss = -float((shares * np.log(shares)).sum())
 
     @torch.no_grad()
-    def loss(
-        self, model: TransformerWithLoss, batch_size: int, autocast: Any = None,
-        signals: Sequence[int] = (),
-    ) -> float | None:
-        """Collective: the mean loss of all tokens, in nats; None if `signals` isn't empty.
+    def loss(self, model: TransformerWithLoss, batch_size: int, autocast: Any = None) -> float:
+        """Collective: the mean loss of all tokens, in nats.
 
         It doesn't depend on batch_size or the number of processes.
         """
         rank, world_size, training = get_rank(), get_world_size(), model.training
-        sums, stopped = torch.zeros(2, dtype=torch.float64), False  # nats, tokens
+        sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
         model.eval()  # switches off dropout, if somebody adds it
         for first in range(0, len(self.starts), batch_size * world_size):
             # Every process must take part in every forward pass, with tensors of the same
@@ -4317,51 +3798,41 @@ class ValidationSet:
             windows = torch.full((batch_size, self.T + 1), -100)
             mine = self.starts[first + rank : first + batch_size * world_size : world_size]
             for row, start in zip(windows, mine):
-                ids = torch.from_numpy(self.tokens[start : start + self.T + 1])
-                row[: len(ids)] = ids
+                ids = self.tokens.ids[start : start + self.T + 1].astype(np.int64)
+                row[: len(ids)] = torch.from_numpy(ids)
             windows = windows.to(model.rope.device)
             inputs, targets = windows[:, :-1].clamp(min=0), windows[:, 1:]  # (B, T) each
             with autocast or contextlib.nullcontext(), without_compiling():
                 loss = model(inputs, targets)
             count = int((targets >= 0).sum())
             sums += torch.tensor([loss.item() * count, count])
-            if stopped := any_process(signals):
-                break
         reshard(model)
         model.train(training)
         nats, count = sum_over_processes(sums).tolist()
-        return None if stopped else nats / count
+        return nats / count
 
     def report(self, loss: float, compare: bool = False) -> tuple[dict[str, float], str]:
         """A loss per token in other units: as a dictionary, and as text for the log.
 
         WHY per byte: a small vocabulary has short tokens that are easy to guess, so losses per
-        token can't be compared between tokenizers. Bytes are the same for all.
-
-        If `compare`, also what two simple models of this text reach. A unigram model knows how
-        often each token occurs in it and nothing else. lzma, the method of xz, finds
-        repetitions. A language model that has learned something beats the first clearly; one
-        that beats the second knows more than this text's own repetitions.
+        token can't be compared between tokenizers. Bytes are the same for all. If `compare`,
+        also what lzma makes of this text, the method of xz, which finds repetitions: a model
+        that beats it knows more than these.
         """
         result = {"valid_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         text = f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}"
         if self.text:
-            nats, bits = loss / self.bytes_per_token, loss / self.bytes_per_token / math.log(2)
-            result |= {"nats_per_byte": nats, "bits_per_byte": bits}
-            text += f", {nats:.4f} nats = {bits:.4f} bits per byte"
+            nats = loss / self.bytes_per_token
+            result |= {"nats_per_byte": nats, "bits_per_byte": nats / math.log(2)}
+            text += f", {nats:.4f} nats = {nats / math.log(2):.4f} bits per byte"
             if floor := self.tokens.floor:
                 result["floor_nats_per_byte"] = floor
                 text += f"; the floor is {floor:.4f} nats, this is {nats / floor - 1:+.1%}"
-        if compare:
-            result["unigram_loss"] = self.unigram_loss
-            text += f"\nbaselines: token frequencies alone {self.unigram_loss:.4f} nats"
-        if compare and self.text:
-            bits = self.unigram_loss / self.bytes_per_token / math.log(2)
-            # Preset 9 is 6 with a larger dictionary: no gain below 8 MiB, and more memory.
-            size = len(lzma.compress(self.text, preset=6 | lzma.PRESET_EXTREME))
-            lzma_bits = 8 * size / len(self.text)
-            result |= {"unigram_bits_per_byte": bits, "lzma_bits_per_byte": lzma_bits}
-            text += f" = {bits:.4f} bits per byte, lzma {lzma_bits:.4f} bits per byte"
+            if compare:
+                # Preset 9 is 6 with a larger dictionary: no gain below 8 MiB, and more memory.
+                size = len(lzma.compress(self.text, preset=6 | lzma.PRESET_EXTREME))
+                result["lzma_bits_per_byte"] = 8 * size / len(self.text)
+                text += f" (lzma: {result['lzma_bits_per_byte']:.4f} bits)"
         return result, text
 
 
@@ -4369,134 +3840,278 @@ class ValidationSet:
 # -------
 
 
-def flops_per_token(model: Transformer) -> int:
-    """Floating-point operations of one token's forward and backward pass.
+def log_training(
+    trainer: Trainer, step: int, losses: list, grad_norm: Tensor, seconds: list[float],
+    num_tokens: int,
+) -> dict:
+    """Collective: log a line about the last steps. Returns it as a row of metrics.jsonl.
 
-    6 for each parameter in a matmul (2 forward, 4 backward), and 6 * T * D per block for
-    attention (Chowdhery et al. 2022, PaLM, appendix B, halved, since the mask hides half of the
-    scores). Worked example: one block of width 2 with d_ff 3 has 4 * 4 + 3 * 6 = 34 parameters,
-    the head 5 * 2, tied or not, and attention counts as 7 * 2: 6 * (34 + 10 + 14) = 348.
-
-    >>> flops_per_token(Transformer(ModelConfig(
-    ...     5, context_length=7, num_layers=1, d_model=2, num_heads=1, d_ff=3)))
-    348
+    Raises UserError if nothing has been learned for many steps.
     """
-    c = model.config
-    matmuls = sum(m.weight.numel() for m in model.modules() if isinstance(m, Projection))
-    return 6 * (matmuls + c.num_layers * c.context_length * c.num_heads * c.head_dim)
-
-
-# Peak TFLOP/s of dense bfloat16 matmuls, from the vendors' data sheets. The log shows what
-# fraction of it the model's arithmetic uses: MFU, model FLOPs utilization.
-PEAK_TFLOPS = {
-    "A100": 312, "A10G": 70, "A40": 150, "B200": 2250, "H100 NVL": 835, "H100 PCIe": 756,
-    "H100": 989, "H200": 989, "L4": 121, "L40": 181, "L40S": 362, "RTX 3090": 71,
-    "RTX 4090": 165, "RTX 5090": 210,
-}
-
-
-def flags_to_save(*configs: Any) -> dict:
-    """Flags as plain values with absolute paths, for a checkpoint, by name."""
-    omitted = ("outdir", "resume", "tokenizer_path")  # outdir has a copy of the last
-    flags = {name: value for config in configs for name, value in vars(config).items()
-             if name not in omitted}
-    return json.loads(json.dumps(flags, default=lambda path: str(path.absolute())))
-
-
-def restore_flags(state: dict, given: dict, *configs: Any) -> None:
-    """Fill in the flags that the user didn't give from a checkpoint's run."""
-    saved = state.get("run", {})
-    with file_errors(state["path"], "checkpoint"):
-        check_types(saved, dict.fromkeys(("train_tokens", "valid_tokens"), list | None))
-        for config in configs:
-            for name in vars(config).keys() & saved.keys() - given.keys():
-                setattr(config, name, saved[name])
-            check_config(config)
-
-
-def import_optional(module: str, package: str) -> Any:
-    """An optional module. Raises UserError that names its package if that's missing."""
-    with contextlib.suppress(ImportError):
-        return importlib.import_module(module)
-    raise UserError(f"this needs the package {package}: pip install {package}, or "
-                    f"uv run --with {package} scratchformer.py ...")
+    max_steps, seen = trainer.optim.max_steps, step * trainer.tokens_per_step
+    loss = torch.tensor(mean_over_processes(losses)).mean().item()
+    seconds_per_step = sum(seconds) / len(seconds)
+    record = {"tokens_seen": seen, "epochs": seen / num_tokens, "train_loss": loss,
+              "lr": trainer.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
+              "tokens_per_second": round(trainer.tokens_per_step / seconds_per_step, 1),
+              "skipped_steps": int(trainer.scaler.skipped)}
+    line = (f"step {step:>6}/{max_steps}  {seen / 1e6:,.1f}M tokens, "
+            f"{record['epochs']:.2f} epochs  loss {loss:.4f}  lr {record['lr']:.2e}  "
+            f"norm {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tok/s")
+    if trainer.device.type == "cuda":
+        record["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        line += f"  {record['memory_gib']:.1f} GiB"
+    if record["skipped_steps"]:
+        line += f"  {record['skipped_steps']} skipped"
+    if step > 1:  # the first step says nothing about the others
+        line += f"  {format_duration(seconds_per_step * (max_steps - step))} left"
+    log(line)
+    skips = int(trainer.scaler.consecutive_skips)
+    if skips >= trainer.scaler.MAX_CONSECUTIVE_SKIPS:
+        raise UserError("loss or gradients have not been finite since step "
+                        f"{step - skips + 1}: try a smaller --lr or another --dtype")
+    return record
 
 
 def json_line(record: dict) -> str:
-    """`record` as one line. JSON has no NaN and no infinity: they become null."""
+    """`record` as one line. JSON has no NaN and no infinity: they become null.
+
+    >>> json_line({"step": 7, "train_loss": math.nan})
+    '{"step": 7, "train_loss": null}'
+    """
     return json.dumps({name: None if isinstance(x, float) and not math.isfinite(x) else x
                        for name, x in record.items()})
 
 
-class Metrics:
-    """metrics.jsonl: one JSON object per logged step, as if no run had been interrupted."""
+def write_metrics(outdir: Path, record: dict) -> None:
+    """Append a line to metrics.jsonl. A full disk, which may have room again, isn't fatal."""
+    try:
+        with open(outdir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json_line(record) + "\n")
+    except OSError as error:
+        log(error_message(error))
 
-    def __init__(self, outdir: Path, last_step: int, tensorboard: bool):
-        """Keep what an interrupted run wrote up to `last_step`, and drop what came after."""
-        self.path, self.board, kept = outdir / "metrics.jsonl", None, []
-        for line in self.path.read_bytes().splitlines() if self.path.is_file() else []:
-            with contextlib.suppress(Exception):  # the last line of a killed run is cut short
+
+def trim_metrics(outdir: Path, last_step: int) -> None:
+    """Drop what an interrupted run wrote to metrics.jsonl after `last_step`."""
+    path = outdir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    with atomic_write(path) as file:
+        for line in lines:
+            with contextlib.suppress(Exception):  # a killed run's last line is cut short
                 if json.loads(line)["step"] <= last_step:
-                    kept.append(line + b"\n")
-        with atomic_write(self.path) as file:
-            file.writelines(kept)
-        if tensorboard:
-            module = import_optional("torch.utils.tensorboard", "tensorboard")
-            self.board = module.SummaryWriter(str(outdir), purge_step=last_step + 1)
-
-    def write(self, record: dict) -> None:
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json_line(record) + "\n")
-        except OSError as error:  # a full disk, which may have room again later
-            log(f"{self.path}: {error.strerror}")
-        if self.board:
-            for name in record.keys() - {"step"}:
-                self.board.add_scalar(name, record[name], record["step"])
-            self.board.flush()
+                    file.write(line)
 
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
     """The numbers of signals received: Ctrl-C, SIGTERM, SIGHUP. A second Ctrl-C exits."""
     received: list[int] = []
+    patience = 0.0
 
-    def listen(reader: int) -> None:
-        with open(reader, "rb", buffering=0) as pipe:
-            while number := pipe.read(1):
-                if not received:
-                    start = time.monotonic()
-                    log("stopping after this step; Ctrl-C again to quit without saving")
-                # torchrun and the terminal may both pass on one Ctrl-C: hence one second.
-                elif number[0] == signal.SIGINT and time.monotonic() - start > 1:
-                    os._exit(128 + number[0])
-                received.append(number[0])
+    def handle(number: int, frame: Any) -> None:
+        nonlocal patience
+        if not received:
+            # torchrun and the terminal may both pass on one Ctrl-C: hence one second.
+            patience = time.monotonic() + 1
+            if is_main_process():  # TRAP: a handler may interrupt a print, so it can't print
+                os.write(2, b"stopping after this step; Ctrl-C again to quit without saving\n")
+        elif number == signal.SIGINT and time.monotonic() > patience:
+            os._exit(128 + number)
+        received.append(number)
 
     # Signals that are ignored stay ignored: that's how nohup works.
-    before = {number: signal.signal(number, lambda *_: None) for number in signal.Signals
-              if number.name in ("SIGINT", "SIGTERM", "SIGHUP")
-              and signal.getsignal(number) != signal.SIG_IGN}
-    # WHY a thread: Python runs a handler between two of its own instructions, and one
-    # backward pass can take a minute. The number of the signal arrives in the pipe at once.
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
-    threading.Thread(target=listen, args=(reader,), daemon=True).start()
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+               if hasattr(signal, name)]
+    before = {number: signal.signal(number, handle) for number in numbers
+              if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield received
     finally:
-        signal.set_wakeup_fd(-1)
-        os.close(writer)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# The command
+# -----------
+
+
+def load_any_checkpoint(path: Path) -> dict:
+    """A checkpoint, a run's newest one, or the model in a Hugging Face Llama directory."""
+    return load_hf_model(path) if (path / "config.json").is_file() else load_checkpoint(path)
+
+
+def load_tokenizer(
+    path: Path | None, checkpoint: str | None, hashes: dict, vocab_size: int
+) -> Tokenizer | None:
+    """The tokenizer at `path`, or the copy that training left beside `checkpoint`, if any.
+
+    Raises UserError if another tokenizer made what has `hashes`.
+    """
+    if not path and checkpoint:
+        beside = Path(checkpoint)
+        path = (beside if beside.is_dir() else beside.parent) / "tokenizer.json"
+        path = path if path.is_file() else None
+    tokenizer = Tokenizer.load(path) if path else None
+    check_same_tokenizer({**hashes, path: tokenizer.fingerprint() if tokenizer else None})
+    if tokenizer and tokenizer.vocab_size > vocab_size:
+        raise UserError(f"{path} has more ids than the model: {tokenizer.vocab_size}, not "
+                        f"{vocab_size}")
+    return tokenizer
+
+
+def load_start(run: RunConfig) -> dict:
+    """What training starts from: a state to resume, a model's weights, or only a step, 0.
+
+    Raises UserError rather than mix a fresh run with the files of another.
+    """
+    checkpoints = checkpoints_in(run.outdir)
+    logs = [path for path in run.outdir.glob("metrics.jsonl") if path.stat().st_size]
+    if (checkpoints and not run.resume) or (logs and not checkpoints):
+        raise UserError(f"{run.outdir} holds {[*logs, *checkpoints][-1].name} of another run: "
+                        "choose another --outdir, or continue a run with --resume")
+    if checkpoints:
+        state = load_checkpoint(run.outdir)
+        if "optimizer" not in state:
+            raise UserError(f"{state['path']} has no optimizer state (--weights_only): start "
+                            "from it with --init_from, or remove it")
+        best = run.outdir / BEST
+        best_loss = read_checkpoint(best)["valid_loss"] if best.is_file() else math.inf
+        return {**state, "best_loss": best_loss}
+    if run.resume:
+        log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
+    state = load_any_checkpoint(run.init_from) if run.init_from else {}
+    kept = {"model", "model_config", "path", "tokenizer_sha256"} & state.keys()
+    return {"step": 0, "best_loss": math.inf, "losses": [],
+            **{name: state[name] for name in kept}}
+
+
+def resolve_model_config(given: dict, model: LlamaConfig, start: dict) -> LlamaConfig:
+    """The configuration of the model in `start`, if there is one and the user's flags agree.
+
+    context_length may differ for --init_from, because no parameter depends on it.
+    """
+    if "model_config" not in start:
+        return model
+    config = config_from_dict(start["model_config"])
+    if "context_length" in given and not start["step"]:
+        config.context_length = model.context_length
+    for name in vars(config).keys() & given.keys():
+        if getattr(model, name) not in (0, getattr(config, name)):
+            raise UserError(f"--{name} is {getattr(model, name)}, but the model in "
+                            f"{start['path']} has {getattr(config, name)}")
+    return config
+
+
+@contextlib.contextmanager
+def own_outdir(outdir: Path) -> Iterator[None]:
+    """Make outdir, and refuse it if another run is writing to it. Process 0 only."""
+    if not is_main_process() or os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    outdir.mkdir(parents=True, exist_ok=True)
+    with open(outdir / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {outdir}") from None
+        except OSError:  # a file system without locks
+            pass
+        for leftover in outdir.glob(".*.pt.*.tmp"):  # by a process that was killed
+            leftover.unlink()
+        yield
+
+
+def open_data(
+    start: dict, data: DataConfig, config: LlamaConfig, run: RunConfig
+) -> tuple[TokenFile, ValidationSet | None, Tokenizer | None]:
+    """Training data, validation data, tokenizer. Raises UserError unless all fit each other.
+
+    Only process 0 reads the tokenizer.
+    """
+    if not data.train_tokens:
+        raise UserError("--train_tokens is required: a token file to learn from")
+    tokens = open_tokens(Path(data.train_tokens), config.vocab_size)
+    if len(tokens.ids) < 2 * config.context_length:
+        raise UserError(f"{tokens.path} holds {len(tokens.ids)} tokens, fewer than two windows "
+                        f"of --context_length {config.context_length}")
+    valid_tokens, valid, tokenizer = tokens, None, None
+    if data.valid_tokens:
+        valid_tokens = open_tokens(Path(data.valid_tokens), tokens.vocab_size)
+    if is_main_process():
+        hashes = {tokens.path: tokens.tokenizer_sha256,
+                  valid_tokens.path: valid_tokens.tokenizer_sha256,
+                  start.get("path"): start.get("tokenizer_sha256")}
+        tokenizer = load_tokenizer(
+            data.tokenizer_path, start.get("path"), hashes, tokens.vocab_size)
+    if data.valid_tokens:
+        valid = ValidationSet(valid_tokens, config.context_length, run.eval_windows, tokenizer)
+    return tokens, valid, tokenizer
+
+
+def train(
+    given: dict, data: DataConfig, model: LlamaConfig, optim: RunOptimizerConfig,
+    run: RunConfig, speed: SpeedConfig, processes: ProcessConfig,
+) -> int:
+    """Train a Transformer on token files. Under torchrun, on many devices."""
+    check_processes(speed, processes)
+    device = pick_device(speed.device)
+    dtype = pick_dtype(speed.dtype, device)
+    # Process 0 alone reads and writes outdir, and reads init_from and the tokenizer. It tells
+    # the others what it found. Token files are read by all.
+    saved = load_start(run) if is_main_process() else {}
+    with process_group(device), catch_signals() as signals, own_outdir(run.outdir):
+        start = broadcast({k: x for k, x in saved.items() if k not in ("model", "optimizer")})
+        old = start.get("run", {})
+        for flags in (data, optim, run):  # what isn't given keeps its value
+            for name in vars(flags).keys() & old.keys() - given.keys():
+                kind = Path if name.endswith("_tokens") and old[name] else lambda value: value
+                setattr(flags, name, kind(old[name]))
+            check_config(flags)
+        config = resolve_model_config(given, model, start)
+        if start["step"] >= optim.max_steps:
+            log(f"nothing left to do: {run.outdir} holds a checkpoint of step {start['step']}, "
+                f"and --max_steps is {optim.max_steps}")
+            return 0
+        tokens, valid, tokenizer = open_data(start, data, config, run)
+        config.vocab_size = tokens.vocab_size
+        trainer = Trainer(config, data, optim, speed, processes, device, dtype,
+                          saved.get("model"))
+        if old.get("optimizer") == optim.optimizer:  # another one begins with a new state
+            restore_optimizer(saved.get("optimizer", {}), trainer.model, trainer.params,
+                              trainer.optimizer)
+        if old:
+            trainer.scaler.load_state_dict(start["scaler"])
+        saved.clear()  # frees its tensors
+        new = {name: str(value.absolute()) if isinstance(value, Path) else value
+               for flags in (data, optim, run) for name, value in vars(flags).items()
+               if name not in ("outdir", "resume", "init_from", "tokenizer_path")}
+        new["tokens_per_step"] = trainer.tokens_per_step
+        changed = [f"{name} {old[name]} -> {new[name]}" for name in old
+                   if old[name] != new[name]]
+        if changed:
+            log("changed since the checkpoint: " + ", ".join(changed))
+        start["about"] = {"run": new, "tokenizer_sha256": tokens.tokenizer_sha256 or (
+            tokenizer and tokenizer.fingerprint())}
+        if is_main_process():
+            trim_metrics(run.outdir, start["step"])
+            if tokenizer:
+                tokenizer.save(run.outdir / "tokenizer.json")
+        num_parameters = sum(p.numel() for p in trainer.model.parameters())
+        log(f"{device}, {str(dtype).removeprefix('torch.')}, processes: {get_world_size()}, "
+            f"{num_parameters:,} parameters, {trainer.tokens_per_step:,} tokens per step, "
+            f"steps {start['step']} to {optim.max_steps}, in {run.outdir}")
+        return run_training(trainer, run, tokens, valid, start, signals)
 
 
 # Exercises
 # 1. Leave out `/ count` in `step` and train with --grad_accum_steps 4. Loss and gradient norm
 #    are four times what they were, yet the model learns nearly as before, because clipping and
 #    AdamW both divide the factor out. Only the log shows it: the loss starts at 4 ln V.
-# 2. Log the norm of the parameters beside that of the gradients: one line in `log_step`. It
-#    grows while the model learns.
+# 2. Log the norm of the parameters beside that of the gradients, in `log_training`. It grows
+#    while the model learns.
 
 
 # ========================================================================================
@@ -4538,56 +4153,37 @@ UNICODE_TO_BYTE = {character: byte for byte, character in BYTE_TO_UNICODE.items(
 def token_to_unicode(token: bytes) -> str:
     """A token as it is spelled in a tokenizer.json.
 
-    >>> token_to_unicode(b" the")
-    'Ġthe'
+    >>> token_to_unicode(b" the"), unicode_to_token("Ġthe")
+    ('Ġthe', b' the')
     """
-    return token.decode("latin-1").translate(BYTE_TO_UNICODE)
+    return "".join(BYTE_TO_UNICODE[byte] for byte in token)
 
 
 def unicode_to_token(name: str) -> bytes:
     """The inverse of `token_to_unicode`."""
-    try:
-        return bytes([UNICODE_TO_BYTE[character] for character in name])
-    except KeyError:
-        message = f"token {name!r} has characters outside GPT-2's byte alphabet"
-        raise UserError(message) from None
+    return bytes(UNICODE_TO_BYTE[character] for character in name)
 
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
     """The content of the tokenizer.json for `tokenizer`."""
-    names = {i: token_to_unicode(token) for i, token in tokenizer.vocab.items()}
-    specials = {i: token for token, i in sorted(tokenizer.special_tokens.items())}
-    names |= specials
-    if repeated := [name for name, count in Counter(names.values()).items() if count > 1]:
-        raise UserError(f"special token {repeated[0]!r} collides with another token")
-    is_gpt2 = tokenizer.pattern == PRETOKEN_PATTERN
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    pre_tokenizer = {**byte_level, "use_regex": is_gpt2}
-    if not is_gpt2:
-        split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern},
-                 "behavior": "Isolated", "invert": False}
-        pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, pre_tokenizer]}
+    specials = dict(sorted(tokenizer.special_tokens.items(), key=lambda item: item[1]))
+    ordinary = tokenizer.vocab.keys() - set(specials.values())
+    vocab = {token_to_unicode(tokenizer.vocab[i]): i for i in sorted(ordinary)}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern},
+             "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": False}
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": specials[i], **flags, "special": True}
-                         for i in sorted(specials)],
-        "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": {**byte_level, "use_regex": True},
+        "added_tokens": [{"id": i, "content": token, **flags, "special": True}
+                         for token, i in specials.items()],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "decoder": byte_level,
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
             "ignore_merges": tokenizer.ignore_merges,
-            "vocab": {names[i]: i for i in sorted(names)},
+            "vocab": vocab | specials,
             "merges": [list(map(token_to_unicode, merge)) for merge in tokenizer.merges],
         },
     }
@@ -4597,62 +4193,55 @@ def tokenizer_from_json(content: Any, path: str | Path) -> Tokenizer:
     """The tokenizer described by the content of the tokenizer.json at `path`."""
     with file_errors(path, "tokenizer.json"):
         check_supported(content)
-        specials = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
-        vocab = {i: text_to_bytes(name) if name in specials else unicode_to_token(name)
-                 for name, i in content["model"]["vocab"].items()}
+        model, pattern = content["model"], pattern_from_json(content["pre_tokenizer"])
+        specials = {token["content"]: token["id"] for token in content["added_tokens"]}
+        vocab = {i: unicode_to_token(name) for name, i in model["vocab"].items()
+                 if name not in specials}
         vocab |= {i: text_to_bytes(token) for token, i in specials.items()}
-        if not all(type(i) is int and 0 <= i < 1 << 31 for i in vocab):
-            raise UserError("an id is not an integer from 0 to 2^31 - 1")
         pairs = [merge.split(" ") if isinstance(merge, str) else merge
-                 for merge in content["model"]["merges"]]
+                 for merge in model["merges"]]
         merges = [(unicode_to_token(left), unicode_to_token(right)) for left, right in pairs]
-        return Tokenizer(vocab, merges, list(specials), pattern_from_json(content),
-                         bool(content["model"].get("ignore_merges")))
-
-
-def pattern_from_json(content: dict) -> str:
-    """The pattern of a tokenizer.json. Raises UserError if it isn't one regular expression."""
-    whole = content.get("pre_tokenizer") or {}
-    steps = whole.get("pretokenizers") or [whole]
-    step_types = [step.get("type") for step in steps]
-    use_regex = steps[-1].get("use_regex", True)
-    if steps[-1].get("add_prefix_space"):
-        raise UserError("its pre-tokenizer adds a space before the text")
-    if step_types == ["ByteLevel"] and use_regex:
-        return PRETOKEN_PATTERN
-    if step_types == ["Split", "ByteLevel"] and not use_regex:
-        pieces_stay = steps[0]["behavior"] == "Isolated" and not steps[0].get("invert")
-        if pieces_stay and "Regex" in steps[0]["pattern"]:
-            return steps[0]["pattern"]["Regex"]
-    if step_types == ["Digits", "ByteLevel"] and use_regex:
-        # Digits are split off first, one by one or as a run; then GPT-2's pattern sees each
-        # piece alone, so whitespace before a digit behaves like whitespace at the end.
-        digits = r"\p{N}" if steps[0].get("individual_digits") else r"\p{N}+"
-        return PRETOKEN_PATTERN.replace(r" ?\p{N}+", digits).replace(
-            r"\s+(?!\S)", r"\s+(?![^\s\p{N}])")
-    raise UserError(f"its pre-tokenizer is {whole}, not ByteLevel, alone or after one Split on "
-                    "a regular expression or Digits")
+        return Tokenizer(vocab, merges, list(specials), pattern,
+                         bool(model.get("ignore_merges")))
 
 
 def check_supported(content: Any) -> None:
     """Raise UserError if a tokenizer.json does something that `Tokenizer` does not."""
-    model, after = content["model"], content.get("post_processor") or {}
-    after_types = {step.get("type", "ByteLevel") for step in after.get("processors", [after])}
-    unsupported = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    reasons = [
-        (model.get("type", "BPE") != "BPE", f"its model is {model.get('type')}, not BPE"),
-        *((model.get(key), f"its {key} is {model.get(key)!r}") for key in unsupported),
-        (model.get("byte_fallback"), "it is a SentencePiece conversion (byte_fallback)"),
-        (content.get("normalizer"), f"it normalizes text: {content.get('normalizer')}"),
-        (after_types - {"ByteLevel", "TemplateProcessing"},
-         f"its post-processor is {after_types}"),
-        *((entry.get("single_word") or entry.get("lstrip") or entry.get("rstrip"),
-           f"added token {entry['content']!r} also matches spaces around it")
-          for entry in content["added_tokens"]),
-    ]
-    for wrong, reason in reasons:
-        if wrong:
-            raise UserError(reason)
+    supported = {"type": "BPE", "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                 "byte_fallback": None, "dropout": None}
+    for key, value in supported.items():
+        if (content["model"].get(key) or value) != value:
+            raise UserError(f"its model has {key} {content['model'][key]!r}")
+    if content.get("normalizer"):
+        raise UserError(f"it normalizes text: {content['normalizer']}")
+    for token in content["added_tokens"]:
+        if token.get("single_word") or token.get("lstrip") or token.get("rstrip"):
+            raise UserError(f"added token {token['content']!r} also matches what is around it")
+
+
+def pattern_from_json(pre_tokenizer: Any) -> str:
+    """The pattern of a tokenizer.json. Raises UserError if it isn't one regular expression."""
+    match pre_tokenizer:
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            if pre_tokenizer.get("use_regex", True):
+                return PRETOKEN_PATTERN
+        case {"pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated",
+             "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]}:
+            return pattern
+        case {"pretokenizers": [
+            {"type": "Digits", "individual_digits": one_by_one},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        ]}:
+            # Digits are split off first, one by one or as a run; then GPT-2's pattern sees each
+            # piece alone, so whitespace before a digit behaves like whitespace at the end.
+            return PRETOKEN_PATTERN.replace(
+                r" ?\p{N}+", r"\p{N}" if one_by_one else r"\p{N}+"
+            ).replace(r"\s+(?!\S)", r"\s+(?![^\s\p{N}])")
+    raise UserError(f"its pre-tokenizer is {pre_tokenizer}, not ByteLevel, alone or after one "
+                    "Split on a regular expression or Digits")
 
 
 # Models
@@ -4679,13 +4268,13 @@ HF_FIELDS = {
     "d_ff": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
+HF_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+HF_ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor",
+                   "original_max_position_embeddings")
 # What config.json must say, since our architecture supports nothing else.
 HF_REQUIRED = {
     "model_type": "llama", "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
 }
-HF_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-HF_ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor",
-                   "original_max_position_embeddings")
 
 
 def llama3_rope_scaling(
@@ -4710,9 +4299,10 @@ def hf_names(name: str) -> list[str]:
     >>> hf_names("blocks.7.mlp.gate_up.weight")
     ['model.layers.7.mlp.gate_proj.weight', 'model.layers.7.mlp.up_proj.weight']
     """
-    part, prefix = name.removesuffix(".weight"), ""
-    if match := re.fullmatch(r"blocks\.(\d+)\.(.*)", part):
-        prefix, part = f"model.layers.{match[1]}.", match[2]
+    prefix, part = "", name.removesuffix(".weight")
+    if part.startswith("blocks."):
+        _, number, part = part.split(".", 2)
+        prefix = f"model.layers.{number}."
     return [f"{prefix}{theirs}.weight" for theirs in HF_NAMES[part]]
 
 
@@ -4742,54 +4332,39 @@ def to_hf(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tenso
     return result
 
 
-def from_hf(files: dict[str, Any], config: ModelConfig) -> dict[str, Tensor]:
-    """Hugging Face's weights under our names, in our order, as float32.
+def from_hf(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Hugging Face's weights under our names, with our order of rows, as float32.
 
-    `files` maps each of its names to an open file. Raises UserError, before any weight is
-    read, if these aren't exactly the weights of such a model.
+    Raises UserError if they aren't exactly the weights of a model with this configuration.
     """
-    with torch.device("meta"):  # only names and shapes matter
-        model: dict[str, Any] = dict(Transformer(config).named_parameters())
-    expected = to_hf(model, config)
-    for theirs, weight in expected.items():
-        if theirs not in files:
-            raise UserError(f"it has no {theirs}")
-        stored, shape = files[theirs].get_slice(theirs), list(weight.shape)
-        if stored.get_shape() != shape:
-            raise UserError(f"its {theirs} is {stored.get_shape()}, but config.json needs "
-                            f"{shape}")
-        if stored.get_dtype() not in ("F32", "BF16", "F16"):
-            raise UserError(f"its {theirs} is quantized ({stored.get_dtype()})")
     # Some files hold a tied matrix twice, and old ones RoPE's frequencies. Both are ignored.
-    if extra := sorted(name for name in files.keys() - expected.keys() - {"lm_head.weight"}
-                       if not name.endswith("rotary_emb.inv_freq")):
-        raise UserError(f"its {extra[0]} has no place in our architecture")
+    weights = {name: x for name, x in weights.items() if not (
+        name.endswith("inv_freq") or config.tie_embeddings and name == "lm_head.weight")}
+    with torch.device("meta"):  # only names and shapes matter
+        model = dict(Transformer(config).named_parameters())
+    expected = {name: tuple(x.shape) for name, x in to_hf(model, config).items()}
+    found = {name: tuple(x.shape) for name, x in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            raise UserError(f"its {name} has the shape {found.get(name)}, but its config.json "
+                            f"means {expected.get(name)}")
+    for name, weight in weights.items():
+        if name.endswith(ROTARY_WEIGHTS):
+            weights[name] = interleaved_to_half_split(weight, config.head_dim, inverse=True)
+    return {name: torch.cat([weights[part].float() for part in hf_names(name)])
+            for name in model}
 
-    def read(theirs: str) -> Tensor:
-        weight = files[theirs].get_tensor(theirs).float()
-        if theirs.endswith(ROTARY_WEIGHTS):
-            weight = interleaved_to_half_split(weight, config.head_dim, inverse=True)
-        return weight
 
-    return {name: torch.cat([read(theirs) for theirs in hf_names(name)]) for name in model}
-
-
-def config_to_hf(config: LlamaConfig, special_ids: dict, dtype: str) -> dict:
+def config_to_hf(config: LlamaConfig) -> dict:
     """The config.json that makes `transformers` build our architecture."""
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if scaling := config.rope_scaling:
-        rope = dict(zip(HF_ROPE_SCALING, [*scaling[:3], int(scaling[3])]), rope_type="llama3")
+    scaling = config.rope_scaling
     return {
         "architectures": ["LlamaForCausalLM"],
         **HF_REQUIRED,
         **{theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()},
-        "head_dim": config.head_dim,
-        # For transformers from version 5, and for older ones and other programs.
-        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
-        "rope_scaling": rope if scaling else None,
-        **special_ids,
-        "dtype": dtype,  # today's name
-        "torch_dtype": dtype,
+        "rope_scaling": scaling and {
+            "rope_type": "llama3", **dict(zip(HF_ROPE_SCALING, scaling)),
+            "original_max_position_embeddings": int(scaling[3])},
     }
 
 
@@ -4797,77 +4372,66 @@ def config_from_hf(content: dict) -> LlamaConfig:
     """Our configuration for a config.json. Raises UserError for another architecture."""
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     found = {
-        "model_type": "unknown", "num_key_value_heads": content.get("num_attention_heads"),
+        "num_key_value_heads": content.get("num_attention_heads"),
         "tie_word_embeddings": False, "rope_theta": 10000.0,
         "rope_type": rope.get("type", "default"),
         **{name: value for name, value in {**content, **rope}.items() if value is not None},
     }
-    fields: dict[str, Any] = {}
-    if found["rope_type"] == "llama3":
-        fields["rope_scaling"] = [float(rope[name]) for name in HF_ROPE_SCALING]
-    required = {**HF_REQUIRED, "rope_type": "llama3" if fields else "default",
-                "partial_rotary_factor": 1.0, "quantization_config": None}
+    scaled = found["rope_type"] == "llama3"
+    required = {**HF_REQUIRED, "rope_type": "llama3" if scaled else "default"}
     for name, value in required.items():
         if found.get(name, value) != value:
             raise UserError(f"its {name} is {found[name]!r}, but we need {value!r}")
-    for ours, theirs in HF_FIELDS.items():
-        value, kind = found.get(theirs), typing.get_type_hints(LlamaConfig)[ours]
-        if type(value) is not kind and (type(value), kind) != (int, float):
-            raise UserError(f"its {theirs} is {value!r}, not of type {kind.__name__}")
-        fields[ours] = value
-    config = config_from_dict(fields)
-    if found.get("head_dim", config.head_dim) != config.head_dim:
-        raise UserError(f"its head_dim is {found['head_dim']}, where hidden_size / "
-                        f"num_attention_heads is {config.head_dim}")
-    return config
+    fields = {ours: found[theirs] for ours, theirs in HF_FIELDS.items()}
+    if scaled:
+        fields["rope_scaling"] = [float(rope[name]) for name in HF_ROPE_SCALING]
+    return config_from_dict(fields)
 
 
 def load_hf_model(directory: Path) -> dict:
     """A model saved by `transformers`, as a checkpoint without optimizer state."""
-    safetensors = import_optional("safetensors", "safetensors")
+    import safetensors.torch
+
     content = read_json(directory / "config.json", "config.json of a model")
     with file_errors(directory, "Llama model"):
         config = config_from_hf(content)
         # Like transformers: one file of this name, or those that the index names.
-        names, index = ["model.safetensors"], directory / "model.safetensors.index.json"
-        if not (directory / names[0]).is_file() and index.is_file():
-            names = sorted(set(read_json(index, "index of weights")["weight_map"].values()))
-        if missing := [name for name in names if not (directory / name).is_file()]:
-            raise UserError(f"it has no {missing[0]}")
-        opened = [safetensors.safe_open(directory / name, "pt") for name in names]
-        weights = from_hf({key: file for file in opened for key in file.keys()},  # noqa: SIM118
-                          config)
+        names = ["model.safetensors"]
+        if not (directory / names[0]).is_file():
+            index = read_json(directory / f"{names[0]}.index.json", "index of weights")
+            names = sorted(set(index["weight_map"].values()))
+        weights: dict[str, Tensor] = {}
+        for name in names:
+            weights |= safetensors.torch.load_file(directory / name)
         if (generation := directory / "generation_config.json").is_file():
             content |= read_json(generation, "generation_config.json")
-        special_ids = {key: content[key] for key in HF_SPECIAL_IDS
-                       if content.get(key) is not None}
-    return {"model": weights, "model_config": dataclasses.asdict(config), "step": 0,
-            "path": str(directory), "special_ids": special_ids}
+        weights = from_hf(weights, config)
+    return {"model": weights, "model_config": vars(config), "step": 0, "path": str(directory),
+            "special_ids": {key: content.get(key) for key in HF_SPECIAL_IDS}}
 
 
 def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -> None:
     """Write a checkpoint as a directory that from_pretrained loads, tokenizer included."""
-    save = import_optional("safetensors.torch", "safetensors").save
+    import safetensors.torch
+
     config = config_from_dict(state["model_config"])
     if config.architecture != "llama":
         raise UserError(f"transformers has no architecture {config.architecture!r}")
-    weights = {name: weight.to(getattr(torch, dtype)).contiguous().clone()
+    weights = {name: weight.to(getattr(torch, dtype), copy=True)
                for name, weight in to_hf(state["model"], config).items()}
     with atomic_write(outdir / "model.safetensors") as file:
-        file.write(save(weights, {"format": "pt"}))
-    eot, ids = tokenizer.eot_id, state.get("special_ids")
-    if ids is None:
-        ids = {} if eot is None else dict.fromkeys(HF_SPECIAL_IDS, eot)
-    write_json(outdir / "config.json", config_to_hf(config, ids, dtype))
-    write_json(outdir / "generation_config.json", {"_from_model_config": True, **ids})
+        file.write(safetensors.torch.save(weights, {"format": "pt"}))
     tokenizer.save(outdir / "tokenizer.json")
-    names = {i: token for token, i in tokenizer.special_tokens.items()}
-    first_ids = {key: i[0] if isinstance(i, list) else i for key, i in ids.items()}
+    eot = tokenizer.eot_id
+    special_ids = state.get("special_ids", dict.fromkeys(HF_SPECIAL_IDS, eot))
+    write_json(outdir / "config.json",
+               {**config_to_hf(config), **special_ids, "torch_dtype": dtype})
+    eot_token = None if eot is None else tokenizer.decode([eot])
     write_json(outdir / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config.context_length,
-        "clean_up_tokenization_spaces": False,
-        **{key.removesuffix("_id"): names[i] for key, i in first_ids.items() if i in names},
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), eot_token),
     })
 
 
@@ -4881,117 +4445,81 @@ def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -
 # ----------------------------------------------------------------------------------------
 # 16. Command line
 #
-# How do you run all this? A command is a function, its parameters are dataclasses, and their
-# fields are the flags: name, type and default of a flag come from the field, its help from the
-# comment beside it. To add a command, write a function and add it to COMMANDS. The exit status
-# is 0 if all went well, 2 for an error the user can fix, and 128 + n after signal n. The last
-# command, `demo`, runs most of the others.
+# How do you run all this? A command is a function, and its parameters are its flags: the name,
+# type and default of a flag come from the parameter, its help from the comment beside it. (A
+# parameter that is a dataclass stands for its fields.) To add a command, write a function and
+# add it to COMMANDS. The exit status is 0 if all went well, 2 for an error the user can fix,
+# and 128 + n after signal n. The last command, `demo`, runs most of the others.
 # ----------------------------------------------------------------------------------------
 
 import argparse
 import inspect
+import io
 import shlex
 import subprocess
-import types
-
-__version__ = "0.1.0"
 
 # Flags
 # -----
 
-# Numbers must be at least 0, and those of type int at least 1, except for these.
+# Numbers must be at least 0, and integers at least 1, except for these.
 MAY_BE_0 = ("vocab_size", "num_kv_heads", "warmup_steps", "shard_size", "seed", "eval_windows",
-            "keep_checkpoints", "sample_interval")
-AT_MOST = {"beta1": 0.9999, "beta2": 0.99999, "top_p": 1.0, "num_layers": 1000, "seed": 2**32,
-           "context_length": 2**22}
+            "keep_checkpoints")
+AT_MOST = {"beta1": 0.9999, "beta2": 0.99999, "top_p": 1.0}
 
 
-def check_config(config: Any) -> None:
-    """Raise UserError if a field of a dataclass has the wrong type or is out of range."""
-    kinds = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        name, value, kind = field.name, getattr(config, field.name), kinds[field.name]
-        if isinstance(kind, types.UnionType):  # X | None
-            if value is None:
-                continue
-            kind = typing.get_args(kind)[0]
-        if typing.get_origin(kind) is Literal:
-            if value not in typing.get_args(kind):
-                raise UserError(f"{name} is {value!r}, not one of {typing.get_args(kind)}")
-            continue
-        base = typing.get_origin(kind) or kind
-        if type(value) is not base and not (base is float and type(value) is int
-                                            or base is Path and isinstance(value, Path)):
-            raise UserError(f"{name} is {value!r}, not of type {field.type}")
-        if base in (int, float):
-            least = 1 if base is int and name not in MAY_BE_0 else 0
-            most = AT_MOST.get(name, 2**63 - 1 if base is int else sys.float_info.max)
+def check_ranges(values: dict) -> None:
+    """Raise UserError if a number among these flags is out of range."""
+    for name, value in values.items():
+        if type(value) in (int, float):
+            least = int(type(value) is int and name not in MAY_BE_0)
+            most = AT_MOST.get(name, 2**32)
             if not least <= value <= most:
-                need = f"from {least} to {most}" if name in AT_MOST else f"at least {least}"
-                raise UserError(f"--{name} must be {need}, not {value}")
-    if isinstance(config, ModelConfig):
-        check_shape(config)
-    if isinstance(config, OptimizerConfig):
-        check_schedule(config)
+                raise UserError(f"--{name} must be from {least} to {most}, not {value}")
 
 
-def check_shape(c: ModelConfig) -> None:
-    """Raise UserError if the fields of a ModelConfig contradict each other."""
-    if c.architecture != ModelConfig.architecture:
-        raise UserError(f"architecture is {c.architecture!r}, but the model in this file is "
-                        f"{ModelConfig.architecture!r}")
-    if c.num_heads % c.num_kv_heads:
-        raise UserError(f"num_heads must be divisible by num_kv_heads: {c.num_heads} / "
-                        f"{c.num_kv_heads}")
-    if (r := getattr(c, "rope_scaling", None)) and not (
-            len(r) == 4 and min(r) > 0 and r[1] < r[2]):
-        raise UserError(f"rope_scaling must be four numbers above 0, the second below the "
-                        f"third, not {r}")
-    shape = f"{c.d_model} / {c.num_heads}"
-    if c.d_model % c.num_heads:
-        raise UserError(f"d_model must be divisible by num_heads: {shape}")
-    if c.head_dim % 2:
-        raise UserError("the head size d_model / num_heads must be even, because RoPE "
-                        f"rotates pairs: {shape} = {c.head_dim}")
-
-
-def check_schedule(c: OptimizerConfig) -> None:
-    """Raise UserError if the fields of an OptimizerConfig contradict each other."""
-    if c.min_lr > c.lr:
-        raise UserError(f"--min_lr must be at most --lr: {c.min_lr} > {c.lr}")
-    if (c.warmup_steps or 0) > c.max_steps:
-        raise UserError(f"--warmup_steps {c.warmup_steps} exceed --max_steps {c.max_steps}")
+def check_config(c: Any) -> None:
+    """Raise UserError if a field of a dataclass is out of range, or two contradict."""
+    check_ranges(vars(c))
+    if isinstance(c, OptimizerConfig):
+        if c.min_lr > c.lr:
+            raise UserError(f"--min_lr must be at most --lr: {c.min_lr} > {c.lr}")
+        if (c.warmup_steps or 0) > c.max_steps:
+            raise UserError(f"--warmup_steps {c.warmup_steps} exceed --max_steps {c.max_steps}")
+    if isinstance(c, ModelConfig):
+        if c.architecture != ModelConfig.architecture:
+            raise UserError(f"architecture is {c.architecture!r}, unlike this file's model")
+        if c.num_heads % c.num_kv_heads:
+            raise UserError("num_heads must be divisible by num_kv_heads: "
+                            f"{c.num_heads} / {c.num_kv_heads}")
+        if c.d_model % (2 * c.num_heads):  # RoPE rotates pairs
+            raise UserError(f"d_model / num_heads must be even: {c.d_model} / {c.num_heads}")
+        scaling = getattr(c, "rope_scaling", None)
+        if scaling and (len(scaling) != 4 or min(scaling) <= 0 or scaling[1] >= scaling[2]):
+            raise UserError(f"rope_scaling is {scaling}, not four numbers a, b < c, d above 0")
 
 
 def config_from_dict(fields: dict) -> LlamaConfig:
     """The configuration that a file holds. Raises UserError if it isn't one of ours."""
-    names = [field.name for field in dataclasses.fields(LlamaConfig)]
-    if unknown := fields.keys() - {*names}:
-        raise UserError(f"{min(unknown)} is not a field of ModelConfig")
-    config = LlamaConfig(**fields)
-    check_config(config)
+    try:
+        config = LlamaConfig(**fields)
+        check_config(config)
+    except TypeError as error:  # an unknown field, or text where a number belongs
+        raise UserError(f"it isn't the configuration of such a model: {error}") from None
     return config
 
 
-def field_comments(config_type: type) -> dict[str, str]:
-    """The comment beside or below each field of a dataclass, by the field's name.
+def flag_comments(owner: Any) -> dict[str, str]:
+    """The comment beside or below each parameter of a function or field of a dataclass.
 
-    >>> field_comments(OptimizerConfig)["min_lr"]
+    >>> flag_comments(OptimizerConfig)["min_lr"]
     'the learning rate at the end'
     """
-    comments: dict[str, str] = {}
     source = Path(__file__).read_text(encoding="utf-8")  # inspect.getsource parses all of it
-    for base in reversed(config_type.__mro__[:-1]):
-        name = ""
-        body = re.split(rf"\nclass {base.__name__}\b", source, maxsplit=1)[1].split("\n\n\n")[0]
-        for line in body.splitlines():
-            if match := re.match(r"    (\w+): [^#]*(?:# (.*))?$", line):
-                name = match[1]
-                comments[name] = match[2] or ""
-            elif name and (match := re.match(r"    # (.*)", line)):
-                comments[name] = f"{comments[name]} {match[1]}".strip()
-            else:
-                name = ""
+    comments = {}
+    for part in reversed(getattr(owner, "__mro__", [owner, object])[:-1]):
+        body = re.split(rf"\n(?:class|def) {part.__name__}\b", source)[1].split("\n\n\n")[0]
+        for flag in re.finditer(r"(?m)^    (\w+): .*\n(    # .*\n)*", body + "\n"):
+            comments[flag[1]] = " ".join(re.findall("# (.*)", flag[0]))
     return comments
 
 
@@ -5002,60 +4530,65 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def add_flags(parser: argparse.ArgumentParser, config_type: Any) -> None:
-    """Make the fields of a dataclass flags of `parser`."""
-    group = parser.add_argument_group((config_type.__doc__ or "").split("\n")[0])
-    kinds, comments = typing.get_type_hints(config_type), field_comments(config_type)
-    for field in dataclasses.fields(config_type):
-        kind, required = kinds[field.name], field.default is dataclasses.MISSING
-        if field.name == "architecture":  # not for a user to choose
-            continue
-        if isinstance(kind, types.UnionType):  # X | None
+def add_flags(parser: Any, owner: Any) -> None:
+    """Make the parameters of a function, or the fields of a dataclass, flags of `parser`."""
+    kinds, comments = typing.get_type_hints(owner), flag_comments(owner)
+    for name, parameter in inspect.signature(owner).parameters.items():
+        kind = kinds[name]
+        if dataclasses.is_dataclass(kind):
+            add_flags(parser.add_argument_group(kind.__doc__), kind)
+        if dataclasses.is_dataclass(kind) or name in ("given", "architecture"):
+            continue  # the last isn't for a user to choose
+        if parameter.annotation.endswith("| None"):
             kind = typing.get_args(kind)[0]
-        metavar = {int: "N", Path: "PATH"}.get(kind, "X")
-        options: dict[str, Any] = {"type": kind, "metavar": metavar}
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif typing.get_origin(kind) is Literal:
-            options = {"choices": typing.get_args(kind)}
-        elif typing.get_origin(kind) is list:
-            element = typing.get_args(kind)[0]
-            options = {"action": "extend", "type": element, "nargs": "+",
-                       "metavar": "PATH" if element is Path else "X"}  # repeating it appends
-        if field.name == "optimizer":
-            options = {"choices": list(OPTIMIZERS)}
-        help = comments[field.name].replace("%", "%%")
+        required = parameter.default is parameter.empty
+        help = comments[name].replace("%", "%%")
         if required:
             help += " (required)"
-        elif field.default not in (None, False):
-            help += f" (default: {field.default})"
-        group.add_argument("--" + field.name, required=required, help=help, **options)
+        elif parameter.default:
+            help += f" (default: {parameter.default})"
+        options: dict[str, Any] = {"required": required, "help": help}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif name == "optimizer":
+            options["choices"] = list(OPTIMIZERS)
+        elif typing.get_origin(kind) is Literal:
+            options["choices"] = typing.get_args(kind)
+        else:
+            if typing.get_origin(kind) is list:  # repeating the flag appends
+                kind = typing.get_args(kind)[0]
+                options |= {"action": "extend", "nargs": "+"}
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument(f"--{name}", **options)
 
 
-def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[dict, list]:
-    """The flags in `argv`, by name; and from them what `command` takes.
+def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[dict, dict]:
+    """The flags in `argv`, by name; and from them the arguments for `command`.
 
-    That's an instance of each dataclass in its signature, and the flags themselves for `given`.
+    A parameter `given` gets the flags themselves.
 
-    >>> given, (config,) = parse_flags("bpe-train", bpe_train, [
+    >>> given, arguments = parse_flags("bpe-train", bpe_train, [
     ...     "--file_path", "a.txt", "b.txt", "--tokenizer_out_path", "t.json"])
-    >>> [str(path) for path in config.file_path], config.vocab_size
-    (['a.txt', 'b.txt'], 50304)
+    >>> [str(path) for path in arguments["file_path"]]
+    ['a.txt', 'b.txt']
     """
-    kinds = typing.get_type_hints(command)
-    config_types = [kind for parameter, kind in kinds.items()
-                    if parameter not in ("return", "given")]
-    parser = Parser(f"scratchformer {name}", "%(prog)s [flags]", inspect.getdoc(command),
+    parser = Parser(f"scratchformer {name}", "%(prog)s [flags]", command.__doc__,
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for config_type in config_types:
-        add_flags(parser, config_type)
+    add_flags(parser, command)
     parser.add_argument("--quiet", action="store_true", help="print errors and results only")
     given = vars(parser.parse_args(argv))
-    arguments: list[Any] = [given] if "given" in kinds else []
-    for config_type in config_types:
-        names = {field.name for field in dataclasses.fields(config_type)}
-        arguments.append(config_type(**{n: value for n, value in given.items() if n in names}))
-        check_config(arguments[-1])
+    check_ranges(given)
+    kinds: dict[str, Any] = typing.get_type_hints(command)
+    arguments = {}
+    for key, kind in kinds.items():
+        if hasattr(kind, "__dataclass_fields__"):
+            fields = kind.__dataclass_fields__.keys() & given.keys()
+            arguments[key] = kind(**{field: given[field] for field in fields})
+            check_config(arguments[key])
+        elif key == "given":
+            arguments[key] = given
+        elif key in given:
+            arguments[key] = given[key]
     return given, arguments
 
 
@@ -5063,231 +4596,44 @@ def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[dict, li
 # ---------------------
 
 
-@dataclasses.dataclass(kw_only=True)
-class BPETrainConfig:
-    """Vocabulary"""
-
-    file_path: list[Path]  # text files, or directories of them
-    vocab_size: int = 50304  # size of the vocabulary, bytes and special tokens included
-    special_tokens_path: Path | None = None  # file of special tokens, one per line
-    pattern: str = "gpt2"  # how to split text: gpt2, gpt4, or a regular expression
-    tokenizer_out_path: Path  # where to write the tokenizer.json
-    num_workers: int | None = None  # processes (default: one per core)
-
-
-@dataclasses.dataclass(kw_only=True)
-class BPEEncodeConfig:
-    """Encoding"""
-
-    dataset_path: list[Path]  # text files, or directories of them
-    tokenizer_path: Path  # a tokenizer.json
-    out_path: Path  # where to write the token file and, next to it, its metadata
-    append_eot: bool = False  # end every input file with the end-of-text token
-    num_workers: int | None = None  # processes (default: one per core)
-
-
-def read_special_tokens(path: Path | None) -> list[str]:
-    """The special tokens in a file, one per line."""
-    if path is None:
-        return []
-    with file_errors(path, "list of special tokens"):
-        lines = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
-        tokens = lines.removesuffix("\n").split("\n") if lines else []
-        check_special_tokens(tokens)
-    return tokens
-
-
-def bpe_train(config: BPETrainConfig) -> None:
+def bpe_train(
+    *,
+    file_path: list[Path],  # text files, or directories of them
+    vocab_size: int = 50304,  # size of the vocabulary, bytes and special tokens included
+    special_tokens_path: Path | None = None,  # file of special tokens, one per line
+    pattern: str = "gpt2",  # how to split text: gpt2, gpt4, or a regular expression
+    tokenizer_out_path: Path,  # where to write the tokenizer.json
+    num_workers: int | None = None,  # processes (default: one per core)
+) -> None:
     """Learn a byte-level BPE vocabulary from text."""
-    start, specials = time.monotonic(), read_special_tokens(config.special_tokens_path)
-    named = {"gpt2": PRETOKEN_PATTERN, "gpt4": GPT4_PATTERN}
-    pattern = named.get(config.pattern, config.pattern)
-    with atomic_write(config.tokenizer_out_path) as out:  # first: a bad path fails early
-        vocab, merges = train_bpe(config.file_path, config.vocab_size, specials,
-                                  config.num_workers, pattern)
+    start, specials = time.monotonic(), []
+    if special_tokens_path:
+        with file_errors(special_tokens_path, "list of special tokens"):
+            specials = special_tokens_path.read_text(encoding="utf-8").splitlines()
+    pattern = {"gpt2": PRETOKEN_PATTERN, "gpt4": GPT4_PATTERN}.get(pattern, pattern)
+    with atomic_write(tokenizer_out_path) as out:  # first: a bad path fails early
+        vocab, merges = train_bpe(file_path, vocab_size, specials, num_workers, pattern)
         out.write(json_bytes(tokenizer_to_json(Tokenizer(vocab, merges, specials, pattern))))
     longest = max(map(b"".join, merges), key=len, default=b"").decode(errors="replace")
-    log(f"{config.tokenizer_out_path}: {len(vocab)} entries, {len(merges)} merges, "
+    log(f"{tokenizer_out_path}: {len(vocab)} entries, {len(merges)} merges, "
         f"longest {longest!r}, {time.monotonic() - start:.1f} s")
 
 
-def bpe_encode(config: BPEEncodeConfig) -> None:
-    """Turn text into a file of token ids."""
-    start, files = time.monotonic(), input_files(config.dataset_path)
-    tokenizer = Tokenizer.load(config.tokenizer_path)
-    tokens = encode_file(tokenizer, [file.path for file in files], config.out_path,
-                         config.append_eot, config.num_workers)
-    size = sum(file.end for file in files)
-    seconds = time.monotonic() - start
-    log(f"{config.out_path}: {tokens:,} tokens, {size / max(tokens, 1):.2f} bytes per token, "
-        f"{seconds:.1f} s, {size / seconds / 1e6:.1f} MB/s")
-
-
-# train
-# -----
-
-
-def load_any_checkpoint(path: Path) -> dict:
-    """A checkpoint, a run's newest one, or the model in a Hugging Face Llama directory."""
-    return load_hf_model(path) if (path / "config.json").is_file() else load_checkpoint(path)
-
-
-def find_tokenizer(checkpoint: Path) -> Path | None:
-    """The copy of the tokenizer in the checkpoint's directory, if training left one there."""
-    path = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "tokenizer.json"
-    return path if path.is_file() else None
-
-
-def load_initial_state(run: RunConfig) -> dict:
-    """What training starts from: a state to resume, a model's weights, or {}. Process 0 only.
-
-    Raises UserError rather than mix a fresh run with the files of another.
-    """
-    logs = [path for path in run.outdir.glob("metrics.jsonl") if path.stat().st_size]
-    if not run.resume and (found := logs + checkpoints_in(run.outdir)):
-        raise UserError(f"{run.outdir} holds {found[-1].name}: continue it with --resume, or "
-                        f"choose another --outdir")
-    if run.resume:
-        if state := load_newest(run.outdir):
-            return {**state, "resumable": "optimizer" in state}
-        log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
-    if not run.init_from:
-        return {}
-    state = load_any_checkpoint(run.init_from)
-    model_from_checkpoint(state)  # raises UserError if weights and shape don't match
-    kept = {"model", "model_config", "path", "tokenizer_sha256"} & state.keys()
-    return {"step": 0, **{name: state[name] for name in kept}}
-
-
-def resolve_model_config(given: dict, model: LlamaConfig, start: dict) -> LlamaConfig:
-    """The configuration of the model in `start`, if there is one and the user's flags agree.
-
-    context_length may differ for --init_from, because no parameter depends on it.
-
-    >>> start = {"model_config": vars(LlamaConfig(500, 64, 2, 32, 2, 64)), "step": 0}
-    >>> config = resolve_model_config({"context_length": 128}, LlamaConfig(0, 128), start)
-    >>> config.context_length, config.d_model
-    (128, 32)
-    """
-    if not start:
-        return model
-    config = config_from_dict(start["model_config"])
-    for name in (name for name in vars(config) if name in given):
-        value = getattr(model, name)
-        if name == "context_length" and not start["step"]:
-            config.context_length = value
-        elif value != getattr(config, name) and (name, given[name]) not in (
-                ("vocab_size", 0), ("num_kv_heads", 0)):
-            raise UserError(f"--{name} is {value}, but the model in {start['path']} has "
-                            f"{getattr(config, name)}")
-    return config
-
-
-def load_tokenizer(path: Path | None, hashes: dict, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer at `path`, if any. Raises UserError if another made what has `hashes`."""
-    tokenizer = Tokenizer.load(path) if path else None
-    check_same_tokenizer({**hashes, path: tokenizer.fingerprint() if tokenizer else None})
-    if tokenizer and tokenizer.vocab_size > vocab_size:
-        raise UserError(f"{path} has more ids than the model: {tokenizer.vocab_size}, not "
-                        f"{vocab_size}")
-    return tokenizer
-
-
-def prepare_outdir(
-    outdir: Path, tokenizer: Tokenizer | None, stack: contextlib.ExitStack
+def bpe_encode(
+    *,
+    dataset_path: list[Path],  # text files, or directories of them
+    tokenizer_path: Path,  # a tokenizer.json
+    out_path: Path,  # where to write the token file and, next to it, its metadata
+    append_eot: bool = False,  # end every input file with the end-of-text token
+    num_workers: int | None = None,  # processes (default: one per core)
 ) -> None:
-    """Make outdir, with a copy of the tokenizer. Only process 0 does anything.
-
-    Raises UserError if another run uses outdir; no other can until `stack` is closed.
-    """
-    if not is_main_process():
-        return
-    outdir.mkdir(parents=True, exist_ok=True)
-    if os.name == "posix":
-        import fcntl
-
-        stack.callback(os.close, directory := os.open(outdir, os.O_RDONLY))
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {outdir}") from None
-        except OSError:  # a file system without locks
-            pass
-    for leftover in outdir.glob(".*.pt.*.tmp"):  # by a process that was killed
-        leftover.unlink()
-    if tokenizer:
-        tokenizer.save(outdir / "tokenizer.json")
-
-
-def open_run(
-    start: dict, given: dict, data: DataConfig, model: LlamaConfig, optim: RunOptimizerConfig,
-    run: RunConfig,
-) -> tuple[LlamaConfig, TokenDataset, ValidationSet | None, Tokenizer | None]:
-    """Resolve the flags and open the files: shape, training data, validation data, tokenizer.
-
-    Only process 0 gets the tokenizer. Raises UserError unless all of them fit each other.
-    """
-    if start.get("step"):
-        restore_flags(start, given, data, optim, run)
-    config = resolve_model_config(given, model, start)
-    if not data.train_tokens:
-        raise UserError("--train_tokens is required: token files to learn from")
-    tokens, valid, tokenizer = TokenDataset(data.train_tokens, config.vocab_size), None, None
-    tokens.check_length(2 * config.context_length)
-    config.vocab_size = tokens.vocab_size
-    datasets = [tokens]
-    if data.valid_tokens:
-        datasets.append(TokenDataset(data.valid_tokens, config.vocab_size))
-    for dataset in datasets:
-        dataset.check_ids(get_rank(), get_world_size())
-    # Process 0 alone reads and writes outdir, and reads init_from and the tokenizer; it tells
-    # the others what it found. Token files are read by all.
-    if is_main_process():
-        path = data.tokenizer_path or (start and find_tokenizer(Path(start["path"])))
-        if run.sample_interval and not path:
-            raise UserError("--sample_interval needs --tokenizer_path")
-        hashes: dict[Any, Any] = {x.paths[0]: x.tokenizer_sha256 for x in datasets}
-        hashes[start.get("path")] = start.get("tokenizer_sha256")
-        tokenizer = load_tokenizer(path or None, hashes, config.vocab_size)
-    if data.valid_tokens:
-        valid = ValidationSet(datasets[1], config.context_length, run.eval_windows, tokenizer)
-    return config, tokens, valid, tokenizer
-
-
-def train(
-    given: dict, data: DataConfig, model: LlamaConfig, optim: RunOptimizerConfig,
-    run: RunConfig, devices: DeviceConfig, processes: ProcessConfig,
-) -> int:
-    """Train a Transformer on token files. Under torchrun, on many devices."""
-    use_cuda = devices.device != "cpu" and torch.cuda.is_available()
-    with (
-        process_group(torch.device("cuda" if use_cuda else "cpu")),
-        catch_signals() as signals,
-        contextlib.ExitStack() as stack,
-    ):
-        on_every_process(processes.check)
-        device = on_every_process(lambda: pick_device(devices.device))
-        dtype = on_every_process(lambda: pick_dtype(devices.dtype, device))
-        saved = on_every_process(lambda: load_initial_state(run) if is_main_process() else {})
-        start = broadcast({k: x for k, x in saved.items() if k not in ("model", "optimizer")})
-        config, tokens, valid, tokenizer = on_every_process(
-            lambda: open_run(start, given, data, model, optim, run))
-        if (first_step := start.get("step", 0)) >= optim.max_steps:
-            log(f"nothing left to do: {run.outdir} holds a checkpoint of step {first_step}, "
-                f"and --max_steps is {optim.max_steps}")
-            return 0
-        if first_step and not start["resumable"]:
-            raise SharedError(f"{start['path']} has no optimizer state (--weights_only): start "
-                              "from it with --init_from, or remove it")
-        on_every_process(lambda: prepare_outdir(run.outdir, tokenizer, stack))
-        trainer = Trainer(
-            model_config=config, data=data, optim=optim, run_config=run, processes=processes,
-            device=device, dtype=dtype, tokens=tokens, valid=valid,
-            tokenizer=broadcast(tokenizer), saved=saved)
-        saved = None  # so that the trainer can free its tensors
-        if start.get("step"):
-            trainer.restore(start)
-        return trainer.run(first_step, signals)
+    """Turn text into a file of token ids."""
+    start, files = time.monotonic(), input_files(dataset_path)
+    tokens = encode_file(Tokenizer.load(tokenizer_path), files,
+                         out_path, append_eot, num_workers)
+    size, seconds = sum(path.stat().st_size for path in files), time.monotonic() - start
+    log(f"{out_path}: {tokens:,} tokens, {size / max(tokens, 1):.2f} bytes per token, "
+        f"{seconds:.1f} s, {size / seconds / 1e6:.1f} MB/s")
 
 
 # eval, generate, export
@@ -5295,159 +4641,138 @@ def train(
 
 
 @dataclasses.dataclass(kw_only=True)
-class SavedModelConfig:
+class SavedModel:
     """Model"""
 
     checkpoint: Path  # a checkpoint, a run's directory, or a Hugging Face Llama directory
     tokenizer_path: Path | None = None  # tokenizer.json (default: beside the checkpoint)
 
-    def load(
-        self, *options: Any, need_tokenizer: bool = True
-    ) -> tuple[dict, TransformerWithLoss, Any]:
+    def load(self, *options: Any, need_tokenizer: bool = True) -> tuple[dict, Any, Any]:
         """The checkpoint; its model, given `options`; and the tokenizer, perhaps None."""
         state = load_any_checkpoint(self.checkpoint)
         model = model_from_checkpoint(state, *options)
-        path = self.tokenizer_path or find_tokenizer(self.checkpoint)
-        if need_tokenizer and not path:
-            raise UserError(f"no tokenizer beside {self.checkpoint}: give --tokenizer_path")
         hashes = {self.checkpoint: state.get("tokenizer_sha256")}
-        return state, model, load_tokenizer(path, hashes, model.config.vocab_size)
+        tokenizer = load_tokenizer(
+            self.tokenizer_path, state["path"], hashes, model.config.vocab_size)
+        if need_tokenizer and not tokenizer:
+            raise UserError(f"no tokenizer beside {self.checkpoint}: give --tokenizer_path")
+        return state, model, tokenizer
 
 
-@dataclasses.dataclass(kw_only=True)
-class EvalConfig(SavedModelConfig):
-    """Evaluation"""
-
-    valid_tokens: list[Path] | None = None  # token files to evaluate on
-    text_path: list[Path] | None = None  # text files to evaluate on, instead
-    context_length: int | None = None  # tokens per window (default: the model's)
-    batch_size: int = 16  # sequences at a time
-    eval_windows: int = 1024  # windows to evaluate on; 0: all
-
-
-def evaluate_command(config: EvalConfig, devices: DeviceConfig) -> None:
+def evaluate_command(
+    saved: SavedModel,
+    devices: DeviceConfig,
+    valid_tokens: Path | None = None,  # token file to evaluate on
+    text_path: list[Path] | None = None,  # text files to evaluate on, instead
+    context_length: int | None = None,  # tokens per window (default: the model's)
+    batch_size: int = 16,  # sequences at a time
+    eval_windows: int = 1024,  # windows to evaluate on; 0: all
+) -> None:
     """Measure a model's loss on token files or on text."""
-    if bool(config.valid_tokens) == bool(config.text_path):
+    if bool(valid_tokens) == bool(text_path):
         raise UserError("give either --valid_tokens or --text_path")
     device = pick_device(devices.device)
     autocast = make_autocast(device, pick_dtype(devices.dtype, device))
-    state, model, tokenizer = config.load(
-        device, torch.float32, config.context_length, need_tokenizer=bool(config.text_path))
+    state, model, tokenizer = saved.load(
+        device, torch.float32, context_length, need_tokenizer=bool(text_path))
     with tempfile.TemporaryDirectory() as directory:
-        paths = config.valid_tokens or [Path(directory) / "text.bin"]
-        if config.text_path:
-            encode_file(tokenizer, config.text_path, paths[0])
-        tokens = TokenDataset(paths, model.config.vocab_size)
+        path = valid_tokens or Path(directory) / "text.bin"
+        if text_path:
+            encode_file(tokenizer, text_path, path)
+        tokens = open_tokens(path, model.config.vocab_size)
         made_by = state.get("tokenizer_sha256") or (tokenizer and tokenizer.fingerprint())
-        check_same_tokenizer(
-            {tokens.paths[0]: tokens.tokenizer_sha256, config.checkpoint: made_by})
-        valid = ValidationSet(
-            tokens, model.config.context_length, config.eval_windows, tokenizer)
-        loss = valid.loss(model, config.batch_size, autocast)
-        assert loss is not None  # no signal stops it
+        check_same_tokenizer({path: tokens.tokenizer_sha256, saved.checkpoint: made_by})
+        valid = ValidationSet(tokens, model.config.context_length, eval_windows, tokenizer)
+        loss = valid.loss(model, batch_size, autocast)
         report, text = valid.report(loss, compare=True)
     log(text)
     print(json_line(report))
 
 
-@dataclasses.dataclass(kw_only=True)
-class GenerateConfig(SavedModelConfig):
-    """Text"""
-
-    prompt: str | None = None  # text to continue (default: from standard input)
-    prompt_path: Path | None = None  # file with one prompt per line
-    max_new_tokens: int = 256  # maximum number of new tokens
-    num_samples: int = 1  # samples per prompt
-    batch_size: int = 64  # samples to generate at the same time
-    context_length: int | None = None  # context window (default: the model's)
-    temperature: float = 0.8  # 0: always the most likely token; 1: unmodified
-    top_k: int | None = None  # sample from the k most likely tokens
-    top_p: float | None = None  # sample from the most likely tokens that together reach p
-    seed: int | None = None  # the same seed gives the same text; the next text uses seed + 1
-
-
-def read_prompts(config: GenerateConfig) -> Iterator[list[str]]:
+def read_prompts(prompt: str | None, prompt_path: Path | None) -> Iterator[list[str]]:
     """From the flags; or line by line from a terminal, or all of standard input."""
-    if config.prompt is not None and config.prompt_path:
+    if prompt is not None and prompt_path:
         raise UserError("give either --prompt or --prompt_path")
-    if config.prompt is not None:
-        yield [config.prompt]
-    elif config.prompt_path:
-        with open(config.prompt_path, encoding="utf-8", errors="replace") as file:
-            yield [line.removesuffix("\n") for line in file]
+    if prompt is not None:
+        yield [prompt]
+    elif prompt_path:
+        yield bytes_to_text(prompt_path.read_bytes()).splitlines()
     elif sys.stdin.isatty():
         log("type a prompt (Ctrl-D to quit)")
-        print("> ", end="", file=sys.stderr, flush=True)
-        while line := sys.stdin.readline():
-            yield [line.rstrip("\n")]
-            print("> ", end="", file=sys.stderr, flush=True)
+        for line in sys.stdin:
+            yield [line.removesuffix("\n")]
     else:
         yield [sys.stdin.read().removesuffix("\n")]  # `echo` adds a newline
 
 
-def generate_command(config: GenerateConfig, devices: DeviceConfig) -> None:
+def generate_command(
+    saved: SavedModel,
+    devices: DeviceConfig,
+    prompt: str | None = None,  # text to continue (default: from standard input)
+    prompt_path: Path | None = None,  # file with one prompt per line
+    max_new_tokens: int = 256,  # maximum number of new tokens
+    num_samples: int = 1,  # samples per prompt
+    batch_size: int = 64,  # samples to generate at the same time
+    context_length: int | None = None,  # context window (default: the model's)
+    temperature: float = 0.8,  # 0: always the most likely token; 1: unmodified
+    top_k: int | None = None,  # sample from the k most likely tokens
+    top_p: float | None = None,  # sample from the most likely tokens that together reach p
+    seed: int | None = None,  # the same seed gives the same text; the next text uses seed + 1
+) -> None:
     """Generate text with a trained model."""
     device = pick_device(devices.device)
     dtype = pick_dtype(devices.dtype, device)
-    state, model, tokenizer = config.load(device, dtype, config.context_length)
+    state, model, tokenizer = saved.load(device, dtype, context_length)
     # The model's vocabulary may be larger than the tokenizer's: leave out what has no text.
     model.lm_head.weight = nn.Parameter(model.lm_head.weight[: tokenizer.vocab_size].detach())
     eot = tokenizer.eot_id
     stop = state.get("special_ids", {}).get("eos_token_id", eot)  # a number, a list or None
-    stop_ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
-    sampling = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
-    seed = torch.seed() % 2**32 if config.seed is None else config.seed
-    for prompts in read_prompts(config):
-        texts = [prompt for prompt in prompts for _ in range(config.num_samples)]
-        for first in range(0, len(texts), config.batch_size):
-            batch = texts[first : first + config.batch_size]
-            rows = [tokenizer.encode(p) or ([] if eot is None else [eot]) for p in batch]
-            if not all(rows):
-                raise UserError("a prompt is empty, and the tokenizer has no end-of-text token")
-            new = generate_texts(model, rows, config.max_new_tokens, seed + first, stop_ids,
-                                 **sampling)
+    stop_ids = stop if isinstance(stop, list) else [stop]
+    seed = torch.seed() % 2**32 if seed is None else seed
+    for prompts in read_prompts(prompt, prompt_path):
+        texts = [text for text in prompts for _ in range(num_samples)]
+        rows = [tokenizer.encode(text) or [eot] for text in texts]
+        if [None] in rows:
+            raise UserError("a prompt is empty, and the tokenizer has no end-of-text token")
+        first = 0
+        while first < len(texts):
+            # Together: prompts in a row that have the same number of tokens.
+            _, same = next(itertools.groupby(rows[first:], key=len))
+            batch = list(itertools.islice(same, batch_size))
+            new = generate_texts(
+                model, torch.tensor(batch), max_new_tokens, seed + first, stop_ids,
+                temperature=temperature, top_k=top_k, top_p=top_p)
             # A single text is printed token by token. Several are printed one after the other,
             # when all are complete.
-            columns: Any = zip(*new) if len(rows) > 1 else [(ids[0] for ids in new)]
-            for number, (prompt, ids) in enumerate(zip(batch, columns), first + 1):
+            columns: Any = zip(*new) if len(batch) > 1 else [(ids[0] for ids in new)]
+            for number, ids in enumerate(columns, first):
                 if len(texts) > 1:
-                    print(f"--- sample {number} of {len(texts)} ---")
-                print(prompt, end="", flush=True)
+                    print(f"--- sample {number + 1} of {len(texts)} ---")
+                print(texts[number], end="", flush=True)
                 shown = (i for i in ids if i is not None and i not in stop_ids)
-                for text in stream_text(tokenizer, shown):
-                    print(text, end="", flush=True)
+                for piece in stream_text(tokenizer, shown):
+                    print(piece, end="", flush=True)
                 print()
+            first += len(batch)
         seed += len(texts)
 
 
-@dataclasses.dataclass(kw_only=True)
-class ExportConfig(SavedModelConfig):
-    """Export"""
-
-    outdir: Path  # directory for the files
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # type of the parameters
-
-
-def export(config: ExportConfig) -> None:
-    """Write a directory that transformers loads with from_pretrained."""
-    if checkpoints_in(config.outdir) or config.outdir.resolve() == config.checkpoint.resolve():
-        raise UserError(f"{config.outdir} holds a model that the export would hide: choose "
-                        f"another --outdir")
-    state, _, tokenizer = config.load()
-    save_hf_model(state, tokenizer, config.outdir, config.dtype)
-    log(f"{config.outdir}: load it with AutoModelForCausalLM.from_pretrained")
+def export(
+    saved: SavedModel,
+    outdir: Path,  # directory for the files
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",  # type of the parameters
+) -> None:
+    """Write a directory that transformers loads with from_pretrained. Needs safetensors."""
+    if checkpoints_in(outdir) or outdir.resolve() == saved.checkpoint.resolve():
+        raise UserError(f"{outdir} holds a model that the export would hide: choose another "
+                        "--outdir")
+    state, _, tokenizer = saved.load()
+    save_hf_model(state, tokenizer, outdir, dtype)
+    log(f"{outdir}: load it with AutoModelForCausalLM.from_pretrained")
 
 
 # split, demo
 # -----------
-
-
-@dataclasses.dataclass(kw_only=True)
-class SplitConfig:
-    """Text"""
-
-    text_path: list[Path]  # text files, or directories of them
-    outdir: Path  # directory for train.txt, valid.txt and special_tokens.txt
 
 
 def split_documents(text: str, size: int) -> list[str]:
@@ -5461,18 +4786,22 @@ def split_documents(text: str, size: int) -> list[str]:
             for found in part.findall(document)]
 
 
-def split(config: SplitConfig) -> None:
+def split(
+    text_path: list[Path],  # text files, or directories of them
+    outdir: Path,  # directory for train.txt, valid.txt and special_tokens.txt
+) -> None:
     """Split text into training documents and validation documents, a tenth of them.
 
     The hash of a document decides, so it stays on its side when others come or go, and copies
     of it are all on that side. Long documents, such as novels, are split into parts.
     """
-    files = input_files(config.text_path)
-    size = min(1 << 14, sum(file.end for file in files) // 40 + 1)
+    files = input_files(text_path)
+    size = min(1 << 14, sum(path.stat().st_size for path in files) // 40 + 1)
     counts = [0, 0]
-    with (atomic_write(config.outdir / "train.txt") as train,
-          atomic_write(config.outdir / "valid.txt") as valid):
-        for document in (d for file in files for d in split_documents(file.read(), size)):
+    with (atomic_write(outdir / "train.txt") as train,
+          atomic_write(outdir / "valid.txt") as valid):
+        texts = (bytes_to_text(path.read_bytes()) for path in files)
+        for document in (d for text in texts for d in split_documents(text, size)):
             data = text_to_bytes(document)
             side = hashlib.sha256(data).digest()[0] < 26  # of 256
             (train, valid)[side].write(data + END_OF_TEXT.encode())
@@ -5482,72 +4811,42 @@ def split(config: SplitConfig) -> None:
                             "validation documents")
         log(f"training: {counts[0]:,} documents, {train.tell() / 1e6:,.2f} MB; "
             f"validation: {counts[1]:,} documents, {valid.tell() / 1e6:,.2f} MB")
-    (config.outdir / "special_tokens.txt").write_text(END_OF_TEXT + "\n")
+    (outdir / "special_tokens.txt").write_text(END_OF_TEXT + "\n")
 
 
-@dataclasses.dataclass(kw_only=True)
-class DemoConfig:
-    """Demo"""
+def choose_size(megabytes: float, minutes: float, device: str) -> tuple[int, str]:
+    """A vocabulary size, and flags of `train`, for a text and the minutes there are.
 
-    text_path: list[Path] | None = None
-    # your own text, files or directories (default: the bundled stories)
-    minutes: float | None = None  # with --text_path: how long to train, at most (default: 5)
-    outdir: Path | None = None  # directory for its files (default: out/demo, or out/text)
-    max_steps: int | None = None
-    # optimizer steps (default: 720, or as many as --minutes allow)
+    A larger model learns more per token and is slower, and it overfits little text. Our best
+    depths grow like the fourth root of both; the rest follows from the depth.
 
-
-# Vocabulary and model for a text: the last row whose requirements (MB of text, and minutes on a
-# CPU or on a GPU) are met. A larger model learns more per token and is slower; on little text
-# it memorizes.
-PRESETS = """
-MB   CPU  GPU  vocab_size context_length num_layers d_model num_heads d_ff batch_size lr
-0    0    0    1024       256            2          128     4         352  8          1e-2
-1    0    0    2048       256            4          128     4         352  8          1e-2
-3    20   0    4096       256            4          256     8         704  16         6e-3
-10   180  0    8192       512            6          384     6         1024 16         4e-3
-50   inf  5    16384      512            8          512     8         1408 32         3e-3
-200  inf  20   32768      512            8          768     12        2048 64         2e-3
-"""
-
-PRESET_FLAGS = ("context_length", "num_layers", "d_model", "num_heads", "d_ff", "batch_size")
-
-
-def choose_preset(megabytes: float, minutes: float, device: str) -> dict[str, str]:
-    """The last line of PRESETS whose minimum text and minutes are met, by name.
-
-    >>> choose_preset(4.0, 60, "cpu")["d_model"], choose_preset(4.0, 5, "cpu")["d_model"]
-    ('256', '128')
+    >>> choose_size(4.0, 5, "cpu")[1][:29], choose_size(4.0, 60, "cpu")[1][:29]
+    ('--num_layers 3 --d_model 192 ', '--num_layers 4 --d_model 256 ')
     """
-    names, *lines = (line.split() for line in PRESETS.strip().splitlines())
-    sizes = [dict(zip(names, line)) for line in lines]
-    column = "GPU" if device == "cuda" else "CPU"
-    return [size for size in sizes
-            if float(size["MB"]) <= megabytes and float(size[column]) <= minutes][-1]
+    speed = 5.5 if device == "cuda" else 2.0
+    depth = max(2, round(min(3 * megabytes**0.25, speed * minutes**0.25)))
+    return 256 * depth**2, (
+        f"--num_layers {depth} --d_model {64 * depth} --num_heads {depth} --d_ff {176 * depth} "
+        f"--context_length {256 if depth < 5 else 512} --batch_size {4 * depth} "
+        f"--optimizer muon --lr {min(0.01, 0.024 / depth):.1g}")
 
 
-DEMO_FLAGS = (
-    "--context_length 512 --num_layers 1 --d_model 128 --num_heads 4 --d_ff 256 --batch_size 4 "
-    "--optimizer muon --lr 1e-2 --min_lr 1e-5 --log_interval 50 --eval_interval 400")
-
-
-def demo(config: DemoConfig) -> int:
+def demo(
+    text_path: list[Path] | None = None,
+    # your own text, files or directories (default: the bundled stories)
+    minutes: float | None = None,  # with --text_path: how long to train, at most (default: 5)
+    outdir: Path | None = None,  # directory for its files (default: out/demo, or out/text)
+    max_steps: int | None = None,
+    # optimizer steps (default: 720, or as many as --minutes allow)
+) -> int:
     """Run the whole pipeline on the bundled stories or your own text, showing each command."""
-    out = config.outdir or Path("out/text" if config.text_path else "out/demo")
-    if config.minutes and not config.text_path:
+    out = outdir or Path("out/text" if text_path else "out/demo")
+    if minutes and not text_path:
         raise UserError("--minutes needs --text_path")
-    mark = out / ".made_by_demo"  # what an earlier demo made may be replaced
-    if not mark.is_file() and out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} contains files that no demo made: give another --outdir")
-    if config.text_path and (found := checkpoints_in(out / "run")):
-        raise UserError(f"{found[-1]} is a model of your text: give another --outdir, or "
-                        f"continue it with train --resume --outdir {out / 'run'}")
-    write_json(mark, {})
-    for old in (out / "run", out / "trial"):
-        for path in (*checkpoints_in(old), old / BEST, old / "metrics.jsonl"):
-            path.unlink(missing_ok=True)
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} isn't empty: remove it, or give another --outdir")
     quiet = ["--quiet"] * (not Progress.enabled)
-    for command in demo_commands(config, out):
+    for command in demo_commands(text_path, minutes or 5.0, max_steps, out):
         argv = shlex.split(command)
         log("\n$ python scratchformer.py " + shlex.join(argv))
         if argv[0].startswith("bpe-"):  # a process without PyTorch can fork (chapter 8)
@@ -5559,28 +4858,25 @@ def demo(config: DemoConfig) -> int:
     return 0
 
 
-def demo_commands(config: DemoConfig, out: Path) -> Iterator[str]:
+def demo_commands(
+    text_path: list[Path] | None, minutes: float, max_steps: int | None, out: Path
+) -> Iterator[str]:
     """Yields the demo's commands, in order. Each is run before the next one is asked for."""
-    here, own_text = shlex.quote(str(out)), config.text_path
-    if own_text:
-        yield f"split --text_path {shlex.join(map(str, own_text))} --outdir {here}"
-        minutes, device = config.minutes or 5.0, pick_device("auto").type
-        megabytes = (out / "train.txt").stat().st_size / 1e6
-        size = choose_preset(megabytes, minutes, device)
-        log(f"\n{megabytes:.1f} MB, {minutes:g} minutes, {device}: {size['num_layers']} blocks "
-            f"of width {size['d_model']}; a few steps show how fast it is")
-        flags = " ".join(f"--{name} {size[name]}" for name in (*PRESET_FLAGS, "lr"))
-        flags, vocab_size = f"{flags} --optimizer muon", size["vocab_size"]
+    here, data = (shlex.quote(str(path)) for path in (out, Path(__file__).parent / "data"))
+    if text_path:
+        yield f"split --text_path {shlex.join(map(str, text_path))} --outdir {here}"
+        megabytes, device = (out / "train.txt").stat().st_size / 1e6, pick_device("auto").type
+        vocab_size, flags = choose_size(megabytes, minutes, device)
+        log(f"\n{megabytes:.1f} MB, {minutes:g} minutes, {device}: {flags}")
         if device == "cuda" and has_compiler():  # on an H100, 2.5 times as fast
             flags += " --compile"
         source, texts, model, prompt = here, f"{here}/", f"{here}/run/{BEST}", "''"
     else:
-        data = Path(__file__).parent / "data"
-        if not data.is_dir():
-            raise UserError("the demo's stories aren't installed: run it in a clone of the "
-                            "source")
-        source, flags, vocab_size = shlex.quote(str(data)), DEMO_FLAGS, "1536"
-        texts, model, prompt = f"{source}/stories-", f"{here}/run", "Once"
+        source, texts, model, prompt = data, f"{data}/stories-", f"{here}/run", "Once"
+        vocab_size, steps = 1536, max_steps or 720
+        flags = ("--context_length 512 --num_layers 1 --d_model 128 --num_heads 4 --d_ff 256 "
+                 "--batch_size 4 --optimizer muon --lr 1e-2 --min_lr 1e-5 --log_interval 50 "
+                 f"--eval_interval 400 --warmup_steps {steps // 40}")
     tokenizer = f"{here}/tokenizer.json"
     yield (f"bpe-train --file_path {texts}train.txt --vocab_size {vocab_size} "
            f"--special_tokens_path {source}/special_tokens.txt "
@@ -5590,19 +4886,17 @@ def demo_commands(config: DemoConfig, out: Path) -> Iterator[str]:
                f"--out_path {here}/{part}.bin --append_eot")
     train = (f"train --train_tokens {here}/train.bin --valid_tokens {here}/valid.bin "
              f"--tokenizer_path {tokenizer} {flags}")
-    if own_text:
+    if text_path:
+        # A few steps show how fast this machine is.
         yield f"{train} --outdir {here}/trial --max_steps 8 --eval_windows 8"
         last = json.loads((out / "trial" / "metrics.jsonl").read_text().splitlines()[-1])
         tokens = 60 * minutes * last["tokens_per_second"] * 0.9  # the rest is for evaluation
         # Up to about four epochs are as good as new text (Muennighoff et al. 2023, arXiv
         # 2305.16264), and in our runs more than six gained nothing (README): take five.
         tokens = min(tokens, 5 * last["tokens_seen"] / last["epochs"])
-        steps = config.max_steps or round(tokens * last["step"] / last["tokens_seen"]) or 1
+        steps = max_steps or round(tokens * last["step"] / last["tokens_seen"]) or 1
         train += (f" --keep_best --eval_windows 128 --eval_interval {steps // 10 or 1} "
                   f"--log_interval {steps // 40 or 1}")
-    else:
-        steps = config.max_steps or 720
-        train += f" --warmup_steps {steps // 40}"
     yield f"{train} --outdir {here}/run --max_steps {steps}"
     yield f"eval --checkpoint {model} --valid_tokens {here}/valid.bin"
     yield f"generate --checkpoint {model} --prompt {prompt} --seed 1"
@@ -5615,52 +4909,39 @@ COMMANDS: dict[str, Callable] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command in `argv`, without the program's name. Returns the exit status.
-
-    0 means success, 2 a user error, and 128 + n that signal n has stopped the command.
-    """
+    """Run the command in `argv`, without the program's name. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    quiet_before, Progress.enabled = not Progress.enabled, True
-    for name in ("stdin", "stdout", "stderr"):
-        stream: Any = getattr(sys, name) or open(os.devnull, "r+")  # None: it was closed
-        if hasattr(stream, "reconfigure"):  # any bytes pass through
-            errors = "backslashreplace" if name == "stderr" else "surrogateescape"
-            stream.reconfigure(encoding="utf-8", errors=errors)
-        setattr(sys, name, stream)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # any bytes pass through
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
-        return 0
-    if argv[0] == "--version":
-        print(f"scratchformer {__version__}")
         return 0
     name = argv[0]
     try:
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
-        if name != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
+        if name != "train" and get_world_size() != 1:
             raise UserError(f"{name} is one process: start it without torchrun")
         given, arguments = parse_flags(name, COMMANDS[name], argv[1:])
         Progress.enabled = "quiet" not in given
-        return COMMANDS[name](*arguments) or 0
+        return COMMANDS[name](**arguments) or 0
     except BrokenPipeError:  # whoever reads our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UserError, OSError) as error:
-        message = error_message(error)
+    except (UserError, OSError, ModuleNotFoundError) as error:
+        if is_main_process():  # under torchrun, only rank 0 prints
+            print_error(f"scratchformer: error: {error_message(error)}\n")
+        return 2
     except KeyboardInterrupt:
         print_error("interrupted\n")
         return 130
-    finally:
-        Progress.enabled = not quiet_before
-    if is_main_process():  # under torchrun, only rank 0 prints
-        print_error(f"scratchformer: error: {message}\n")
-    return 2
 
 
 # Exercises
-# 1. Add a command that shows how a text is split: a dataclass with --tokenizer_path and --text,
-#    a function of three lines that prints `tokenizer.decode_bytes([i])` for each id, and an
-#    entry in COMMANDS. --help is there already.
+# 1. Add a command that shows how a text is split: a function with the parameters tokenizer_path
+#    and text, of three lines that print `tokenizer.decode_bytes([i])` for each id, and an entry
+#    in COMMANDS. --help is there already.
 # 2. Run `demo --max_steps 400` with another --outdir. The whole schedule shrinks with it. How
 #    far above the floor does the model end, compared with the 720 steps of the demo?
 

@@ -10,11 +10,9 @@ on standard error, exit status 2, nothing written.
 """
 
 import ast
-import builtins
 import contextlib
 import copy
 import dataclasses
-import functools
 import importlib.util
 import io
 import itertools
@@ -31,10 +29,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import unicodedata
-import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -59,19 +57,16 @@ from scratchformer import (
     OPTIMIZERS,
     PRETOKEN_PATTERN,
     BPETokenizer,
-    FileSpan,
+    DataConfig,
     GradScaler,
     KVCache,
     LlamaConfig,
     ModelConfig,
-    MultiHeadAttention,
     Muon,
     OptimizerConfig,
-    ProcessConfig,
     RMSNorm,
     StaticCache,
-    SwiGLU,
-    TokenDataset,
+    TokenFile,
     Tokenizer,
     Transformer,
     TransformerWithLoss,
@@ -91,40 +86,36 @@ from scratchformer import (
     cross_entropy,
     encode_file,
     find_pretokens,
-    gather_state,
     generate,
     generate_naive,
     generate_texts,
     get_batch,
     gradient_norm,
     input_files,
-    last_safe_split,
     learn_merges,
     learn_merges_naive,
-    learning_rate,
     load_batches,
     load_checkpoint,
     load_hf_model,
-    load_weights,
     local_params,
     main,
     make_adamw,
     model_from_checkpoint,
     muon_momentum,
     muon_naive,
+    open_tokens,
     orthogonalize,
     pretokenize,
-    pretokenize_with,
     random_numbers,
-    restore_optimizer,
     rope_frequencies,
     rope_table,
+    safe_pieces,
     sample,
     save_checkpoint,
     shuffle_windows,
     softmax,
     special_token_pattern,
-    split_file,
+    split_files,
     stream_text,
     take_local_gradients,
     text_to_bytes,
@@ -188,10 +179,10 @@ def shell_words(argv):
     return list(itertools.chain(*split))
 
 
-def default_signals(ignored=None):
+def default_signals():
     """Undo what our own parent ignores: a shell that starts us with & ignores Ctrl-C."""
     for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
 
 
 def process(*argv, processes=0, env=None, file=FILE):
@@ -215,7 +206,9 @@ def do(*argv):
 
 
 def snapshot(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    """All files but locks, which are empty."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path: path.read_bytes() for path in files}
 
 
 def refused(capsys, folder, *argv):
@@ -291,6 +284,13 @@ def training(folder, outdir):
     ]
 
 
+def pretokenize_with(pattern, text):
+    """Pre-tokens by any pattern. What lies between its matches are pre-tokens, too."""
+    borders = [0, *(b for match in regex.finditer(pattern, text) for b in match.span())]
+    pieces = [text[a:b] for a, b in zip(borders, [*borders[1:], len(text)])]
+    return [piece for piece in pieces if piece]
+
+
 def parts(text, specials, pattern=PRETOKEN_PATTERN):
     """All pre-tokens and special tokens of a text, in order: the definition."""
     finder, found, end = special_token_pattern(specials), [], 0
@@ -310,6 +310,15 @@ def tokenizer_from(text, num_merges, specials=(), pattern=PRETOKEN_PATTERN):
     """A tokenizer with merges learned from `text`."""
     merges = learn_merges(count_words(text, [], pattern), num_merges)
     return Tokenizer(build_vocab(merges, []), merges, list(specials), pattern)
+
+
+def plain_ids(tokenizer, text, specials=()):
+    """The ids of a text by chapter 3: split it, then merge each word on its own."""
+    plain = BPETokenizer(tokenizer.merges)
+    ids = ([tokenizer.special_tokens[part]] if part in specials
+           else plain.encode_pretoken(text_to_bytes(part))
+           for part in parts(text, specials, tokenizer.pattern))  # fmt: skip
+    return list(itertools.chain(*ids))
 
 
 def cl100k_pattern():
@@ -335,17 +344,11 @@ def test_pretokens_by_hand():
 @given(texts)
 def test_pretokens_are_tiktokens(text):
     assert pretokenize(text) == regex.findall(r50k_pat_str, text)
-    assert pretokenize_with(PRETOKEN_PATTERN, text) == pretokenize(text)
+    assert "".join(pretokenize(text)) == text
     # tiktoken's present form of GPT-4's pattern takes whitespace at the end of a text as one
     # piece, even if it contains line breaks. Elsewhere it is the one first published.
     text += "."
-    assert pretokenize_with(GPT4_PATTERN, text) == regex.findall(cl100k_pattern(), text)
-
-
-@given(any_texts, st.sampled_from([PRETOKEN_PATTERN, GPT4_PATTERN, "b+", r"\s+|the"]))
-def test_joined_pretokens_are_the_text(text, pattern):
-    assert "".join(pretokenize_with(pattern, text)) == text
-    assert "".join(pretokenize(text)) == text
+    assert regex.findall(GPT4_PATTERN, text) == regex.findall(cl100k_pattern(), text)
 
 
 def test_special_tokens_only_separate():
@@ -444,7 +447,7 @@ def test_the_plain_tokenizers_ids_are_tiktokens_and_those_of_the_full_one(text):
     plain, full = BPETokenizer(OURS.merges), Tokenizer(
         build_vocab(OURS.merges, []), OURS.merges, [END_OF_TEXT])
     ids = plain.encode(text)
-    assert ids == full.encode(text) == full.fast.encode(text).tolist()
+    assert ids == full.encode(text)
     oracle = tiktoken_of(full, full.special_tokens)
     assert ids == oracle.encode(text, allowed_special="all")
     assert plain.decode(ids) == text
@@ -465,22 +468,15 @@ def token_file(path, ids, metadata=None, dtype="<u2"):
     return path
 
 
-def test_rows_are_stretches_of_the_file_and_targets_are_one_token_later(tmp_path):
-    dataset = TokenDataset([token_file(tmp_path / "a", range(500, 600))], 1000)
-    inputs, targets = get_batch(dataset, 5, seed=1, indices=range(3, 10))
-    assert inputs.shape == targets.shape == (7, 5) and inputs.dtype == torch.int64
-    assert torch.equal(inputs, inputs[:, :1] + torch.arange(5))
-    assert torch.equal(targets, inputs + 1) and len(inputs[:, 0].unique()) > 1
-
-
-def test_a_batch_of_an_array_in_memory_is_that_of_the_file(tmp_path):
-    ids = np.random.default_rng(1).integers(0, 1000, 300)
-    dataset = TokenDataset([token_file(tmp_path / "a", ids)], 1000)
-    mapped = np.memmap(tmp_path / "a", "<u2", mode="r")  # as chapter 4 shows it
-    for tokens in (ids, ids.astype(np.uint16), mapped, dataset[0:300]):
-        for one, other in zip(get_batch(tokens, 9, 1, range(2, 6)),
-                              get_batch(dataset, 9, 1, range(2, 6))):  # fmt: skip
-            assert torch.equal(one, other)
+def test_rows_are_stretches_of_the_tokens_and_targets_are_one_token_later(tmp_path):
+    """In memory, in a file as chapter 4 reads it, and in chapter 14's token files."""
+    path, ids = token_file(tmp_path / "a", range(500, 600)), np.arange(500, 600)
+    for tokens in (ids, np.memmap(path, "<u2", mode="r"), open_tokens(path, 1000).ids):
+        inputs, targets = get_batch(tokens, 5, seed=1, indices=range(3, 10))
+        assert inputs.shape == targets.shape == (7, 5) and inputs.dtype == torch.int64
+        assert torch.equal(inputs, inputs[:, :1] + torch.arange(5))
+        assert torch.equal(targets, inputs + 1) and len(inputs[:, 0].unique()) > 1
+        assert torch.equal(inputs, get_batch(ids, 5, 1, range(3, 10))[0])
 
 
 def test_a_batch_is_a_function_of_seed_and_window_indices():
@@ -519,7 +515,7 @@ def test_batches_cross_from_one_epoch_into_the_next():
 
 
 def test_fewer_tokens_than_two_windows_are_refused():
-    with pytest.raises(ValueError, match="9 tokens are fewer than two windows of 5"):
+    with pytest.raises(ValueError, match="fewer than two windows"):
         get_batch(np.arange(9), 5, 1, range(1))
     assert get_batch(np.arange(10), 5, 1, range(1))[0].shape == (1, 5)
 
@@ -538,38 +534,28 @@ def noise(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def random_ids(*shape, seed=0):
+    """Ids for TINY_MODEL."""
+    return torch.randint(61, shape, generator=torch.Generator().manual_seed(seed))
+
+
 def tiny_model(seed=0, config=TINY_MODEL, scale=3.0):
     """A model with weights large enough that every part of it matters."""
     torch.manual_seed(seed)
     model = TransformerWithLoss(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(scale) if parameter.dim() == 2 else parameter.add_(
-                noise(*parameter.shape) / 4
-            )
+        for p in model.parameters():
+            p.mul_(scale) if p.dim() == 2 else p.add_(noise(*p.shape) / 4)
     return model.eval()
-
-
-def test_rmsnorm_by_hand():
-    # The mean square of (3, 4, 0, 0) is 25 / 4, its root 2.5.
-    assert torch.allclose(
-        RMSNorm(4, eps=0.0)(torch.tensor([3.0, 4, 0, 0])), torch.tensor([1.2, 1.6, 0, 0])
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rmsnorm_is_torchs(dtype):
-    x, norm = noise(3, 5, 7, dtype=dtype), RMSNorm(7, 1e-5)
+    x, norm = 900 * noise(3, 5, 7, dtype=dtype), RMSNorm(7, 1e-5)  # squares exceed float16
     torch.nn.init.normal_(norm.weight)
     expected = F.rms_norm(x.float(), (7,), norm.weight, 1e-5)
     assert norm(x).dtype == dtype
     assert torch.allclose(norm(x).float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-
-
-def test_rmsnorm_of_large_float16_entries_is_not_zero():
-    assert torch.equal(
-        RMSNorm(4)(torch.full((4,), 30_000.0, dtype=torch.float16)), torch.ones(4).half()
-    )
 
 
 def test_rope_rotates_pairs_as_complex_numbers_rotate():
@@ -581,27 +567,6 @@ def test_rope_rotates_pairs_as_complex_numbers_rotate():
     assert torch.allclose(apply_rope(x, rope), expected, atol=1e-4)
 
 
-def rotate(x, position):
-    """x [1, 8] at a position."""
-    return apply_rope(x, rope_table(torch.tensor([position]), rope_frequencies(8)))
-
-
-@given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
-def test_rope_scores_depend_only_on_distance(m, n, shift):
-    q, k = noise(1, 8, seed=1), noise(1, 8, seed=2)
-
-    def score(i, j):
-        return rotate(q, i) @ rotate(k, j).T
-
-    assert torch.allclose(score(m, n), score(m + shift, n + shift), atol=2e-3)
-    assert torch.allclose(rotate(q, m).norm(), q.norm())
-
-
-def test_rope_scores_do_depend_on_distance():
-    q = torch.ones(1, 8)
-    assert (q @ rotate(q, 5).T).item() < 7 < (q @ q.T).item()
-
-
 @given(st.lists(st.floats(-80, 80), min_size=1, max_size=8))
 def test_softmax_is_torchs(numbers):
     x = torch.tensor(numbers)
@@ -609,68 +574,31 @@ def test_softmax_is_torchs(numbers):
     assert torch.allclose(softmax(x + 1000), softmax(x), atol=1e-4)
 
 
-@pytest.mark.parametrize("T, width", [(1, 2), (1, 6), (5, 4), (17, 10)])
+@pytest.mark.parametrize("T, width", [(1, 2), (5, 4), (17, 10)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_attention_formula_equals_the_fused_kernel_in_value_and_gradient(
-    T, width, dtype, causal
-):
-    ours = [noise(2, 3, T, width, seed=i).to(dtype).requires_grad_() for i in range(3)]
-    theirs = [x.detach().clone().requires_grad_() for x in ours]
-    mask = None if causal else torch.ones(T, T).bool()
-    weights = noise(2, 3, T, width, seed=9, dtype=dtype)
-    one, other = (
-        attention_naive(*ours, mask),
-        F.scaled_dot_product_attention(*theirs, is_causal=causal),
-    )
-    for result in (one, other):
-        (result * weights).sum().backward()
-    tolerance = {
-        "rtol": 0,
-        "atol": 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps,
-    }
-    assert torch.allclose(one, other, **tolerance)
-    for x, y in zip(ours, theirs, strict=True):
-        assert torch.allclose(x.grad, y.grad, **{**tolerance, "atol": 4 * tolerance["atol"]})
+def test_the_attention_formula_equals_the_fused_kernel(T, width, dtype, causal):
+    """In value and gradient."""
+    results, mask = [], None if causal else torch.ones(T, T).bool()
+    for attend in (
+        lambda q, k, v: attention_naive(q, k, v, mask),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
+    ):
+        leaves = [noise(2, 3, T, width, seed=i).to(dtype).requires_grad_() for i in range(3)]
+        out = attend(*leaves)
+        (out * noise(2, 3, T, width, seed=9, dtype=dtype)).sum().backward()
+        results.append([out, *(x.grad for x in leaves)])
+    tolerance = 4e-5 if dtype == torch.float32 else 32 * torch.finfo(dtype).eps
+    torch.testing.assert_close(*results, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_attention_is_the_formula_in_every_head(kv_heads):
-    config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads)
-    layer, x = MultiHeadAttention(config), noise(2, 9, 32)
-    qkv = layer.qkv(x).view(2, 9, -1, 8).transpose(1, 2).split([4, kv_heads, kv_heads], dim=1)
-    q, k, v = qkv[0], *(x.repeat_interleave(4 // kv_heads, dim=1) for x in qkv[1:])
-    rope = rope_table(torch.arange(9) + 3, rope_frequencies(8))
-    q, k = apply_rope(q, rope), apply_rope(k, rope)
-    out = attention_naive(q, k, v, torch.ones(9, 9).tril().bool())
-    expected = out.transpose(1, 2).reshape(2, 9, 32) @ layer.output.weight.T
-    assert torch.allclose(layer(x, rope[:, :, None]), expected, atol=1e-5)
-
-
-def test_swiglu_is_its_formula():
-    layer, x = SwiGLU(ModelConfig(d_model=6, d_ff=10)), noise(2, 3, 6)
-    gate, up = layer.gate_up.weight[:10], layer.gate_up.weight[10:]
-    expected = (x @ gate.T / (1 + torch.exp(-x @ gate.T)) * (x @ up.T)) @ layer.down.weight.T
-    assert torch.allclose(layer(x), expected, atol=1e-6)
-
-
-def test_attention_cannot_see_the_future():
-    model, tokens = (
-        tiny_model(),
-        torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(1)),
-    )
-    for place in (1, 12, 23):
+def test_a_token_changes_the_logits_from_its_place_on_and_none_before():
+    model, tokens = tiny_model(), random_ids(2, 24)
+    for place in (0, 12, 23):
         other = tokens.clone()
-        other[:, place:] = (other[:, place:] + 1) % 61
-        one, two = model(tokens), model(other)
-        assert torch.equal(one[:, :place], two[:, :place])
-        assert not torch.allclose(one[:, place], two[:, place])
-
-
-def test_the_past_is_seen():
-    model = tiny_model()
-    one, other = model(torch.tensor([[5, 6, 7, 8]])), model(torch.tensor([[4, 6, 7, 8]]))
-    assert all((one - other)[0, place].abs().max() > 1e-3 for place in range(4))
+        other[:, place] = (other[:, place] + 1) % 61
+        change = (model(tokens) - model(other)).abs().amax(dim=(0, 2))
+        assert not change[:place].any() and (change[place:] > 1e-3).all()
 
 
 def llama_of(model, **changes):
@@ -678,37 +606,24 @@ def llama_of(model, **changes):
     import transformers
 
     c = model.config
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.d_model,
-            intermediate_size=c.d_ff,
-            num_hidden_layers=c.num_layers,
-            num_attention_heads=c.num_heads,
-            max_position_embeddings=c.context_length,
-            rms_norm_eps=c.norm_eps,
-            tie_word_embeddings=False,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-            **changes,
-        )
-    )
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff,
+        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
+        max_position_embeddings=c.context_length, rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **changes,
+    ))  # fmt: skip
     llama.load_state_dict(to_hf(model.state_dict(), c), strict=True)
     return llama.eval()
 
 
-def test_the_model_is_transformers_llama():
-    model = tiny_model(config=dataclasses.replace(TINY_MODEL, rope_theta=500.0, norm_eps=1e-3))
-    tokens = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_the_model_is_transformers_llama(kv_heads):
+    changes = {"num_kv_heads": kv_heads, "rope_theta": 500.0, "norm_eps": 1e-3}
+    model = tiny_model(config=dataclasses.replace(TINY_MODEL, **changes))
+    theirs, tokens = llama_of(model, num_key_value_heads=kv_heads), random_ids(2, 24)
     with torch.no_grad():
-        assert torch.allclose(model(tokens), llama_of(model)(tokens).logits, atol=1e-4)
-
-
-def test_a_new_model_knows_nothing():
-    torch.manual_seed(1)
-    model = Transformer(dataclasses.replace(TINY_MODEL, vocab_size=1000))
-    tokens = torch.randint(1000, (8, 25), generator=torch.Generator().manual_seed(4))
-    loss = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean().item()
-    assert abs(loss - math.log(1000)) < 0.05
+        assert torch.allclose(model(tokens), theirs(tokens).logits, atol=1e-4)
 
 
 def test_weights_are_drawn_with_the_stated_deviations():
@@ -746,35 +661,12 @@ def test_more_tokens_than_the_context_are_refused():
 # ======================================================================================
 
 
-def test_cross_entropy_by_hand():
-    # Odds 1 : 3, so probability 1/4 for id 0 and 3/4 for id 1.
-    logits = torch.tensor([[[0.0, math.log(3)], [0.0, math.log(3)]]])
-    losses = cross_entropy(logits, torch.tensor([[0, 1]]))
-    assert losses.tolist() == pytest.approx([math.log(4), math.log(4 / 3)])
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cross_entropy_is_minus_log_softmax_in_float32(dtype):
     logits, targets = noise(2, 5, 11, dtype=dtype) * 4, torch.arange(10).view(2, 5)
     expected = -softmax(logits.float()).log().gather(-1, targets[..., None])[..., 0]
     losses = cross_entropy(logits, targets)
     assert losses.dtype == torch.float32 and torch.allclose(losses, expected.flatten())
-
-
-def test_the_schedule_is_the_table():
-    config = OptimizerConfig(max_steps=10, lr=8.0, min_lr=2.0, warmup_steps=4)
-    got = [learning_rate(step, config) for step in range(12)]
-    table = [2, 4, 6, 8, 8, 7, 6, 5, 4, 3, 2, 2]  # by quarters up, then by sixths down
-    assert got == pytest.approx(table, abs=5e-4)
-    assert learning_rate(0, dataclasses.replace(config, warmup_steps=0)) == 8.0
-
-
-def test_warmup_adapts_to_a_short_run():
-    assert OptimizerConfig(max_steps=30).warmup_steps == 3
-    assert OptimizerConfig().warmup_steps == 200
-    for wrong in ({"max_steps": 30, "warmup_steps": 31}, {"lr": 1e-5, "min_lr": 1e-4}):
-        with pytest.raises(UserError, match="--(warmup_steps|min_lr)"):
-            check_config(OptimizerConfig(**wrong))
 
 
 @given(st.integers(1, 12), st.floats(0, 1), st.floats(0, 0.999), st.floats(0, 0.9999))
@@ -796,71 +688,27 @@ def test_matrices_decay_and_norm_weights_do_not():
     config = OptimizerConfig(lr=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9)
     groups = make_adamw(model.parameters(), config).param_groups
     decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
-    assert {name: decays[p] for name, p in model.named_parameters()} == {
-        name: 0.0 if "norm" in name else 0.5 for name, _ in model.named_parameters()
-    }
+    for name, p in model.named_parameters():
+        assert decays[p] == (0.0 if "norm" in name else 0.5), name
     assert all(group["lr"] == 0.1 and group["betas"] == (0.8, 0.9) for group in groups)
-
-
-def test_plain_gradient_descent_learns_too():
-    torch.manual_seed(1)
-    model, tokens = Transformer(TINY_MODEL), torch.arange(20)[None] % 7
-    losses = []
-    for _ in range(30):
-        loss = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean()
-        model.zero_grad()
-        loss.backward()
-        scratchformer.gradient_descent_step(model.parameters(), 0.5)
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(math.log(61), rel=0.05) and losses[-1] < 2.5
-
-
-def test_training_lowers_the_loss_on_text_it_has_not_seen(toy, capsys):
-    """The loop of chapter 6, and what it says while it runs."""
-    train_tokens, valid_tokens = (TokenDataset([toy / f"{n}.bin"]) for n in ("train", "valid"))
-    model = Transformer(dataclasses.replace(TINY_MODEL, vocab_size=280))
-    before = validation_loss(model, valid_tokens)
-    config = OptimizerConfig(max_steps=80, lr=1e-2)
-    losses = train_model(model, train_tokens, valid_tokens, config, 8, eval_interval=40)
-    assert before == pytest.approx(math.log(280), rel=0.05)
-    assert validation_loss(model, valid_tokens) < before / 2 and len(losses) == 80
-    lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"step 40: loss \d\.\d{4}, validation loss \d\.\d{4}", lines[0])
-    assert len(lines) == 2 and not model.training  # ready for generation
-
-
-def test_a_frozen_parameter_stays_and_the_others_learn():
-    torch.manual_seed(1)
-    model, text = Transformer(TINY_MODEL), np.arange(200) % 7
-    model.embedding.weight.requires_grad_(False)
-    frozen, head = model.embedding.weight.clone(), model.lm_head.weight.clone()
-    losses = train_model(model, text, text, OptimizerConfig(max_steps=20, lr=0.01), 2)
-    assert torch.equal(model.embedding.weight, frozen) and losses[-1] < losses[0]
-    assert not torch.equal(model.lm_head.weight, head)
 
 
 STORIES = pytest.mark.skipif(
     not (DATA / "stories-train.txt").exists(), reason="no bundled stories")
 
 
-@STORIES
-def test_the_plain_loop_gives_the_losses_of_the_train_command(tmp_path):
-    """On the bundled stories, step by step."""
-    argv = [f"--dataset_path {DATA / 'stories-valid.txt'} --out_path {tmp_path / 't.bin'}",
-            f"--tokenizer_path {tmp_path / 'tokenizer.json'} --quiet"]  # fmt: skip
-    do(f"bpe-train --file_path {DATA / 'stories-valid.txt'} --vocab_size 400 --quiet "
-       f"--tokenizer_out_path {tmp_path / 'tokenizer.json'}")  # fmt: skip
-    do("bpe-encode", *argv)
-    do(f"train --train_tokens {tmp_path / 't.bin'} --outdir {tmp_path / 'run'}", *TINY,
-       "--max_steps 60 --seed 5")  # fmt: skip
-    tokens = TokenDataset([tmp_path / "t.bin"])
-    shape = ModelConfig(400, 64, num_layers=2, d_model=32, num_heads=2, d_ff=48)
-    config = OptimizerConfig(max_steps=60, lr=3e-3, warmup_steps=4)
+def test_the_plain_loop_learns_and_gives_the_losses_of_the_train_command(toy, tmp_path):
+    do("train", *training(toy, tmp_path), "--max_steps 60 --seed 5")
+    tokens, unseen = (open_tokens(toy / f"{part}.bin").ids for part in ("train", "valid"))
     torch.manual_seed(5)
-    plain = train_model(Transformer(shape), tokens, tokens, config, 4, seed=5)
-    assert plain == pytest.approx(
-        [loss for (loss,) in metrics(tmp_path / "run", "train_loss")], rel=1e-5)
-    assert plain[-1] < 0.8 * plain[0]
+    model = Transformer(ModelConfig(280, 64, num_layers=2, d_model=32, num_heads=2, d_ff=48))
+    before = validation_loss(model, unseen)
+    config = OptimizerConfig(max_steps=60, lr=3e-3, warmup_steps=4)
+    plain = train_model(model, tokens, unseen, config, 4, seed=5)
+    losses = [loss for (loss,) in metrics(tmp_path, "train_loss")]
+    assert plain == pytest.approx(losses, rel=1e-5)
+    assert validation_loss(model, unseen) < before / 2
+    assert not model.training  # ready for generation
 
 
 # ======================================================================================
@@ -877,16 +725,6 @@ def frequencies(logits, draws=20_000, **how):
     u = random_numbers(1, 1, draws)[0]
     ids = sample(torch.tensor([logits]).expand(draws, -1), u, **how)
     return (torch.bincount(ids, minlength=len(logits)) / draws).tolist()
-
-
-def test_draws_follow_the_softmax():
-    logits = [math.log(p) for p in (0.5, 0.2, 0.15, 0.1, 0.05)]
-    # 20,000 draws: a deviation of at most 0.0035.
-    assert frequencies(logits) == pytest.approx([0.5, 0.2, 0.15, 0.1, 0.05], abs=0.015)
-    squares = [0.25, 0.04, 0.0225, 0.01, 0.0025]
-    assert frequencies(logits, temperature=0.5) == pytest.approx(
-        [x / 0.325 for x in squares], abs=0.015
-    )
 
 
 @pytest.mark.parametrize("how, kept", [
@@ -947,39 +785,21 @@ def test_text_with_a_cache_is_the_text_without(length, rows, context, seed, how)
     one, other = (torch.stack(list(function(model, prompts, u, **how)))
                   for function in (generate, generate_naive))  # fmt: skip
     assert torch.equal(one, other) and one.shape == (40, rows)
-
-
-BORDERS = [[1], [2, 3, 4], [7, 8, 9, 10, 24], [5, 6, 20], [24]]
+    if "temperature" in how:  # the first id is the likeliest after the last `context` ids
+        assert torch.equal(one[0], model(prompts[:, -context:])[:, -1].argmax(-1))
 
 
 @pytest.mark.parametrize(
     "cache_type", [lambda model: KVCache(), lambda model: StaticCache(model, 3, 30)])
-@pytest.mark.parametrize("borders", BORDERS)
+@pytest.mark.parametrize("borders", [[1], [7, 8, 9, 10, 24], [5, 6, 20], [24]])
 def test_hidden_states_with_a_cache_equal_those_without(borders, cache_type):
     """However many tokens the model reads at a time."""
-    model, steps = tiny_model(), []
-    tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(2))
+    model, tokens, steps = tiny_model(), random_ids(3, 24), []
     cache, edges = cache_type(model), [0, *borders, *range(borders[-1] + 1, 25)]
     for start, end in zip(edges, edges[1:]):
         cache.extend(tokens[:, start:end])
         steps.append(model.hidden_states(tokens[:, start:end], cache))
     assert torch.allclose(torch.cat(steps, 1), model.hidden_states(tokens), atol=2e-5)
-
-
-def test_a_seed_repeats_and_another_does_not():
-    one, again, other = (text_of(generate, tiny_model(), PROMPT, 20, i) for i in (1, 1, 2))
-    assert one == again != other
-
-
-@pytest.mark.parametrize("context", [1, 2, 7, 24])
-@pytest.mark.parametrize("prompt", [1, 24, 60])
-def test_texts_longer_than_the_context_keep_going(context, prompt):
-    model = tiny_model(config=dataclasses.replace(TINY_MODEL, context_length=context))
-    ids = [(7 * i) % 61 for i in range(prompt)]
-    new = text_of(generate, model, ids, 70, temperature=0)
-    assert len(new) == 70
-    # The first id is the likeliest after the last `context` ids.
-    assert new[0] == model(torch.tensor([ids[-context:]]))[0, -1].argmax().item()
 
 
 # ======================================================================================
@@ -989,35 +809,39 @@ def test_texts_longer_than_the_context_keep_going(context, prompt):
 # ======================================================================================
 
 
-def test_part_one_is_short_and_uses_nothing_defined_later():
+def part_one():
     source = FILE.read_text(encoding="utf-8")
-    end = source[: re.search(r"^# PART TWO", source, re.M).start()].count("\n") + 1
-    assert end <= 1250
-    defined, used = {}, {}  # names at the top level: the line where each is first defined
-    tree = ast.parse(source)
-    for node in tree.body:
-        names = [getattr(node, "name", None)]
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [(alias.asname or alias.name).split(".")[0] for alias in node.names]
-        names += [n.id for n in ast.walk(node) if isinstance(n, ast.Name)
-                  and isinstance(n.ctx, ast.Store)]  # fmt: skip
-        for name in names:
-            defined.setdefault(name, node.lineno)
-        if node.lineno < end:
-            used |= {n.id: n.lineno for n in ast.walk(node) if isinstance(n, ast.Name)}
-    later = {name for name in used if defined.get(name, 0) >= end} - set(dir(builtins))
-    arguments = {n.arg for node in tree.body if node.lineno < end for n in ast.walk(node)
-                 if isinstance(n, ast.arg)}  # fmt: skip
-    assert not later - arguments
+    return source[: re.search(r"^# PART TWO", source, re.M).start()]
+
+
+@pytest.mark.xfail(strict=False, reason="being reduced")
+def test_the_budget_holds():
+    """Whatever comes later fits in, by making something else simpler."""
+    source = FILE.read_text(encoding="utf-8")
+    lines, tree = source.splitlines(), ast.parse(source)
+    prose = {n for n, line in enumerate(lines, 1) if re.match(r"\s*(#|$)", line)}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            most = 60 if isinstance(node, ast.FunctionDef) else 200
+            assert node.end_lineno - node.lineno < most, node.name
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
+            prose |= {*range(node.lineno, node.end_lineno + 1)}
+    assert len(lines) <= 4400 and len(lines) - len(prose) <= 2500
+
+
+def test_part_one_is_short_and_uses_nothing_defined_later():
+    assert part_one().count("\n") < 1250
+    argv = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "-"]
+    done = subprocess.run(argv, input=part_one(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout  # no undefined names
 
 
 def test_there_is_one_loop_over_the_blocks_and_one_attention():
     """A change in one place changes training, evaluation and generation."""
     tree = ast.parse(FILE.read_text(encoding="utf-8"))
     calls = [ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)]
-    assert calls.count("F.scaled_dot_product_attention") == 1
-    assert calls.count("F.cross_entropy") == 1
-    assert calls.count("block") == 1
+    for call in ("F.scaled_dot_product_attention", "F.cross_entropy", "block"):
+        assert calls.count(call) == 1, call
     assert not any(call.endswith(".lm_head") for call in calls)  # compute_logits makes logits
 
 
@@ -1027,9 +851,7 @@ def test_part_one_alone_tells_a_story(tmp_path):
     """Fewer steps and less text than in its docstring."""
     text = (DATA / "stories-train.txt").read_text()[:300_000]
     write(tmp_path / "text.txt", text)
-    source = FILE.read_text(encoding="utf-8")
-    part_one = source[: re.search(r"^# PART TWO", source, re.M).start()]
-    write(tmp_path / "part_one.py", part_one + """
+    write(tmp_path / "part_one.py", part_one() + """
 print(story_from_text(open("text.txt").read(), vocab_size=900, max_steps=120, temperature=0.3,
                       context_length=64, max_new_tokens=60))
 """)
@@ -1056,15 +878,24 @@ def test_any_bytes_survive_as_text(data):
     assert text_to_bytes(bytes_to_text(data)) == data
 
 
-def test_a_lone_surrogate_is_refused():
-    with pytest.raises(UserError, match="lone surrogate"):
-        text_to_bytes("a\ud800")
+@given(st.binary(max_size=60) | any_texts.map(text_to_bytes))
+def test_encoding_and_decoding_gives_back_any_bytes(data):
+    assert OURS.decode_bytes(OURS.encode(bytes_to_text(data))) == data
+    assert OURS.decode(OURS.encode(bytes_to_text(data))) == data.decode(errors="replace")
 
 
-@pytest.mark.parametrize("specials", [["<a>", "<a>"], [""], ["x"]])
-def test_special_tokens_that_cannot_be_are_refused(specials):
-    with pytest.raises(UserError, match="special token"):
-        Tokenizer(OURS.vocab, OURS.merges, specials)
+def test_an_id_outside_the_vocabulary_is_named_in_decoding():
+    with pytest.raises(UserError, match="id 9999 is not in the vocabulary"):
+        OURS.decode([1, 9999])
+
+
+@given(texts)
+def test_ids_are_tiktokens(text):
+    for ours in (OURS, OURS_GPT4):
+        assert ours.encode_ordinary(text) == tiktoken_of(ours, {}).encode(text)
+        ours = Tokenizer(OURS.vocab, OURS.merges, ["<a> <b>"], ours.pattern)
+        oracle = tiktoken_of(ours, ours.special_tokens)
+        assert ours.encode(text) == oracle.encode(text, allowed_special="all")
 
 
 @pytest.fixture(scope="module")
@@ -1077,71 +908,26 @@ def theirs(tmp_path_factory):
     return load(str(folder / "gpt2.json")), load(str(folder / "gpt4.json"))
 
 
-def test_encoding_by_hand():
-    merges = [(b"h", b"e"), (b"t", b"he"), (b" ", b"t"), (b" t", b"he")]
-    tokenizer = Tokenizer(build_vocab(merges, []), merges, ["<a>"])
-    # " the": h+e is merged first, then t+he. The rest of " the" finds no merge " "+"the".
-    assert tokenizer.encode("the the<a>t") == [257, 32, 257, 260, 116]
-    assert tokenizer.encode_ordinary("<a>") == [60, 97, 62]
-    assert tokenizer.decode([257, 32, 257, 260, 116]) == "the the<a>t"
-    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
-
-
-@given(texts)
-def test_ids_are_tiktokens(text):
-    for tokenizer in (OURS, OURS_GPT4):
-        assert tokenizer.encode_ordinary(text) == tiktoken_of(tokenizer, {}).encode(text)
-
-
-@given(texts)
-def test_ids_are_tiktokens_with_a_special_token(text):
-    ours = Tokenizer(OURS.vocab, OURS.merges, ["<a> <b>"])
-    oracle = tiktoken_of(ours, ours.special_tokens)
-    assert ours.encode(text) == oracle.encode(text, allowed_special="all")
-
-
 @given(text=texts)
 def test_ids_are_those_of_tokenizers_on_our_file(theirs, text):
     # (tiktoken takes any one of special tokens that overlap, so it is no oracle for these.)
     for ours, oracle in zip((OURS, OURS_GPT4), theirs):
-        assert ours.encode(text) == oracle.encode(text).ids
-        assert ours.decode(ours.encode(text)) == oracle.decode(
-            oracle.encode(text).ids, skip_special_tokens=False
-        )
-
-
-@given(st.binary(max_size=60) | any_texts.map(text_to_bytes))
-def test_encoding_and_decoding_gives_back_any_bytes(data):
-    assert OURS.decode_bytes(OURS.encode(bytes_to_text(data))) == data
-    assert OURS.decode(OURS.encode(bytes_to_text(data))) == data.decode(errors="replace")
-
-
-def test_an_id_outside_the_vocabulary_is_named_in_decoding():
-    with pytest.raises(UserError, match="id 9999 is not in the vocabulary"):
-        OURS.decode([1, 9999])
-
-
-def test_ignore_merges_takes_a_known_word_whole():
-    merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]  # "abc" itself becomes a, bc
-    for ignore_merges, ids in ((False, [97, 256]), (True, [258])):
-        tokenizer = Tokenizer(build_vocab(merges, []), merges, ignore_merges=ignore_merges)
-        assert tokenizer.encode("abc") == tokenizer.fast.encode("abc").tolist() == ids
+        ids = oracle.encode(text).ids
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == oracle.decode(ids, skip_special_tokens=False)
 
 
 @given(any_texts, special_sets)
 @example("it\udce9's", [])  # ASCII and an invalid byte: as many bytes as characters
 @example("it's we'll'd  \n'tis, '' 'r've \x0b\nend.\n  ", [])
 @example("漢\u3000\u3000a'\udcff's  \n<a><a> <b>", ["<a>", "<a> <b>"])
-def test_fast_splitting_is_the_pattern(text, specials):
+def test_splitting_a_whole_text_is_the_pattern(text, specials):
     for pattern in (PRETOKEN_PATTERN, GPT4_PATTERN, r"\s+|the"):
         words = find_pretokens(text, pattern, special_token_pattern(specials))
-        expected = parts(text, specials, pattern)
-        ends = words.starts + words.lengths
-        assert [words.data[s:e] for s, e in zip(words.starts, ends)] == [
-            text_to_bytes(part) for part in expected]  # fmt: skip
+        expected = [text_to_bytes(part) for part in parts(text, specials, pattern)]
+        assert words.cut(np.arange(len(words.starts))) == expected
         found = special_token_pattern(specials).findall(text)
-        assert words.special_tokens == found
-        assert [expected[i] for i in words.special_at] == found
+        assert words.cut(words.special_at) == list(map(text_to_bytes, found))
 
 
 def test_every_character_has_the_class_that_regex_gives_it():
@@ -1154,47 +940,34 @@ def test_every_character_has_the_class_that_regex_gives_it():
 
 
 @given(st.lists(any_texts, min_size=1, max_size=8), special_sets, st.sampled_from([1, 3, 19]))
-def test_fast_encoding_gives_the_plain_ids(chunks, specials, bits):
-    class SmallTable(scratchformer.WordTable):
-        BITS = bits  # so few slots that words evict each other
-
-    for pattern in (PRETOKEN_PATTERN, GPT4_PATTERN):
-        tokenizer = Tokenizer(OURS.vocab, OURS.merges, specials, pattern)
-        tokenizer.fast.table = SmallTable(len(specials))
-        for text in chunks:  # later chunks find words of the earlier ones in the table
-            assert tokenizer.fast.encode(text).tolist() == tokenizer.encode(text)
-            ordinary = tokenizer.fast.encode(text, special=False).tolist()
-            assert ordinary == tokenizer.encode_ordinary(text)
+@example(["<a>a>b<a> <b>"] * 2, SPECIALS, 1)
+def test_whole_texts_get_the_plain_ids(chunks, specials, bits):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scratchformer.WordTable, "BITS", bits)  # few slots: words are evicted
+        for pattern in (PRETOKEN_PATTERN, GPT4_PATTERN):
+            tokenizer = Tokenizer(OURS.vocab, OURS.merges, specials, pattern)
+            for text in chunks:  # later chunks find words of the earlier ones in the table
+                assert tokenizer.encode(text) == plain_ids(tokenizer, text, specials)
+                assert tokenizer.encode_ordinary(text) == plain_ids(tokenizer, text)
 
 
 def test_words_that_differ_in_a_zero_byte_or_beyond_byte_15_are_different():
     words = ["a", "a\0", "a\0\0", "\0", "", "x" * 15, "x" * 16, "x" * 15 + "\0", "x" * 271]
     text = "\n".join(" " + word for word in words for _ in range(3))
-    assert OURS.fast.encode(text).tolist() == OURS.encode(text)
-    assert OURS.decode(OURS.fast.encode(text).tolist()) == text
+    assert OURS.encode(text) == plain_ids(OURS, text)
 
 
 def test_the_encoder_forgets_and_stays_right():
     tokenizer = Tokenizer(OURS.vocab, OURS.merges)
-    tokenizer.fast.MAX_IDS = 100
+    tokenizer.MAX_IDS = 100
     for i in range(4):
         text = " ".join(map(str, range(300 * i, 300 * i + 600))) + " " + "x" * 300
-        assert tokenizer.fast.encode(text).tolist() == tokenizer.encode(text)
-        assert tokenizer.fast.table.size < 1000 and len(tokenizer.fast.pool) < 5000
-
-
-@given(st.text("ab", max_size=700) | any_texts)
-def test_long_words_are_encoded_like_short_ones(text):
-    word = text_to_bytes(text)[:700]
-    plain = Tokenizer(OURS.vocab, OURS.merges)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scratchformer, "MAX_NAIVE", 1000)
-        expected = plain.encode_pretoken(word)
-    assert OURS.fast.encode_word(word) == expected
+        assert tokenizer.encode(text) == plain_ids(OURS, text)
+        assert tokenizer.table.size < 1000 and len(tokenizer.pool) < 5000
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=30), st.text("ab "))
-def test_merges_written_by_hand_in_any_order_give_the_plain_ids(choices, text):
+def test_merges_written_by_hand_in_any_order_give_the_plain_tokens(choices, text):
     """Unlike learned merges, several may make the same token, and later ones earlier pairs."""
     tokens, merges = [b"a", b"b"], []
     for left, right in choices:
@@ -1203,7 +976,8 @@ def test_merges_written_by_hand_in_any_order_give_the_plain_ids(choices, text):
             merges.append(pair)
             tokens.append(b"".join(pair))
     tokenizer = Tokenizer(build_vocab(merges, []), merges)
-    assert tokenizer.fast.encode(text).tolist() == tokenizer.encode(text)
+    ours = [tokenizer.vocab[i] for i in tokenizer.encode(text)]
+    assert ours == [tokenizer.vocab[i] for i in plain_ids(tokenizer, text)]
 
 
 @pytest.mark.parametrize(
@@ -1213,78 +987,50 @@ def test_ids_of_long_runs_are_tiktokens(text):
     assert OURS.encode_ordinary(text) == tiktoken_of(OURS, {}).encode(text)
 
 
-def test_a_million_letters_survive():
-    text = "".join(random.Random(1).choices("abcdefgh", k=1_000_000))
-    assert OURS.decode(OURS.encode(text)) == text
-
-
 @given(corpora, st.integers(0, 40))
 @example({b"aaaaa": 1, b"aaaaaaa": 2, b"aaa": 1}, 9)
 @example({b"abababab": 2, b"bababa": 2, b"aabb": 2}, 9)
 @example({}, 3)
+@example(count_pretokens((DATA / "stories-valid.txt").read_text()[:30_000]), 300)
 def test_the_fast_learner_finds_the_naive_merges(counts, num_merges):
     assert learn_merges(counts, num_merges) == learn_merges_naive(counts, num_merges)
 
 
-def test_the_fast_learner_finds_the_naive_merges_on_the_bundled_stories():
-    counts = count_pretokens((DATA / "stories-valid.txt").read_text()[:30_000])
-    assert learn_merges(counts, 300) == learn_merges_naive(counts, 300)
-
-
-def test_safe_splits_are_found_near_the_end():
-    def cut(text, specials=(), pattern=PRETOKEN_PATTERN):
-        return last_safe_split(text, pattern, specials)
-
-    assert cut("to be or not to be, that is it") > 20
-    assert cut("x" * 1000) == 0
-    assert cut("a b c <stop here> d e f " + "!" * 20, ["<stop here>"]) == 23
-    assert cut("one two three four five", pattern="other") == 0
-    assert cut("one two three <a> four five", ["<a>"], "other") == 17
-
-
-@given(any_texts, any_texts, any_texts, special_sets)
-@example("", "        <a>b0", "", ["<a>", "a>b"])
-def test_a_safe_split_changes_nothing_whatever_is_before_and_after(
-    before, text, after, specials
+@given(st.lists(any_texts, max_size=30), special_sets, st.integers(1, 200))
+@example(["        <a>b0", "xy"], ["<a>", "a>b"], 9)
+def test_pieces_of_texts_and_files_join_up_and_can_be_processed_alone(
+    tmp_path, chunks, specials, size
 ):
-    text += text  # long enough to be cut somewhere
-    for pattern in (PRETOKEN_PATTERN, GPT4_PATTERN, r"(?:the|a|\s)+"):
-        if cut := last_safe_split(text, pattern, specials):
-            whole = parts(before + text + after, specials, pattern)
-            head, tail = before + text[:cut], text[cut:] + after
-            assert parts(head, specials, pattern) + parts(tail, specials, pattern) == whole
-
-
-@given(st.lists(any_texts, min_size=5, max_size=30), special_sets, st.integers(20, 200))
-def test_spans_of_a_file_join_up_and_can_be_processed_alone(tmp_path, pieces, specials, size):
-    data = text_to_bytes(text := bytes_to_text(text_to_bytes("".join(pieces))))
-    whole = FileSpan(str(write(tmp_path / "text", data)), 0, len(data))
-    for pattern in (PRETOKEN_PATTERN, r"(?:the|a|\s)+"):
-        found = list(split_file(whole, pattern, specials, size))
-        assert [span.start for span in found] == [0, *(span.end for span in found[:-1])]
-        assert found[-1].end == len(data)
-        alone = [part for span in found for part in parts(span.read(), specials, pattern)]
-        assert alone == parts(text, specials, pattern)
-
-
-def test_spans_are_about_as_long_as_asked_and_longer_where_there_is_no_safe_split(tmp_path):
-    text = "one two " * 50_000 + "!" * 300_000 + " three" * 50_000
+    text = bytes_to_text(text_to_bytes("".join(chunks)))
     path = write(tmp_path / "text", text)
-    whole = FileSpan(str(path), 0, len(text))
-    found = list(split_file(whole, PRETOKEN_PATTERN, [], 100_000))
-    lengths = [span.end - span.start for span in found]
-    assert sum(lengths) == len(text) and len(found) >= 7
-    (longest,) = [length for length in lengths if length > 100_000]  # the exclamation marks
-    assert 300_000 <= longest < 500_000
-    assert [p for span in found for p in pretokenize(span.read())] == pretokenize(text)
+    for pattern in (PRETOKEN_PATTERN, GPT4_PATTERN, r"(?:the|a|\s)+"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scratchformer, "CHUNK", size)
+            spans = list(split_files([path, path], pattern, specials, "splitting"))
+        size_of_file = len(text_to_bytes(text))
+        assert all(span.ends_file == (span.end == size_of_file) for span in spans)
+        for found, expected in (
+            (list(safe_pieces([text], pattern, specials, size)), text),
+            ([span.read() for span in spans], text + text),
+        ):
+            assert "".join(found) == expected and (all(found) or not text)
+            alone = [part for piece in found for part in parts(piece, specials, pattern)]
+            assert alone == parts(text, specials, pattern) * (len(expected) // (len(text) or 1))
+
+
+def test_pieces_are_about_as_long_as_asked_and_longer_where_there_is_no_safe_split():
+    text = "one two " * 50_000 + "!" * 300_000 + " three" * 50_000
+    found = list(safe_pieces([text], PRETOKEN_PATTERN, ["<a>"], 100_000))
+    assert "".join(found) == text and len(found) >= 6
+    (longest,) = [len(piece) for piece in found if len(piece) > 110_000]
+    assert 300_000 <= longest < 700_000  # it holds the exclamation marks
 
 
 @hypothesis.settings(max_examples=15)
 @given(any_texts, any_texts, st.integers(1, 60_000))
 def test_a_stream_of_chunks_gives_the_ids_of_the_whole(one, other, size):
-    text = bytes_to_text(
-        text_to_bytes((one + "word" + other) * (200_000 // (4 + len(one + other))))
-    )
+    text = (one + "word" + other) * (200_000 // (4 + len(one + other)))
+    text = bytes_to_text(text_to_bytes(text))
     chunks = (text[start : start + size] for start in range(0, len(text), size))
     assert list(OURS.encode_iterable(chunks)) == OURS.encode(text)
 
@@ -1316,45 +1062,13 @@ def test_counts_do_not_depend_on_workers(tmp_path):
         expected.update(count_words(bytes_to_text(path.read_bytes()), specials))
     for workers in (1, 2):  # with torch imported, as here, workers are spawned, not forked
         assert count_files(paths, specials, workers) == expected
-    # A directory stands for its text files: those without a NUL byte.
-    assert any(b"\0" in path.read_bytes() for path in paths)
-    for path in paths:
-        path.write_bytes(path.read_bytes().replace(b"\0", b" "))
-    assert count_files(tmp_path, specials, 1) == count_files(paths, specials, 1)
-
-
-def test_files_larger_than_a_chunk_are_counted_in_parts(tmp_path):
-    text = "one two three\n\n" * 400_000  # 6 MB
-    path = write(tmp_path / "text", text)
-    assert count_files(path, [], 1) == count_pretokens(text)
 
 
 def test_words_that_are_overwritten_are_counted_once(tmp_path, monkeypatch):
     monkeypatch.setattr(scratchformer.WordTable, "BITS", 3)
-    small = functools.partial(split_file, size=2000)
-    monkeypatch.setattr(scratchformer, "split_file", small)
+    monkeypatch.setattr(scratchformer, "CHUNK", 2000)
     text = " ".join(map(str, range(2000))) + " the the" * 500
-    whole = FileSpan(str(write(tmp_path / "text", text)), 0, len(text))
-    assert scratchformer.count_span(whole, PRETOKEN_PATTERN, []) == count_words(text)
-
-
-@slow
-def test_merges_do_not_depend_on_workers_or_the_order_of_files(tmp_path):
-    rng = random.Random(2)
-    paths = [
-        write(tmp_path / str(i), "".join(rng.choices(FRAGMENTS, k=2000))) for i in range(3)
-    ]
-    expected = train_bpe(paths, 400, ["<a>"], num_workers=1)
-    assert len(expected[0]) == 400
-    assert train_bpe(paths[::-1], 400, ["<a>"], num_workers=1) == expected
-    files = " ".join(str(path) for path in paths[1:] + paths[:1])
-    write(tmp_path / "special", "<a>\n")
-    done = run(
-        f"bpe-train --file_path {files} --vocab_size 400 --num_workers 3",
-        f"--special_tokens_path {tmp_path / 'special'} --tokenizer_out_path {tmp_path / 't'}",
-    )
-    assert done.returncode == 0, done.stderr
-    assert Tokenizer.load(tmp_path / "t").merges == expected[1]
+    assert count_files(write(tmp_path / "text", text), [], 1) == count_words(text)
 
 
 def test_bytes_come_first_then_merges_then_special_tokens(tmp_path):
@@ -1364,18 +1078,12 @@ def test_bytes_come_first_then_merges_then_special_tokens(tmp_path):
     assert [vocab[i] for i in range(256, 260)] == [b"ug", b"hug", b"<a>", b"<b>"]
 
 
-def test_training_stops_when_no_pair_is_left_and_says_so(tmp_path, capsys):
-    vocab, merges = train_bpe(write(tmp_path / "text", "aaaa"), 1000, ["<a>"], 1)
-    assert merges == [(b"a", b"a"), (b"aa", b"aa")] and len(vocab) == 256 + 2 + 1
-    assert "no pair is left after 2 merges" in capsys.readouterr().err
-
-
 def test_a_tokenizer_learned_with_a_pattern_keeps_it(tmp_path):
     text = write(tmp_path / "text", "1234 12345 " * 20)
     named = {"gpt4": GPT4_PATTERN, "gpt2": PRETOKEN_PATTERN}
     for name, pattern in [*named.items(), (r"\d|.", r"\d|.")]:
-        assert main(["bpe-train", "--file_path", str(text), "--vocab_size", "270", "--pattern",
-                     name, "--tokenizer_out_path", str(tmp_path / "t"), "--quiet"]) == 0
+        do(f"bpe-train --file_path {text} --vocab_size 270 --pattern '{name}' "
+           f"--tokenizer_out_path {tmp_path / 't'} --quiet")  # fmt: skip
         tokenizer = Tokenizer.load(tmp_path / "t")
         assert tokenizer.pattern == pattern
         counts = count_words(text.read_text(), [], pattern)
@@ -1383,22 +1091,15 @@ def test_a_tokenizer_learned_with_a_pattern_keeps_it(tmp_path):
 
 
 @pytest.mark.parametrize("specials, size, words", [
-    (["<a>", "<a>"], 300, "'<a>' is listed 2 times"),
-    (["<a>", ""], 300, "empty"),
-    (["x"], 300, "one byte"),
+    (["<a>", "<a>"], 300, "special token '<a>'"),
+    (["<a>", ""], 300, "special token ''"),
+    (["x"], 300, "special token 'x'"),
     (["<a>", "<b>"], 257, "from 258"),
-    ([], 0, "from 256"),
     ([], 1 << 40, r"to 2\^31 - 1"),
 ])  # fmt: skip
 def test_a_vocabulary_that_cannot_be_is_refused(tmp_path, specials, size, words):
     with pytest.raises(UserError, match=words):
         train_bpe([write(tmp_path / "text", "some text")], size, specials, 1)
-
-
-@pytest.mark.parametrize("kind", [str, Path, lambda path: [path]])
-def test_files_without_text_are_named(tmp_path, kind):
-    with pytest.raises(UserError, match="no text to read in .*nothing.txt$"):
-        train_bpe(kind(write(tmp_path / "nothing.txt", "")), 300, [], 1)
 
 
 @slow
@@ -1421,43 +1122,39 @@ def test_a_file_encoded_in_parallel_is_the_texts_encoded_whole(tmp_path):
         assert done.returncode == 0, done.stderr
         assert np.fromfile(out, "<u2").tolist() == expected
     note = json.loads((tmp_path / "out.bin.json").read_text())
-    assert note.pop("tokenizer_sha256") == OURS.fingerprint()
-    assert note == {
-        "dtype": "uint16",
-        "vocab_size": OURS.vocab_size,
-        "num_tokens": len(expected),
-        "end_of_text_id": None,
-        "floor_nats_per_byte": None,
-    }
+    assert note["tokenizer_sha256"] == OURS.fingerprint()
+    assert note["num_tokens"] == len(expected) and note["vocab_size"] == OURS.vocab_size
 
 
 def test_every_file_ends_with_end_of_text_exactly_once(tmp_path):
     tokenizer = tokenizer_from("one two", 4, [END_OF_TEXT])
-    paths = [write(tmp_path / "1", "one"), write(tmp_path / "2", f"two{END_OF_TEXT}")]
+    texts = ["one", f"two{END_OF_TEXT}", "", "one two " * 200_000]
+    paths = [write(tmp_path / str(i), text) for i, text in enumerate(texts)]
     encode_file(tokenizer, paths, tmp_path / "out", append_eot=True, num_workers=1)
     ids = np.fromfile(tmp_path / "out", "<u2")
-    assert tokenizer.decode(ids.tolist()) == f"one{END_OF_TEXT}two{END_OF_TEXT}"
+    expected = "".join(text.removesuffix(END_OF_TEXT) + END_OF_TEXT for text in texts)
+    assert ids.tolist() == tokenizer.encode(expected)
     with pytest.raises(UserError, match="append_eot needs"):
         encode_file(OURS, paths, tmp_path / "other", append_eot=True)
     assert not (tmp_path / "other").exists()
 
 
-def test_end_of_text_is_no_text_in_the_floor(tmp_path):
-    """By hand: 5 nats for 5 + 13 bytes of a file are 1 nat per byte of text."""
-    tokenizer = tokenizer_from("one two", 4, [END_OF_TEXT])
-    path = write(tmp_path / "text", f"a{END_OF_TEXT}bcde")
-    write(tmp_path / "text.json", json.dumps({"nats_per_byte": 5 / 18}))
-    encode_file(tokenizer, path, tmp_path / "out", append_eot=True)
-    assert TokenDataset([tmp_path / "out"]).floor == pytest.approx(1)
+def test_the_floor_stated_beside_a_text_is_in_its_metadata(tmp_path):
+    tokenizer = tokenizer_from("one two", 4)
+    paths = [write(tmp_path / name, "one two") for name in ("text", "other")]
+    for stated, floor in (({"floor_nats_per_byte": 0.5}, 0.5), ({"floor": 0.5}, None)):
+        write(tmp_path / "text.json", json.dumps(stated))
+        encode_file(tokenizer, paths[0], tmp_path / "out")
+        assert open_tokens(tmp_path / "out").floor == floor
+    encode_file(tokenizer, paths, tmp_path / "out")
+    assert open_tokens(tmp_path / "out").floor is None
 
 
 @pytest.mark.parametrize("size, width", [(65_536, 2), (65_537, 4)])
 def test_ids_take_two_bytes_where_they_fit_and_four_elsewhere(tmp_path, size, width):
     vocab = {i: bytes([i]) for i in range(256)} | {size - 1: b"<last>"}
-    tokenizer = Tokenizer(vocab, [], ["<last>"])
-    encode_file(
-        tokenizer, write(tmp_path / "text", "a<last>"), tmp_path / "out.bin", num_workers=1
-    )
+    text = write(tmp_path / "text", "a<last>")
+    encode_file(Tokenizer(vocab, [], ["<last>"]), text, tmp_path / "out.bin", num_workers=1)
     data = (tmp_path / "out.bin").read_bytes()
     assert data == b"".join(i.to_bytes(width, "little") for i in (97, size - 1))
 
@@ -1472,10 +1169,7 @@ def test_killed_while_encoding_no_partial_file_and_no_process_is_left(tmp_path):
         "--num_workers 2 --out_path"
     ]
     assert run(*flags, tmp_path / "whole").returncode == 0
-    whole = {
-        "": (tmp_path / "whole").read_bytes(),
-        ".json": (tmp_path / "whole.json").read_bytes(),
-    }
+    whole = {name: (tmp_path / f"whole{name}").read_bytes() for name in ("", ".json")}
     rng, killed = random.Random(5), 0
     for trial in range(6):
         out = tmp_path / f"out{trial}"
@@ -1492,18 +1186,17 @@ def test_killed_while_encoding_no_partial_file_and_no_process_is_left(tmp_path):
     assert killed
 
 
-def test_directories_are_read_without_hidden_and_binary_files(tmp_path, capsys):
-    (tmp_path / "src" / ".git").mkdir(parents=True)
-    (tmp_path / "src" / "deep").mkdir()
+def test_directories_are_read_without_hidden_and_binary_files(tmp_path):
+    folder = tmp_path / "src"
     for name, content in [("a.txt", b"one"), ("deep/b", b"two"), (".hidden", b"x"),
                           (".git/HEAD", b"ref"), ("deep/c.pyc", b"\xa7\r\n\0binary")]:
-        (tmp_path / "src" / name).write_bytes(content)
-    files = input_files(tmp_path / "src")
-    assert [Path(file.path).name for file in files] == ["a.txt", "b"]
-    message = capsys.readouterr().err
-    assert "2 text files; skipped 2 hidden and 1 binary" in message
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, content)
+    assert input_files(folder) == [folder / "a.txt", folder / "deep" / "b"]
     # What is named is read, whatever it is.
-    assert input_files(tmp_path / "src" / ".hidden") and not capsys.readouterr().err
+    assert input_files([folder / ".hidden"]) == [folder / ".hidden"]
+    with pytest.raises(UserError, match="no text to read in .*nothing.txt$"):
+        input_files(write(tmp_path / "nothing.txt", ""))
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -1514,18 +1207,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
-def test_a_write_replaces_the_old_file_and_creates_directories(tmp_path):
-    for content in (b"old", b"new"):
-        with atomic_write(tmp_path / "a" / "b") as file:
-            file.write(content)
-    assert snapshot(tmp_path / "a") == {tmp_path / "a" / "b": b"new"}
-
-
-def test_a_write_through_a_link_replaces_its_target(tmp_path):
+def test_a_write_creates_directories_and_replaces_what_a_link_points_to(tmp_path):
     write(tmp_path / "target", b"old")
     (tmp_path / "link").symlink_to(tmp_path / "target")
-    with atomic_write(tmp_path / "link") as file:
-        file.write(b"new")
+    for path in (tmp_path / "link", tmp_path / "a" / "b"):
+        with atomic_write(path) as file:
+            file.write(b"new")
+        assert path.read_bytes() == b"new"
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == b"new"
 
 
@@ -1537,31 +1225,6 @@ def test_what_is_not_a_regular_file_is_never_replaced(tmp_path):
     assert (tmp_path / "fifo").is_fifo() and Path("/dev/null").is_char_device()
 
 
-@slow
-def test_a_killed_writer_never_leaves_a_partial_file(tmp_path):
-    writer = """if True:
-        import os, random, signal, sys, time
-        from scratchformer import atomic_write
-        path = sys.argv[1]
-        for trial in range(25):
-            if not (child := os.fork()):
-                for content in range(256):
-                    with atomic_write(path) as file:
-                        for _ in range(20):
-                            file.write(bytes([content]) * 20_000)
-                            file.flush()
-                os._exit(0)
-            time.sleep(0.01 + random.random() / 20)
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            content = open(path, "rb").read()
-            assert len(content) == 400_000 and len(set(content)) == 1, trial
-    """
-    subprocess.run(
-        [sys.executable, "-c", writer, tmp_path / "file"], cwd=FILE.parent, check=True
-    )
-
-
 # ======================================================================================
 # 9. FASTER STEPS
 #
@@ -1571,7 +1234,7 @@ def test_a_killed_writer_never_leaves_a_partial_file(tmp_path):
 
 def backward(model, seed, scale=1.0):
     """Gradients of a made-up loss."""
-    tokens = torch.randint(61, (4, 13), generator=torch.Generator().manual_seed(seed))
+    tokens = random_ids(4, 13, seed=seed)
     (cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean() * scale).backward()
 
 
@@ -1586,10 +1249,9 @@ def update(model, optimizer, scaler, clip_grad=1.0):
 
 
 @pytest.mark.parametrize("clip_grad", [0.0, 0.05, 1e9])
-@pytest.mark.parametrize("scaled", [False, True])
-def test_the_scaled_step_is_clip_grad_norm_and_plain_adamw(clip_grad, scaled):
-    ours, theirs = tiny_model(), tiny_model()
-    scaler = GradScaler(CPU, torch.float16 if scaled else torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_scaled_step_is_clip_grad_norm_and_plain_adamw(clip_grad, dtype):
+    ours, theirs, scaler = tiny_model(), tiny_model(), GradScaler(CPU, dtype)
     config = OptimizerConfig(lr=0.01, weight_decay=0.1)
     optimizer = make_adamw(ours.parameters(), config)
     plain = make_adamw(theirs.parameters(), config)
@@ -1602,39 +1264,44 @@ def test_the_scaled_step_is_clip_grad_norm_and_plain_adamw(clip_grad, scaled):
         assert torch.allclose(update(ours, optimizer, scaler, clip_grad), expected, rtol=1e-5)
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-5) and one.grad is None
-    assert scaler.state_dict()["skipped"] == 0
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("clip_grad", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, clip_grad, kind):
+class NotFused(torch.optim.SGD):
+    """An optimizer that somebody has added."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("make_optimizer", [
+    lambda model: make_adamw(model.parameters(), OptimizerConfig()),
+    lambda model: Muon(model, local_params(model), OptimizerConfig()), NotFused,
+], ids=["adamw", "muon", "another"])  # fmt: skip
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, make_optimizer):
     model, scaler = tiny_model(), GradScaler(CPU, torch.float32)
-    optimizer = {
-        "adamw": lambda: make_adamw(model.parameters(), OptimizerConfig()),
-        "muon": lambda: Muon(model, local_params(model), OptimizerConfig()),
-    }[kind]()
+    optimizer = make_optimizer(model)
 
     def everything():
         moments = [state for p in model.parameters() for state in optimizer.state[p].values()]
-        return [tensor.clone() for tensor in (*model.parameters(), *moments)]
+        return [x.clone() for x in (*model.parameters(), *moments) if x is not None]
 
     def skips():
         state = scaler.state_dict()
         return state["skipped"], state["consecutive_skips"]
 
     backward(model, 0)
-    update(model, optimizer, scaler, clip_grad)
+    update(model, optimizer, scaler)
     before = everything()
     for in_a_row in (1, 2):
         backward(model, 1)
         model.norm.weight.grad[3] = model.blocks[0].mlp.down.weight.grad[5, 7] = bad
-        assert not update(model, optimizer, scaler, clip_grad).isfinite()
+        assert not update(model, optimizer, scaler).isfinite()
         for one, other in zip(before, everything(), strict=True):
             assert torch.equal(one, other)
         assert skips() == (in_a_row, in_a_row)
     backward(model, 2)
-    update(model, optimizer, scaler, clip_grad)
+    update(model, optimizer, scaler)
     assert not torch.equal(before[0], everything()[0]) and skips() == (2, 0)
 
 
@@ -1654,17 +1321,23 @@ def test_the_loss_scale_halves_on_overflow_and_doubles_after_many_good_steps():
     assert restored.state_dict() == scaler.state_dict() and scaler.state_dict()["skipped"] == 3
 
 
-def test_a_parameter_without_a_gradient_is_left_alone():
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("still", ["embedding.weight", "blocks.0.mlp.down.weight", "blocks."])
+@pytest.mark.parametrize("how", ["frozen", "without a gradient"])
+def test_what_is_frozen_or_has_no_gradient_is_left_alone(kind, still, how):
     model, scaler = tiny_model(), GradScaler(CPU, torch.float32)
-    model.unused = torch.nn.Parameter(torch.ones(3, 3))
-    model.embedding.weight.requires_grad_(False)
-    optimizer = make_adamw(local_params(model).values(), OptimizerConfig())
+    names = {name for name, _ in model.named_parameters() if name.startswith(still)}
+    for name in names:
+        model.get_parameter(name).requires_grad_(how != "frozen")
     before = {name: p.clone() for name, p in model.named_parameters()}
+    config = OptimizerConfig(lr=0.01)
+    optimizer = OPTIMIZERS[kind](model, local_params(model), config, torch.float32, False)
     for seed in range(2):
         backward(model, seed)
+        for name in names:
+            model.get_parameter(name).grad = None
         update(model, optimizer, scaler)
-    same = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
-    assert same == {"unused", "embedding.weight"}
+    assert names == {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
 
 
 @pytest.mark.parametrize("rows", [1, 512, 1300])
@@ -1673,24 +1346,23 @@ def test_the_chunked_loss_is_the_plain_one_in_value_and_gradient(dtype, rows):
     x, weight = noise(rows, 12, dtype=dtype) * 3, noise(31, 12)
     targets = torch.arange(rows) * 3 % 31
     targets[rows // 3 * 2 + 1 :: 5] = -100  # left out of the mean
-    middle, right = rows // 2, weight[targets[rows // 2]]
-    x[middle] = right * 10 / right.norm() ** 2  # here the model is nearly certain, and right
-    found, expected = [], []
+
     def plain(x, w, t):
         return cross_entropy(x @ w.to(x.dtype).T, t).sum() / (t >= 0).sum()
 
+    found, expected = [], []
     for leaves, loss_of in ((found, chunked_loss), (expected, plain)):
         leaves += [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         leaves.append(loss_of(*leaves, targets))
         (leaves[2] * 5).backward()
+        with torch.no_grad():
+            assert torch.equal(loss_of(*leaves[:2], targets), leaves[2])
     assert found[2].dtype == torch.float32
     assert torch.allclose(found[2], expected[2], rtol=1e-5)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     for ours, theirs in zip([p.grad for p in found[:2]], [p.grad for p in expected[:2]]):
         assert ours.dtype == theirs.dtype
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
-    ours, theirs = (leaves[0].grad[middle] for leaves in (found, expected))
-    assert (ours - theirs).norm() <= 2 * tolerance * theirs.norm()
 
 
 class Sizes(TorchDispatchMode):
@@ -1706,11 +1378,15 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-def test_the_chunked_loss_holds_few_logits_at_a_time():
+def test_neither_the_loss_nor_an_evaluation_holds_more_than_512_rows_of_logits(toy):
     x, weight = noise(8192, 4).requires_grad_(), noise(1000, 4).requires_grad_()
     with Sizes() as seen:
         chunked_loss(x, weight, torch.arange(8192) % 1000).backward()
     assert max(seen.sizes) == 512 * 1000
+    model = TransformerWithLoss(ModelConfig(3000, 64, 1, d_model=8, num_heads=2, d_ff=8))
+    with Sizes() as seen:
+        ValidationSet(open_tokens(toy / "valid.bin", 3000), 64).loss(model, 16)
+    assert max(seen.sizes) == 512 * 3000
 
 
 def test_the_chunked_loss_sums_many_rows_in_float16():
@@ -1726,44 +1402,12 @@ def test_the_chunked_loss_sums_many_rows_in_float16():
 
 def test_the_chunked_loss_compiles_as_one():
     """A break in the graph would be no error, only slow."""
-    x, weight, targets = noise(1300, 12), noise(31, 12), torch.arange(1300) % 31
+    weight, targets = noise(31, 12).requires_grad_(), torch.arange(1300) % 31
     compiled = torch.compile(chunked_loss, fullgraph=True, backend="aot_eager")
-    grads = []
     for loss_of in (compiled, chunked_loss):
-        leaf = weight.clone().requires_grad_()
-        loss_of(x, leaf, targets).backward()
-        grads.append(leaf.grad)
-    torch.testing.assert_close(*grads)
-
-
-@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has none")
-def test_the_chunked_loss_is_torchs_own():
-    x, weight, targets = noise(8, 12), noise(31, 12), torch.arange(8) * 3
-    theirs = F.linear_cross_entropy(x, weight, targets)
-    assert torch.allclose(chunked_loss(x, weight, targets), theirs)
-
-
-def test_a_model_given_targets_returns_their_loss():
-    tokens = torch.randint(61, (4, 13), generator=torch.Generator().manual_seed(3))
-    model = tiny_model()
-    loss = model(tokens[:, :-1], tokens[:, 1:])
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean().backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_the_chunked_loss_of_nothing_is_0():
-    x, weight = noise(4, 6).requires_grad_(), noise(9, 6)
-    loss = chunked_loss(x, weight, torch.full((4,), -100))
-    loss.backward()
-    assert loss.item() == 0 and not x.grad.any()
-    with torch.no_grad():
-        x, targets = noise(700, 6), torch.arange(700) % 9
-        torch.testing.assert_close(
-            chunked_loss(x, weight, targets), cross_entropy(x @ weight.T, targets).mean())
+        loss_of(noise(1300, 12), weight, targets).backward()
+        weight.grad.neg_()  # so that the second gradient cancels the first
+    assert weight.grad.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("flags, more", [("", ""), ("--optimizer muon", "--compile")])
@@ -1775,10 +1419,12 @@ def test_recomputed_activations_give_the_same_run(toy, tmp_path, flags, more):
     assert again == [pytest.approx(row, rel=1e-5) for row in kept]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_lower_precision_learns_nearly_the_same(toy, tmp_path, dtype):
+@pytest.mark.parametrize("dtype, optimizer", [
+    ("bfloat16", "adamw"), ("float16", "adamw"), ("float16", "muon")])  # fmt: skip
+def test_lower_precision_learns_nearly_the_same(toy, tmp_path, dtype, optimizer):
     for name in ("float32", dtype):
-        do("train", *training(toy, tmp_path / name), f"--max_steps 60 --dtype {name}")
+        do("train", *training(toy, tmp_path / name), f"--max_steps 60 --dtype {name}",
+           f"--optimizer {optimizer}")  # fmt: skip
     full, low = (metrics(tmp_path / name, "train_loss")[-1][0] for name in ("float32", dtype))
     assert low == pytest.approx(full, rel=0.03) and low != full and full < 2.5
 
@@ -1792,7 +1438,7 @@ def test_lower_precision_learns_nearly_the_same(toy, tmp_path, dtype):
 
 @given(st.integers(1, 3), st.integers(2, 9), st.integers(2, 9), st.integers(0, 99))
 def test_orthogonalized_matrices_keep_their_singular_vectors_alone(number, rows, columns, seed):
-    x = torch.randn(number, rows, columns, generator=torch.Generator().manual_seed(seed))
+    x = noise(number, rows, columns, seed=seed)
     u, values, v_t = torch.linalg.svd(x.double(), full_matrices=False)
     result = orthogonalize(x).double()
     core = u.mT @ result @ v_t.mT  # diagonal, if the vectors are the same
@@ -1801,44 +1447,22 @@ def test_orthogonalized_matrices_keep_their_singular_vectors_alone(number, rows,
     assert torch.allclose(u @ core @ v_t, result, atol=1e-3)
     large = values > 0.02 * values.norm(dim=1, keepdim=True)
     assert ((diagonal > 0.6) & (diagonal < 1.3))[large].all()
+    assert not orthogonalize(torch.zeros_like(x)).any()
 
 
-def test_orthogonalizing_zeros_gives_zeros():
-    assert torch.equal(orthogonalize(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
-
-
-def matrices_of(model):
-    """The layers in blocks, by the name of their weight, and how many rows each matrix has."""
-    return {
-        f"{name}.weight": list(layer.d_outs)
-        for name, layer in model.named_modules()
-        if isinstance(layer, scratchformer.Projection) and name.startswith("blocks.")
-    }
-
-
-def test_every_matrix_of_a_block_is_one_to_muon():
-    config = dataclasses.replace(TINY_MODEL, d_ff=48, num_kv_heads=2)
-    parts = {name: rows for name, rows in matrices_of(Transformer(config)).items()
-             if name.startswith("blocks.1.")}  # fmt: skip
-    assert parts == {
-        "blocks.1.attention.qkv.weight": [32, 16, 16], "blocks.1.attention.output.weight": [32],
-        "blocks.1.mlp.gate_up.weight": [48] * 2, "blocks.1.mlp.down.weight": [32],
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("clip_grad, scaled", [(0.0, False), (0.05, False), (0.05, True)])
-def test_muon_is_its_formula_in_the_blocks_and_adamw_elsewhere(clip_grad, scaled):
+@pytest.mark.parametrize("clip_grad, dtype", [
+    (0.0, torch.float32), (0.05, torch.float32), (0.05, torch.float16)])  # fmt: skip
+def test_muon_is_its_formula_in_the_blocks_and_adamw_elsewhere(clip_grad, dtype):
+    rows = {"qkv": [32, 16, 16], "output": [32], "gate_up": [40, 40], "down": [32]}
     shape = dataclasses.replace(TINY_MODEL, num_kv_heads=2, tie_embeddings=True)
-    scaler = GradScaler(CPU, torch.float16 if scaled else torch.float32)
-    ours = Transformer(shape)
+    scaler, ours = GradScaler(CPU, dtype), Transformer(shape)
     theirs = copy.deepcopy(ours)
     config = OptimizerConfig(lr=0.01, weight_decay=0.1)
     optimizer = Muon(ours, local_params(ours), config)
-    in_blocks = {name: p for name, p in theirs.named_parameters()
+    in_blocks = {p: rows[name.split(".")[-2]] for name, p in theirs.named_parameters()
                  if p.dim() == 2 and name.startswith("blocks.")}  # fmt: skip
-    momenta = {name: torch.zeros_like(p) for name, p in in_blocks.items()}
-    rest = [p for p in theirs.parameters() if not any(p is q for q in in_blocks.values())]
-    adamw = make_adamw(rest, config)
+    momenta = {p: torch.zeros_like(p) for p in in_blocks}
+    adamw = make_adamw([p for p in theirs.parameters() if p not in in_blocks], config)
     for seed in range(4):
         decay = muon_momentum(100 * seed)  # 0.85 to 0.95
         for group in optimizer.param_groups:
@@ -1846,34 +1470,15 @@ def test_muon_is_its_formula_in_the_blocks_and_adamw_elsewhere(clip_grad, scaled
         backward(ours, seed, scale=scaler.loss_scale)
         backward(theirs, seed)
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip_grad or math.inf)
-        for name, p in in_blocks.items():
-            rows = matrices_of(theirs)[name]
+        for p, sizes in in_blocks.items():
             updated = [muon_naive(*matrices, 0.01, 0.1, decay) for matrices in zip(
-                p.data.split(rows), p.grad.split(rows), momenta[name].split(rows))]  # fmt: skip
-            p.data, momenta[name] = map(torch.cat, zip(*updated))
+                p.data.split(sizes), p.grad.split(sizes), momenta[p].split(sizes))]  # fmt: skip
+            p.data, momenta[p] = map(torch.cat, zip(*updated))
         adamw.step()
         theirs.zero_grad()
         update(ours, optimizer, scaler, clip_grad)
     for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(one, other, atol=2e-5), name
-
-
-@pytest.mark.parametrize("frozen", ["blocks.", "blocks.0.mlp.down"])
-@pytest.mark.parametrize("how", ["frozen", "without a gradient"])
-def test_muon_leaves_what_is_frozen_or_has_no_gradient(frozen, how):
-    model = tiny_model()
-    names = [name for name, _ in model.named_parameters() if name.startswith(frozen)]
-    for name in names:
-        model.get_parameter(name).requires_grad_(how != "frozen")
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    optimizer = Muon(model, local_params(model), OptimizerConfig(lr=0.01))
-    for seed in range(2):
-        backward(model, seed)
-        for name in names:
-            model.get_parameter(name).grad = None
-        update(model, optimizer, GradScaler(CPU, torch.float32), 1.0)
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == before.keys() - set(names)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
@@ -1893,12 +1498,6 @@ def test_the_formula_of_muon_is_torchs(rows, columns, decay):
         assert (theirs - expected).norm() < 0.05 * (expected - before).norm()
 
 
-def test_muon_in_float16_skips_what_overflows_and_learns_the_rest(toy, tmp_path):
-    do("train", *training(toy, tmp_path), "--max_steps 60 --dtype float16 --optimizer muon")
-    rows = metrics(tmp_path, "train_loss", "skipped_steps")
-    assert rows[-1][0] < 0.8 * rows[0][0] and rows[-1][1] < 20
-
-
 # ======================================================================================
 # 11. FASTER GENERATION
 #
@@ -1906,17 +1505,17 @@ def test_muon_in_float16_skips_what_overflows_and_learns_the_rest(toy, tmp_path)
 # ======================================================================================
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 9),
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 9),
        st.sampled_from([{"temperature": 0}, {}, {"top_k": 20, "top_p": 0.9}]),
        st.sampled_from([1, 2, 4]))  # fmt: skip
 @hypothesis.settings(max_examples=15)
-def test_texts_in_a_batch_are_the_texts_one_by_one(lengths, seed, how, kv_heads):
+def test_texts_in_a_batch_are_the_texts_one_by_one(length, B, seed, how, kv_heads):
     """Prompts shorter and longer than the context; each text stops at its own end."""
     config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads, tie_embeddings=True)
     model, stop_ids = tiny_model(seed, config), [3, 9]
-    prompts = [[(row + 7 * i) % 61 for i in range(n)] for row, n in enumerate(lengths)]
+    prompts = torch.tensor([[(row + 7 * i) % 61 for i in range(length)] for row in range(B)])
     steps = list(generate_texts(model, prompts, 45, 5, stop_ids, **how))
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(prompts.tolist()):
         alone = text_of(generate_naive, model, prompt, 45, 5 + row, **how)
         end = next((n for n, i in enumerate(alone, 1) if i in stop_ids), 45)
         assert [ids[row] for ids in steps if ids[row] is not None] == alone[:end]
@@ -1929,27 +1528,20 @@ def test_texts_in_a_batch_are_the_texts_one_by_one(lengths, seed, how, kv_heads)
 def test_text_by_cuda_graphs_is_the_same(prompt, how, kv_heads):
     config = dataclasses.replace(TINY_MODEL, num_kv_heads=kv_heads)
     model = tiny_model(config=config).to("cuda")
-    for prompts in ([prompt], [[1], prompt, prompt]):
-        steps = list(generate_texts(model, prompts, 60, 7, **how))  # beyond the context
-        for row, prompt in enumerate(prompts):
-            u = random_numbers(7 + row, 1, 60).to("cuda")
-            ids = generate(model, torch.tensor([prompt]).to("cuda"), u, **how)
-            assert [x[row] for x in steps if x[row] is not None] == [int(i) for i in ids]
+    prompts, u = torch.tensor([prompt] * 3), random_numbers(7, 3, 60)
+    steps = list(generate_texts(model, prompts, 60, 7, **how))  # beyond the context
+    ids = generate(model, prompts.to("cuda"), u.to("cuda"), **how)
+    assert steps == [step.tolist() for step in ids]
 
 
 @given(any_texts)
+@example("é😀")
 def test_streamed_text_never_breaks_a_character(text):
     ids = OURS.encode(text)
     pieces = list(stream_text(OURS, ids))
-    assert "".join(pieces) == OURS.decode(ids)
+    assert "".join(pieces) == OURS.decode(ids) and len(pieces) == len(ids) + 1
     if not any("\udc80" <= character <= "\udcff" for character in text):
         assert "\ufffd" not in "".join(pieces) or "\ufffd" in text
-
-
-def test_a_character_comes_when_its_last_byte_does():
-    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [])
-    assert list(stream_text(tokenizer, "é😀".encode())) == ["", "é", "", "", "", "😀", ""]
-    assert list(stream_text(tokenizer, b"a\xf0\x9f"))[-1] == "\ufffd"
 
 
 # ======================================================================================
@@ -1961,32 +1553,16 @@ def test_a_character_comes_when_its_last_byte_does():
 
 @pytest.mark.parametrize("world_size, micro_batches", [(1, 4), (2, 2), (4, 1)])
 def test_any_split_over_processes_and_micro_batches_sees_the_same(world_size, micro_batches):
-    tokens, steps = np.arange(900), range(6, 8)
-    whole = load_batches(tokens, 5, steps, CPU, batch_size=8)
-    parts = [load_batches(tokens, 5, steps, CPU, 2, micro_batches, 1, rank, world_size)
-             for rank in range(world_size)]  # fmt: skip
-    for inputs, targets in whole:
-        batches = [next(part) for _ in range(micro_batches) for part in parts]
-        assert torch.equal(torch.cat([x for x, _ in batches]), inputs)
-        assert torch.equal(torch.cat([y for _, y in batches]), targets)
-    assert [list(part) for part in parts] == [[]] * world_size
-
-
-def test_a_stream_of_a_billion_steps_stores_none_of_them():
-    tracemalloc.start()
-    stream = load_batches(np.arange(99), 5, range(10**9), CPU, batch_size=2)
-    next(stream)
-    stream.close()
-    assert tracemalloc.get_traced_memory()[1] < 1e6
-    tracemalloc.stop()
-
-
-def test_the_stream_is_the_batches_in_order():
-    tokens = np.arange(900)
-    stream = load_batches(tokens, 5, range(4, 6), CPU, batch_size=2, grad_accum_steps=3)
-    expected = [get_batch(tokens, 5, 1, range(n, n + 2)) for n in range(24, 36, 2)]
-    for got, (inputs, targets) in zip(stream, expected, strict=True):
-        assert torch.equal(got[0], inputs) and torch.equal(got[1], targets)
+    tokens = TokenFile(Path("tokens"), np.arange(900), 900)
+    data = DataConfig(batch_size=2, grad_accum_steps=micro_batches)
+    shares = [load_batches(tokens, 5, range(6, 8), CPU, data, rank, world_size)
+              for rank in range(world_size)]  # fmt: skip
+    for step in (6, 7):
+        batches = [next(share) for _ in range(micro_batches) for share in shares]
+        expected = get_batch(tokens.ids, 5, 1, range(8 * step, 8 * step + 8))
+        for got, whole in zip(zip(*batches), expected, strict=True):
+            assert torch.equal(torch.cat(got), whole)
+    assert [list(share) for share in shares] == [[]] * world_size
 
 
 SPREAD = {  # processes, flags: always 8 sequences per step
@@ -1994,34 +1570,29 @@ SPREAD = {  # processes, flags: always 8 sequences per step
     "accumulated": (1, "--batch_size 2 --grad_accum_steps 4"),
     "replicated": (2, "--batch_size 2 --grad_accum_steps 2"),
     "fsdp": (2, "--batch_size 2 --grad_accum_steps 2 --fsdp"),
-    "fsdp_on_four": (4, "--batch_size 1 --grad_accum_steps 2 --fsdp"),
-    "muon": (1, "--batch_size 8 --grad_accum_steps 1 --optimizer muon"),
-    "muon_replicated": (2, "--batch_size 2 --grad_accum_steps 2 --optimizer muon"),
-    "muon_block_by_block": (
-        2, "--batch_size 2 --grad_accum_steps 2 --fsdp --fsdp_unit block --optimizer muon"),
-    "muon_hybrid": (4, "--batch_size 1 --grad_accum_steps 2 --fsdp --shard_size 2 "
-                       "--optimizer muon"),
-}  # fmt: skip
-
-
+    "muon": (1, "--batch_size 8 --grad_accum_steps 1"),
+    "muon_replicated": (2, "--batch_size 2 --grad_accum_steps 2"),
+    "muon_block_by_block": (2, "--batch_size 2 --grad_accum_steps 2 --fsdp --fsdp_unit block"),
+    "muon_on_four": (4, "--batch_size 1 --grad_accum_steps 2 --fsdp"),
+    "muon_hybrid": (4, "--batch_size 1 --grad_accum_steps 2 --fsdp --shard_size 2"),
+}
 ON_ONE = {how: "muon" if how.startswith("muon") else "one" for how in SPREAD}
-
 
 # What several processes do in the tests of chapters 12 to 14, one task after the other, because
 # starting them takes longer than the tasks.
 TASKS = """
-import gc, json, os, resource, sys, torch
+import gc, importlib, json, os, resource, sys, torch
 from scratchformer import *
 
 CPU = torch.device("cpu")
 
-def build(*shape, **flags):
-    flags = ProcessConfig(**flags)
-    return build_model(LlamaConfig(*shape), 1, CPU, torch.float32, flags)
+def build(*shape):
+    flags = SpeedConfig(), ProcessConfig(fsdp=True)
+    return build_model(LlamaConfig(*shape), 1, CPU, torch.float32, *flags)
 
-def run(status, argv):
+def run(status, argv, module="scratchformer"):
     argv = [word.replace("RANK", os.environ["RANK"]) for word in argv]
-    assert (found := main(argv)) == status, (found, argv)
+    assert (found := importlib.import_module(module).main(argv)) == status, (found, argv)
 
 def peak_memory():
     with process_group(CPU):
@@ -2031,7 +1602,7 @@ def peak_memory():
         for layers, fsdp in ((1, True), (24, True), (24, False)):
             if fsdp or get_rank() == 3:
                 shape = 1000, 16, layers, 512, 4, 1376
-                model = build(*shape, fsdp=True) if fsdp else Transformer(ModelConfig(*shape))
+                model = build(*shape) if fsdp else Transformer(ModelConfig(*shape))
                 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
                 del model
     if get_rank():
@@ -2040,11 +1611,10 @@ def peak_memory():
 def steps_of_fsdp():
     with process_group(CPU):
         shape = 64, 16, 2, 32, 4, 64
-        model = build(*shape, fsdp=True)
+        model = build(*shape)
         torch.manual_seed(1)
         for p, plain in zip(model.parameters(), Transformer(ModelConfig(*shape)).parameters()):
             assert torch.equal(p.full_tensor(), plain)  # the same weights, sharded or not
-        model.embedding.weight.requires_grad_(False)
         params, scaler = local_params(model), GradScaler(CPU, torch.float32)
         optimizer = make_adamw(params.values(), OptimizerConfig())
         tokens = torch.ones(2, 16, dtype=torch.int64)
@@ -2055,20 +1625,17 @@ def steps_of_fsdp():
             take_local_gradients(params)
             scaler.step(optimizer, gradient_norm(params), 1.0)
             optimizer.zero_grad(), model.zero_grad()
-            if step == 0:
-                norm = model.norm.weight
-                assert (norm.full_tensor() != 1).all()  # it learned
             if step in (29, 59):
                 gc.collect()
                 print(f"process {get_rank()} objects", len(gc.get_objects()))
-        del model, params, optimizer, p, norm
+        del model, params, optimizer, p
 
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # each task meets at a port of its own
 with open(sys.argv[1]) as tasks:
     for port, task, *arguments in json.load(tasks):
         os.environ["MASTER_PORT"] = str(port)
         globals()[task](*arguments)
-print("all done")
+        print("done", flush=True)
 """
 
 
@@ -2080,29 +1647,30 @@ def free_ports(count):
     return ports
 
 
-def start_tasks(folder, world_size, *tasks):
-    """Let `world_size` processes under torchrun do all `tasks`."""
+def start_tasks(folder, world_size, *tasks, path=""):
+    """Let `world_size` processes under torchrun do all `tasks`. Modules may be at `path`."""
     tasks = [[port, *task] for port, task in zip(free_ports(len(tasks)), tasks, strict=True)]
     script = write(folder / "tasks.py", TASKS)
     todo = write(folder / f"tasks{world_size}.json", json.dumps(tasks))
-    env = {"PYTHONPATH": str(FILE.parent)}
+    env = {"PYTHONPATH": f"{FILE.parent}:{path}"}
     return subprocess.Popen(
         **process(todo, processes=world_size, file=script, env=env),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
-def end_tasks(world_size, started, stopped=False):
-    """What they printed."""
+def end_tasks(started, done, status):
+    """What they printed, once `done` tasks have succeeded."""
     out, error = started.communicate(timeout=300)
-    assert bool(started.returncode) == stopped and out.count(b"all done") == world_size, error
+    assert started.returncode == status and out.count(b"done") == done, error.decode()
     assert b"terminate called" not in error
     return out.decode(), error.decode()
 
 
 def spread_training(toy, outdir, how, *flags):
-    """The command for 30 steps, spread as `how` says."""
-    argv = ["train", *training(toy, outdir), SPREAD[how][1], "--max_steps 30",
+    """The command for 30 steps, spread as `how` says. Shards aren't all of the same size."""
+    argv = ["train", *training(toy, outdir), SPREAD[how][1], "--max_steps 30 --d_ff 45",
             "--num_kv_heads 1 --tie_embeddings --save_interval 15",
+            f"--optimizer {'muon' if how.startswith('muon') else 'adamw'}",
             f"--valid_tokens {toy / 'valid.bin'}", *flags]  # fmt: skip
     return shell_words(argv)
 
@@ -2116,57 +1684,50 @@ def copy_interrupted(before, after):
 
 @pytest.fixture(scope="module")
 def spread(toy, tmp_path_factory):
-    """The same run, spread in each way: a folder of run folders."""
-    folder = tmp_path_factory.mktemp("spread")
+    """The same run, spread in each way: a folder of run folders. Other processes than 0 get
+    another outdir, as on other machines: a folder "1" and so on beside it."""
+    folder = tmp_path_factory.mktemp("spread") / "0"
+    folder.mkdir()
     for how, (world_size, _) in SPREAD.items():
         if world_size == 1:
             do(*spread_training(toy, folder / how, how))
     return folder
 
 
+def spread_tasks(toy, spread, processes, resumed, *more):
+    """The tasks of `processes` processes. The last is to resume the run `resumed`."""
+    names = [how for how in SPREAD if SPREAD[how][0] == processes]
+    tasks = [["run", 0, spread_training(toy, spread.parent / "RANK" / how, how)]
+             for how in names]  # fmt: skip
+    outdir = copy_interrupted(spread / ON_ONE[resumed], spread / f"{ON_ONE[resumed]}_{resumed}")
+    outdir = spread.parent / "RANK" / outdir.name
+    return [*tasks, ["run", 0, spread_training(toy, outdir, resumed, "--resume")], *more]
+
+
 @pytest.fixture(scope="module")
 def two_processes(toy, spread):
-    """What two processes print that train, fail, resume, and are stopped by a signal."""
-
-    def machine(*flags):  # each process has another outdir, as on two machines
-        return shell_words(["train", *training(toy, spread / "machineRANK" / "run"),
-                            "--batch_size 2 --fsdp --save_interval 5", *flags])  # fmt: skip
-
-    resumed, stopped = copy_interrupted(spread / "one", spread / "one_fsdp"), spread / "stopped"
-    started = start_tasks(
-        spread, 2,
-        ["steps_of_fsdp"],
-        *(["run", 0, spread_training(toy, spread / how, how)]
-          for how, (world_size, _) in SPREAD.items() if world_size == 2),
-        ["run", 2, ["train", "--train_tokens", str(spread / "missing.bin"), "--device", "cpu"]],
-        ["run", 0, spread_training(toy, resumed, "fsdp", "--resume")],
-        ["run", 0, machine("--max_steps 10")],
-        ["run", 0, machine("--max_steps 20 --resume")],
-        ["run", 128 + signal.SIGTERM, shell_words(
-            ["train", *training(toy, stopped),
-             "--max_steps 5000 --fsdp --save_interval 1000"])],
-    )  # fmt: skip
-    wait_for(started, stopped, 5)
+    """What two processes print that train, resume, and are stopped by a signal."""
+    argv = shell_words(["train", *training(toy, spread / "stopped"), "--max_steps 5000 --fsdp"])
+    tasks = spread_tasks(
+        toy, spread, 2, "fsdp", ["steps_of_fsdp"], ["run", 128 + signal.SIGTERM, argv])
+    started = start_tasks(spread, 2, *tasks)
+    wait_for(started, spread / "stopped", 5)
     started.send_signal(signal.SIGTERM)
-    return end_tasks(2, started, stopped=True)
+    return end_tasks(started, 2 * len(tasks), status=1)
 
 
 @pytest.fixture(scope="module")
 def four_processes(toy, spread):
-    resumed = copy_interrupted(spread / "muon", spread / "muon_muon_hybrid")
-    tasks = [["peak_memory"],
-             *(["run", 0, spread_training(toy, spread / how, how)]
-               for how, (world_size, _) in SPREAD.items() if world_size == 4),
-             ["run", 0, spread_training(toy, resumed, "muon_hybrid", "--resume")],
-    ]  # fmt: skip
-    return end_tasks(4, start_tasks(spread, 4, *tasks))
+    """What four processes print that train, resume, and at last make a mistake."""
+    argv = ["train", "--train_tokens", "missing.bin", "--outdir", str(spread / "mistake")]
+    tasks = spread_tasks(toy, spread, 4, "muon_hybrid", ["peak_memory"], ["run", 2, argv])
+    return end_tasks(start_tasks(spread, 4, *tasks), 4 * len(tasks) - 4, status=1)
 
 
 def close_rows(rows, expected, tolerance=1e-5):
     for row, other in zip(rows, expected, strict=True):
         assert [x for x in row if x is not None] == pytest.approx(
-            [x for x in other if x is not None], rel=tolerance
-        )
+            [x for x in other if x is not None], rel=tolerance)
 
 
 @slow
@@ -2183,53 +1744,10 @@ def test_two_ranks_learn_what_one_rank_learns(spread, how, request):
     close_rows([row[3:] for row in rows], [row[3:] for row in one], 100 * tolerance)
 
 
-def test_a_run_says_its_global_batch_and_how_it_came_about(toy, tmp_path, capsys):
-    argv = [*training(toy, tmp_path), "--max_steps 4 --grad_accum_steps 3"]
-    do("train", *[word for word in argv if word != "--quiet"])
-    error = capsys.readouterr().err
-    assert (
-        "12 sequences = 768 tokens per step: batch_size 4 x grad_accum_steps 3 x processes 1"
-        in error
-    )
-    assert re.search(r"step +4/4  \S+M tokens, 0.13 epochs  loss \d\.\d{4}  lr ", error)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_refused(toy, tmp_path, capsys):
-    argv = ["train", *training(toy, tmp_path / "run"), "--max_steps 9 --device cuda"]
-    assert "no CUDA device" in refused(capsys, tmp_path, *argv)
-
-
 @slow
 def test_steps_of_fsdp_leave_nothing_behind(two_processes):
-    """Nor does a frozen parameter disturb them."""
     early, late = map(int, re.findall(r"process 0 objects (\d+)", two_processes[0]))
     assert late - early < 30  # objects of Python, in 30 steps; one for each would be a leak
-
-
-def test_fsdp_without_torchrun_is_refused(toy, tmp_path, capsys):
-    flags = [*training(toy, tmp_path / "run"), "--max_steps 9 --fsdp"]
-    assert "torchrun" in refused(capsys, tmp_path, "train", *flags)
-
-
-def test_compiling_without_a_compiler_is_refused(toy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    argv = ["train", *training(toy, tmp_path / "run"), "--compile"]
-    assert "C++ compiler" in refused(capsys, tmp_path, *argv)
-
-
-@pytest.mark.parametrize("flag", ["--fsdp_unit block", "--shard_size 2"])
-def test_a_flag_of_fsdp_without_fsdp_is_refused(toy, tmp_path, capsys, flag):
-    flags = [*training(toy, tmp_path / "run"), "--max_steps 9", flag]
-    assert "needs --fsdp" in refused(capsys, tmp_path, "train", *flags)
-
-
-@slow
-def test_a_mistake_under_torchrun_is_told_once(two_processes):
-    _, error = two_processes
-    assert error.count("scratchformer: error: ") == 1 and 'scratchformer.py", line' not in error
-    assert re.search("scratchformer: error: .*missing.bin", error)
 
 
 @slow
@@ -2238,6 +1756,26 @@ def test_fsdp_starts_with_its_shards_and_one_whole_tensor(four_processes):
     one = int(re.search(r"kB \d+ (\d+)", four_processes[0])[1])
     # 73 million weights more are 292 MB; a quarter of them, and whole tensors of up to 6 MB.
     assert one > 280_000 and four < 0.33 * one, (one, four)
+
+
+@slow
+def test_a_mistake_under_torchrun_is_told_once(four_processes):
+    error = four_processes[1]
+    assert error.count("scratchformer: error: ") == 1 and 'scratchformer.py", line' not in error
+    assert re.search("scratchformer: error: .*missing.bin", error)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--fsdp", "torchrun"), ("--fsdp_unit block", "--fsdp"),
+    ("--shard_size 2", "--fsdp"), ("--compile", "C++ compiler"),
+    pytest.param("--device cuda", "no CUDA device", marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason="there is a CUDA device")),
+])  # fmt: skip
+def test_what_is_not_there_is_refused(toy, tmp_path, capsys, monkeypatch, flags, words):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no compiler either
+    monkeypatch.delenv("CXX", raising=False)
+    argv = ["train", *training(toy, tmp_path / "run"), "--max_steps 9", flags]
+    assert words in refused(capsys, tmp_path, *argv)
 
 
 # ======================================================================================
@@ -2260,29 +1798,6 @@ def same_state(one, other, tolerance=0.0):
     return True
 
 
-def test_a_checkpoint_is_tensors_and_plain_types(toy):
-    state = torch.load(toy / "run" / "step_000150.pt", weights_only=True)
-    model = Transformer(LlamaConfig(**state["model_config"]))
-    assert state["step"] == 150 and list(state["model"]) == [
-        name for name, _ in model.named_parameters()
-    ]
-    assert {p.dtype for p in state["model"].values()} == {torch.float32}
-
-
-def test_a_model_survives_saving_and_loading(tmp_path):
-    model, tokens = tiny_model(), torch.tensor([[1, 2, 3]])
-    save_checkpoint(
-        tmp_path / "step_000003.pt",
-        {
-            "model": dict(model.named_parameters()),
-            "model_config": dataclasses.asdict(model.config),
-            "step": 3,
-        },
-    )
-    for path in (tmp_path, tmp_path / "step_000003.pt"):
-        assert torch.equal(model_from_checkpoint(load_checkpoint(path))(tokens), model(tokens))
-
-
 def test_a_model_loaded_in_bfloat16_keeps_the_angles_of_rope(toy):
     state = load_checkpoint(toy / "run")
     model = model_from_checkpoint(state, dtype=torch.bfloat16)
@@ -2291,94 +1806,40 @@ def test_a_model_loaded_in_bfloat16_keeps_the_angles_of_rope(toy):
     assert model(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
 
 
-def test_a_partly_frozen_model_can_be_saved_and_restored():
-    def state():
-        model = TransformerWithLoss(TINY_MODEL)
-        model.blocks[0].requires_grad_(False)
-        params = local_params(model)
-        optimizer = make_adamw(params.values(), OptimizerConfig())
-        return model, params, optimizer
-
-    one, other = state(), state()
-    for seed in range(3):
-        backward(one[0], seed)
-        one[2].step()
-        one[2].zero_grad()
-    saved = gather_state(*one)
-    assert not any("blocks.0" in name for name in saved["optimizer"]["exp_avg"])
-    load_weights(other[0], saved["model"])
-    restore_optimizer(saved["optimizer"], *other)
-    for model, _, optimizer in (one, other):
-        backward(model, 7)
-        optimizer.step()
-    for p, q in zip(one[0].parameters(), other[0].parameters(), strict=True):
-        assert torch.equal(p, q)
+def names_of(checkpoints):
+    return [path.name for path in checkpoints]
 
 
-def test_all_checkpoints_are_kept_if_asked_for(toy, tmp_path):
-    flags = "--max_steps 4 --save_interval 1 --keep_checkpoints 0"
-    do("train", *training(toy, tmp_path), flags)
-    assert [path.name for path in checkpoints_in(tmp_path)] == [
-        f"step_{step:06d}.pt" for step in range(1, 5)
-    ]
-
-
-def test_what_a_killed_process_left_behind_is_cleared_away(toy, tmp_path):
-    left_over = write(tmp_path / ".step_000007.pt.4711.tmp", b"half a checkpoint")
-    do("train", *training(toy, tmp_path), "--max_steps 4")
+def test_the_newest_checkpoints_are_kept_or_all_and_nothing_of_another_name(toy, tmp_path):
+    assert names_of(checkpoints_in(toy / "run")) == ["step_000100.pt", "step_000150.pt"]
+    flags = [*training(toy, tmp_path), "--save_interval 1 --resume"]
+    do("train", *flags, "--max_steps 4 --keep_checkpoints 0")
+    assert names_of(checkpoints_in(tmp_path)) == [f"step_00000{n}.pt" for n in range(1, 5)]
+    others = ["step_000004_best.pt", "step_000004-v2.pt", "step_best.pt", "step_7.pt"]
+    for name in others:
+        shutil.copy(tmp_path / "step_000004.pt", tmp_path / name)
+    left_over = write(tmp_path / ".step_000007.pt.4711.tmp", b"of a process that was killed")
+    do("train", *flags, "--max_steps 6 --keep_checkpoints 1")
+    assert {*names_of(tmp_path.glob("*.pt"))} == {*others, "step_000006.pt"}
     assert not left_over.exists()
 
 
-def test_copies_of_checkpoints_are_neither_counted_nor_deleted(toy, tmp_path):
-    do("train", *training(toy, tmp_path), "--max_steps 4")
-    names = ["step_000004_best.pt", "step_000004-v2.pt", "step_best.pt", "step_7.pt", "best.pt"]
-    for name in names:
-        shutil.copy(tmp_path / "step_000004.pt", tmp_path / name)
-    flags = "--max_steps 6 --save_interval 1 --keep_checkpoints 1 --resume"
-    do("train", *training(toy, tmp_path), flags)
-    assert [path.name for path in checkpoints_in(tmp_path)] == ["step_000006.pt"]
-    assert {path.name for path in tmp_path.glob("*.pt")} == {*names, "step_000006.pt"}
-
-
-@pytest.mark.parametrize("damage", ["cut short", "no model", "no run", "no scaler", "moments",
-                                    "step"])  # fmt: skip
+@pytest.mark.parametrize("damage", ["cut short", "no model"])
 def test_a_damaged_newest_checkpoint_is_passed_over_in_resuming(toy, tmp_path, capsys, damage):
     do("train", *training(toy, tmp_path), "--max_steps 6 --save_interval 3")
-    rows, newest = metrics(tmp_path, "step", "train_loss"), tmp_path / "step_000006.pt"
+    rows, newest = metrics(tmp_path, *EXACT), tmp_path / "step_000006.pt"
     if damage == "cut short":
         os.truncate(newest, 9999)
     else:
-        state, name = copy.deepcopy(load_checkpoint(newest)), "blocks.0.mlp.down.weight"
-        state.pop(damage[3:], None)
-        if damage == "step":
-            state["step"] = "6"
-        if damage == "moments":
-            state["optimizer"]["exp_avg"][name] = torch.ones(1)
-        save_checkpoint(newest, state)
-    argv = [word for word in training(toy, tmp_path) if word != "--quiet"]
-    do("train", *argv, "--max_steps 6 --resume")
+        save_checkpoint(newest, {"step": 6, "model_config": {}})
+    do("train", *loud(training(toy, tmp_path)), "--max_steps 6 --resume")
     error = capsys.readouterr().err
-    assert ("trying the checkpoint before it" in error) == (damage != "no run")
-    assert load_checkpoint(tmp_path)["step"] == 6 and metrics(
-        tmp_path, "step", "train_loss") == rows
-
-
-def test_if_all_checkpoints_are_damaged_that_is_said(toy, tmp_path, capsys):
-    write(tmp_path / "step_000001.pt", b"damaged")
-    argv = ["train", *training(toy, tmp_path), "--max_steps 6 --resume"]
-    assert "step_000001.pt is not a valid checkpoint" in refused(capsys, tmp_path, *argv)
-
-
-def test_only_the_newest_checkpoints_are_kept(toy):
-    assert [path.name for path in checkpoints_in(toy / "run")] == [
-        "step_000100.pt",
-        "step_000150.pt",
-    ]
-    assert load_checkpoint(toy / "run")["step"] == 150
+    assert "step_000006.pt is not a valid checkpoint" in error and "before it" in error
+    assert load_checkpoint(tmp_path)["step"] == 6 and metrics(tmp_path, *EXACT) == rows
 
 
 @slow
-@pytest.mark.parametrize("how", ["fsdp", "muon_hybrid"])
+@pytest.mark.parametrize("how", ["fsdp", "muon_on_four", "muon_hybrid"])
 def test_fsdp_writes_the_checkpoint_that_one_process_writes(
     spread, two_processes, four_processes, how
 ):
@@ -2406,9 +1867,6 @@ def test_the_last_checkpoint_can_be_weights_only(toy, tmp_path, capsys):
     do("train", *training(toy, tmp_path), "--max_steps 6 --save_interval 2 --weights_only")
     states = [load_checkpoint(path) for path in checkpoints_in(tmp_path)]
     assert ["optimizer" in state for state in states] == [True, True, False]
-    before = snapshot(tmp_path)  # a finished run has nothing to resume
-    do("train", *training(toy, tmp_path), "--max_steps 6 --save_interval 2 --resume")
-    assert snapshot(tmp_path) == before
     longer = ["train", *training(toy, tmp_path), "--max_steps 8 --resume"]
     assert "step_000006.pt has no optimizer state" in refused(capsys, tmp_path, *longer)
     (tmp_path / "step_000006.pt").unlink()
@@ -2427,28 +1885,23 @@ def small_checkpoint(tmp_path_factory):
 
 def test_a_truncated_checkpoint_is_refused(small_checkpoint, tmp_path):
     for length in [*range(0, len(small_checkpoint), 50), len(small_checkpoint) - 1]:
-        with pytest.raises(
-            UserError, match="is not a valid checkpoint"
-        ):
+        with pytest.raises(UserError, match="is not a valid checkpoint"):
             load_checkpoint(write(tmp_path / f"{length}.pt", small_checkpoint[:length]))
 
 
 def test_a_flipped_byte_is_noticed_or_harmless(small_checkpoint, tmp_path):
-    noticed = 0
+    noticed, path = 0, tmp_path / "flipped.pt"
     for place in range(0, len(small_checkpoint), 3):
         damaged = bytearray(small_checkpoint)
         damaged[place] ^= 0xFF
-        path = write(tmp_path / f"{place}.pt", bytes(damaged))
+        path.unlink(missing_ok=True)  # an earlier one may still be mapped
         try:
-            state = load_checkpoint(path)
+            state = load_checkpoint(write(path, bytes(damaged)))
         except UserError:
             noticed += 1
         else:  # padding, a date
             assert torch.equal(state["model"]["w"], SMALL_STATE["model"]["w"]), place
-            assert {**state, "model": 0} == {**SMALL_STATE, "model": 0, "path": str(path)}, (
-                place
-            )
-        path.unlink()
+            assert {**state, "model": 0} == {**SMALL_STATE, "model": 0, "path": str(path)}
     assert noticed > 200
 
 
@@ -2467,76 +1920,34 @@ class Code:
 def test_code_in_a_checkpoint_is_refused_and_not_run(toy, tmp_path, capsys, dump):
     with open(tmp_path / "step_000001.pt", "wb") as file:
         dump({**SMALL_STATE, "extra": Code(str(tmp_path / "executed"))}, file)
-    error = refused(
-        capsys, tmp_path, f"eval --checkpoint {tmp_path} --valid_tokens {toy / 'valid.bin'}"
-    )
-    assert "step_000001.pt" in error
-    assert pickle.loads(pickle.dumps(Code(str(tmp_path / "executed")))) is not None
+    argv = f"eval --checkpoint {tmp_path} --valid_tokens {toy / 'valid.bin'}"
+    assert "step_000001.pt" in refused(capsys, tmp_path, argv)
+    pickle.loads(pickle.dumps(Code(str(tmp_path / "executed")))).close()
     assert (tmp_path / "executed").exists()  # as it would have been
 
 
-def other_state(kind):
-    state = {**SMALL_STATE, "model_config": dataclasses.asdict(TINY_MODEL)}
-    if kind == "another shape":
-        return {
-            **state,
-            "model": dict(
-                tiny_model(config=dataclasses.replace(TINY_MODEL, d_ff=8)).named_parameters()
-            ),
-        }
-    if kind == "another config":
-        return {**state, "model_config": {"layers": 3}}
-    return [1, 2]
+@pytest.mark.parametrize("state", [
+    {**SMALL_STATE, "model_config": dataclasses.asdict(TINY_MODEL)},  # other weights
+    {**SMALL_STATE, "model_config": {"layers": 3}}, [1, 2],
+])  # fmt: skip
+def test_a_checkpoint_of_another_kind_is_refused(toy, tmp_path, capsys, state):
+    save_checkpoint(tmp_path / "step_000001.pt", state)
+    for argv in (f"eval --valid_tokens {toy / 'valid.bin'}", "generate --prompt x"):
+        error = refused(capsys, tmp_path, argv, f"--checkpoint {tmp_path}")
+        assert "step_000001.pt" in error
 
 
-@pytest.mark.parametrize("kind", ["another shape", "another config", "a list"])
-def test_a_checkpoint_of_another_kind_is_refused(toy, tmp_path, capsys, kind):
-    save_checkpoint(tmp_path / "step_000001.pt", other_state(kind))
-    for command, flag, value in (
-        ("eval", "--valid_tokens", toy / "valid.bin"),
-        ("generate", "--prompt", "x"),
-    ):
-        assert "step_000001.pt" in refused(
-            capsys, tmp_path, command, f"--checkpoint {tmp_path}", flag, value
-        )
-
-
-def test_a_zip_of_something_else_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
-        file.writestr("hello", "world")
-    with pytest.raises(UserError, match=r"a\.pt"):
-        load_checkpoint(tmp_path / "a.pt")
-
-
-def test_a_failed_save_is_tried_again(toy, tmp_path, capsys, monkeypatch):
-    """The disk is full at the first save and has room at the second: no work is lost."""
-    save, tried = scratchformer.save_checkpoint, []
-
-    def fails_once(path, state):
-        tried.append(path)
-        if len(tried) == 1:
-            raise OSError(28, "No space left on device")
-        save(path, state)
-
-    monkeypatch.setattr(scratchformer, "save_checkpoint", fails_once)
-    flags = [*training(toy, tmp_path), "--max_steps 99999 --save_interval 3"]
-    assert main(shell_words(["train", *flags])) == 2
-    assert "No space left" in capsys.readouterr().err and tried[0].name == "step_000003.pt"
-    assert load_checkpoint(tmp_path)["step"] == int(tried[-1].stem[5:]) > 3
-
-
-@slow
-def test_a_full_disk_leaves_the_earlier_checkpoint(toy, tmp_path):
+def test_a_full_disk_leaves_the_earlier_checkpoint(toy, tmp_path, capsys):
     flags = [*training(toy, tmp_path), "--save_interval 2"]
     do("train", *flags, "--max_steps 4")
-    before = snapshot(tmp_path)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
-    done = subprocess.run(
-        **{**process("train", *flags, "--max_steps 400 --resume"), "preexec_fn": limit},
-        capture_output=True,
-    )
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
-    assert b"could not be written" in done.stderr and b"step_000004.pt" in done.stderr
+    before, limits = snapshot(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may be larger
+    try:
+        status = main(shell_words(["train", *flags, "--max_steps 400 --resume"]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and "could not be written" in error
     assert snapshot(tmp_path).keys() == before.keys() and load_checkpoint(tmp_path)["step"] == 4
 
 
@@ -2545,20 +1956,6 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(toy, tmp_path):
 #
 # A run is its flags and its data: when it was interrupted leaves no trace.
 # ======================================================================================
-
-
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.data())
-def test_several_files_read_as_one(tmp_path, lengths, data):
-    ids, ends = list(range(sum(lengths))), [0, *itertools.accumulate(lengths)]
-    paths = [
-        token_file(tmp_path / str(i), ids[ends[i] : ends[i + 1]], dtype=("<u2", "<u4")[i % 2],
-                   metadata={"dtype": ("uint16", "uint32")[i % 2]})
-        for i in range(len(lengths))
-    ]  # fmt: skip
-    start = data.draw(st.integers(0, len(ids)))
-    stop = data.draw(st.integers(start, len(ids) + 3))
-    dataset = TokenDataset(paths, 1000)
-    assert len(dataset) == len(ids) and dataset[start:stop].tolist() == ids[start:stop]
 
 
 def test_a_file_as_nanogpt_writes_it_trains(tmp_path):
@@ -2572,27 +1969,18 @@ GOOD = [i % 50 for i in range(99)]
 
 
 @pytest.mark.parametrize("data, metadata, flags, words", [
-    (GOOD, None, "", "give --vocab_size"),
-    ([], None, "--vocab_size 50", "0 tokens"),
-    (GOOD, None, "--vocab_size 50", "too few: 128 are needed"),
-    (b"odd", None, "--vocab_size 50", "damaged: 3 bytes"),
-    (GOOD, {"num_tokens": 98, "vocab_size": 50}, "", "damaged"),
-    (GOOD, {"dtype": "uint32", "vocab_size": 50}, "", "damaged"),
+    (GOOD, None, "", "--vocab_size"), (b"some text", None, "--vocab_size 50", "is text"),
+    (GOOD, None, "--vocab_size 50", "fewer than two windows"),
+    (b"\0dd", None, "--vocab_size 50", "not a valid token file"),
+    (GOOD, {"num_tokens": 98, "vocab_size": 50}, "", "99 tokens, not 98"),
+    (GOOD, {"dtype": "uint32", "vocab_size": 50}, "", "not a valid token file"),
     (GOOD, {"dtype": "float7", "vocab_size": 50}, "", "float7"),
-    (GOOD, {"vocab_size": "many"}, "", "many"),
-    (GOOD, {"vocab_size": None}, "--vocab_size 50", "vocab_size is None"),
-    (GOOD, {"vocab_size": 50, "tokenizer_sha256": ["a", "b"]}, "", "tokenizer_sha256 is ["),
-    (GOOD, b'{"vocab_size": ' + b"9" * 5000 + b"}", "", "metadata file"),
-    (GOOD, [], "", "metadata file"),
-    (GOOD, {"vocab_size": 50}, "--vocab_size 49", "vocab_size is 49"),
+    (GOOD, {"vocab_size": 50}, "--vocab_size 49", "50"),
 ])  # fmt: skip
 def test_a_bad_token_file_is_refused(capsys, tmp_path, data, metadata, flags, words):
-    path, raw = tmp_path / "train.bin", isinstance(metadata, bytes)
-    token_file(path, data if isinstance(data, list) else [], None if raw else metadata)
+    path = token_file(tmp_path / "train.bin", data if data == GOOD else [], metadata)
     if isinstance(data, bytes):
         write(path, data)
-    if raw:
-        write(tmp_path / "train.bin.json", metadata)
     argv = ["train", *TINY, f"--train_tokens {path} --max_steps 9 --outdir {tmp_path / 'run'}"]
     error = refused(capsys, tmp_path, *argv, flags)
     assert words in error and "train.bin" in error
@@ -2600,48 +1988,25 @@ def test_a_bad_token_file_is_refused(capsys, tmp_path, data, metadata, flags, wo
 
 def test_an_id_outside_the_vocabulary_is_named_before_the_model_sees_it(capsys, tmp_path):
     path = token_file(tmp_path / "train.bin", [*GOOD, 50, *GOOD])
-    with pytest.raises(UserError, match="holds the id 50, outside the vocabulary of 50"):
-        TokenDataset([path], 50)[90:110]
-    good = token_file(tmp_path / "good.bin", GOOD * 9)
-    argv = ["train --vocab_size 50 --max_steps 50 --eval_interval 50 --train_tokens", good,
-            "--valid_tokens", path, "--outdir", tmp_path / "valid"]  # fmt: skip
-    assert main(shell_words([*argv, *TINY])) == 2  # at once, not at the first evaluation
-    assert "train.bin holds the id 50" in capsys.readouterr().err
-    assert not (tmp_path / "valid" / "metrics.jsonl").exists()
-    argv = ["train --vocab_size 50 --max_steps 50 --train_tokens", path, "--outdir",
-            tmp_path / "run"]  # fmt: skip
-    assert main(shell_words([*argv, *TINY])) == 2
-    assert capsys.readouterr().err.count("\n") == 1 and not checkpoints_in(tmp_path / "run")
+    argv = ["train --vocab_size 50 --max_steps 50 --train_tokens", path, *TINY]
+    assert main(shell_words([*argv, f"--outdir {tmp_path / 'run'}"])) == 2
+    error = capsys.readouterr().err
+    assert "train.bin holds the id 50, outside the vocabulary of 50" in error
+    assert error.count("\n") == 1 and not checkpoints_in(tmp_path / "run")
 
 
-def test_files_of_different_tokenizers_do_not_mix(tmp_path):
-    paths = [
-        token_file(tmp_path / name, GOOD, {"vocab_size": 50, "tokenizer_sha256": name})
-        for name in "ab"
-    ]
-    with pytest.raises(UserError, match="different tokenizers"):
-        TokenDataset(paths)
-
-
-def test_a_token_file_replaced_or_shortened_during_training_is_no_other_data(tmp_path):
-    path = token_file(tmp_path / "train.bin", GOOD)
-    tokens = TokenDataset([path], 50)
-    os.replace(token_file(tmp_path / "other", [49] * 99), path)
-    assert tokens[0:99].tolist() == GOOD
-    tokens = TokenDataset([path], 50)
-    os.truncate(path, 90)
-    with pytest.raises(UserError, match="not a valid token file"):
-        tokens[0:9]
-
-
-def test_a_floor_is_stated_for_one_file_only(tmp_path):
-    for name in "ab":
-        token_file(tmp_path / name, [1, 2, 3], {"vocab_size": 5, "floor_nats_per_byte": 0.5})
-    assert TokenDataset([tmp_path / "a"]).floor == 0.5
-    assert TokenDataset([tmp_path / "a", tmp_path / "b"]).floor is None
+def test_ids_that_the_tokenizer_lacks_are_refused_before_the_run(toy, tmp_path, capsys):
+    """As of a vocabulary that was rounded up: how many bytes would they be?"""
+    path = token_file(tmp_path / "valid.bin", [*GOOD, *range(99), 290])
+    argv = ["train", *training(toy, tmp_path / "run"), "--vocab_size 300 --valid_tokens", path]
+    assert "id 290 is not in the vocabulary of 280" in refused(capsys, tmp_path, *argv)
 
 
 EXACT = ["step", "train_loss", "valid_loss", "lr", "grad_norm"]
+
+
+def loud(argv):
+    return [word for word in shell_words(argv) if word != "--quiet"]
 
 
 def wait_for(trainer, outdir, step):
@@ -2652,151 +2017,144 @@ def wait_for(trainer, outdir, step):
         if lines and json.loads(lines[-1])["step"] >= step:
             return
         time.sleep(0.005)
-    raise AssertionError(f"the run ended before step {step}")
+    raise AssertionError(f"the run ended before step {step}: {trainer.communicate()}")
 
 
 @slow
 def test_resumed_run_equals_unbroken_run(toy, tmp_path):
-    flags = [
-        "--max_steps 100 --d_model 48 --batch_size 16 --log_interval 3 --optimizer muon "
-        f"--valid_tokens {toy / 'valid.bin'} --eval_interval 40 --save_interval 10"
-    ]
-    do("train", *training(toy, tmp_path / "unbroken"), *flags)
-    rng, broken = random.Random(6), tmp_path / "broken"
-    for step, number, status in [
-        (15, signal.SIGKILL, -9),
-        (33, signal.SIGTERM, 143),
-        (60, signal.SIGKILL, -9),
-    ]:
-        trainer = subprocess.Popen(
-            **process("train", *training(toy, broken), *flags, "--resume")
-        )
+    """Killed, stopped, and meanwhile there's a second run for the same outdir."""
+    flags = ["--max_steps 100 --d_model 48 --batch_size 16 --log_interval 3 --optimizer muon",
+             f"--valid_tokens {toy / 'valid.bin'} --eval_interval 40 --save_interval 10"]
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    do("train", *training(toy, unbroken), *flags)
+    again = ["train", *training(toy, broken), *flags, "--resume"]
+    for step, number, status in ((15, signal.SIGKILL, -9), (42, signal.SIGTERM, 143)):
+        trainer = subprocess.Popen(**process(*again))
         wait_for(trainer, broken, step)
-        time.sleep(rng.random() / 20)
+        # A deleted checkpoint that is still mapped would keep its space on the disk.
+        maps = Path(f"/proc/{trainer.pid}/maps").read_text()
+        assert "python" in maps and "step_0000" not in maps
+        assert main(shell_words(again)) == 2
         trainer.send_signal(number)
         assert trainer.wait() == status
         newest = load_checkpoint(broken)["step"]
         assert newest >= step - 10 and (status < 0 or newest >= step)
-    do("train", *training(toy, broken), *flags, "--resume")
-    assert metrics(broken, *EXACT) == metrics(tmp_path / "unbroken", *EXACT)
-    assert same_state(load_checkpoint(broken), load_checkpoint(tmp_path / "unbroken"))
+    do(*again)
+    assert metrics(broken, *EXACT) == metrics(unbroken, *EXACT)
+    assert same_state(load_checkpoint(broken), load_checkpoint(unbroken))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_with_any_optimizer_resumes_bit_for_bit(toy, tmp_path, optimizer):
+    """Also if the checkpoint lies between two lines of the log."""
+    flags = [f"--optimizer {optimizer} --save_interval 5 --max_steps 9 --log_interval 4"]
+    do("train", *training(toy, tmp_path / "unbroken"), *flags)
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
+    (tmp_path / "broken" / "step_000009.pt").unlink()
+    do("train", *training(toy, tmp_path / "broken"), *flags, "--resume")
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    assert same_state(load_checkpoint(broken), load_checkpoint(unbroken))
+    assert metrics(broken, *EXACT) == metrics(unbroken, *EXACT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_ends_the_run_unless_it_is_ignored(toy, tmp_path, number):
+    """SIGHUP is ignored under nohup; here all but `number` are."""
+    kinds = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = {kind: signal.signal(kind, signal.SIG_IGN) for kind in kinds if kind != number}
+
+    def send():
+        while not (tmp_path / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        for kind in (*before, number):
+            os.kill(os.getpid(), kind)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    argv = ["train", *training(toy, tmp_path), "--max_steps 99999"]
+    assert main(shell_words(argv)) == 128 + number
+    sender.join()
+    assert load_checkpoint(tmp_path)["step"] == metrics(tmp_path, "step")[-1][0] < 99999
+    for kind, handler in before.items():
+        assert signal.signal(kind, handler) == signal.SIG_IGN
 
 
 @slow
-def test_a_signal_under_torchrun_saves_and_ends_both_processes(spread, two_processes):
+def test_only_process_0_needs_to_see_outdir_and_a_signal_stops_all(spread, two_processes):
+    assert not (spread.parent / "1").exists()
     assert load_checkpoint(spread / "stopped")["step"] >= 5
 
 
-@pytest.mark.parametrize("max_steps", [150, 100])
-def test_a_finished_run_is_resumed_to_no_effect_and_says_so(toy, tmp_path, capsys, max_steps):
+def test_a_finished_run_is_resumed_to_no_effect_and_says_so(toy, tmp_path, capsys):
     shutil.copytree(toy / "run", tmp_path / "run")
     before = snapshot(tmp_path)
-    argv = [word for word in training(toy, tmp_path / "run") if word != "--quiet"]
-    do("train", *argv, f"--max_steps {max_steps} --resume")
+    do("train", *loud(training(toy, tmp_path / "run")), "--max_steps 150 --resume")
     error = capsys.readouterr().err
     assert "nothing left to do" in error and "step 150" in error and "tok/s" not in error
     assert snapshot(tmp_path) == before
 
 
-def test_a_longer_run_continues_a_finished_one(toy, tmp_path):
-    do("train", *training(toy, tmp_path), "--max_steps 8")
-    do("train", *training(toy, tmp_path), "--max_steps 12 --resume")
-    assert metrics(tmp_path, "step") == [(step,) for step in range(1, 13)]
+def test_files_of_another_run_are_not_overwritten(toy, tmp_path, capsys):
+    flags = ["train", *training(toy, tmp_path), "--max_steps 6"]
+    do(*flags)
+    assert "holds step_000006.pt" in refused(capsys, tmp_path, *flags)
+    (tmp_path / "step_000006.pt").unlink()
+    for resume in ("", "--resume"):
+        assert "holds metrics.jsonl" in refused(capsys, tmp_path, *flags, resume)
 
 
-def test_resume_starts_fresh_where_there_is_nothing_and_says_so(toy, tmp_path, capsys):
-    argv = [word for word in training(toy, tmp_path) if word != "--quiet"]
-    do("train", *argv, "--max_steps 4 --resume")
-    assert "starting fresh" in capsys.readouterr().err and len(metrics(tmp_path, "step")) == 4
-
-
-@slow
-def test_a_run_has_its_outdir_to_itself_and_holds_no_old_checkpoint_open(
-    toy, tmp_path, capsys
-):
-    """A deleted file that is still mapped would keep its space on the disk."""
-    outdir = tmp_path / "run"
-    flags = [*training(toy, outdir), "--save_interval 1 --keep_checkpoints 1 --resume"]
-    do("train", *flags, "--max_steps 4")
-    first = subprocess.Popen(**process("train", *flags, "--max_steps 100000"))
-    wait_for(first, outdir, 10)
-    maps = Path(f"/proc/{first.pid}/maps").read_text()
-    assert "python" in maps and "step_000004.pt" not in maps
-    left_over = write(outdir / ".step_000007.pt.4711.tmp", b"being written")
-    for argv in (["train", *flags], ["train", *training(toy, outdir)]):
-        assert main(shell_words(argv)) == 2
-        assert str(outdir) in capsys.readouterr().err and left_over.exists()
-    first.kill()
-    first.wait()
-    do("train", *flags, "--max_steps 4")  # the lock went with it
-
-
-@slow
-def test_a_signal_is_answered_at_once_even_during_an_evaluation(toy, tmp_path):
-    """An evaluation of minutes, after every step: SIGHUP; then Ctrl-C, with nohup."""
-    token_file(tmp_path / "long.bin", np.tile(np.fromfile(toy / "valid.bin", "<u2"), 500))
-    argv = [word for word in training(toy, tmp_path / "run") if word != "--quiet"]
-    argv += [f"--valid_tokens {tmp_path / 'long.bin'} --eval_interval 1 --eval_windows 0",
-             "--max_steps 100 --resume"]  # fmt: skip
-    for number, ignored in ((signal.SIGHUP, None), (signal.SIGINT, signal.SIGHUP)):
-        start = process("train", *argv)
-        if ignored:
-            start["preexec_fn"] = functools.partial(default_signals, ignored)
-        trainer = subprocess.Popen(**start, stderr=subprocess.PIPE)
-        for line in trainer.stderr:
-            if b"step " in line and b"tok/s" in line:
-                break  # now it evaluates
-        if ignored:
-            trainer.send_signal(ignored)
-        trainer.send_signal(number)
-        rest = trainer.stderr.read()
-        assert trainer.wait() == 128 + number and b"stopping after this step" in rest, rest
-    assert load_checkpoint(tmp_path / "run")["step"] == 2
-    assert metrics(tmp_path / "run", "step", "valid_loss") == [(1, None), (2, None)]
-
-
-def test_metrics_of_another_run_are_not_overwritten(toy, tmp_path, capsys):
-    do("train", *training(toy, tmp_path), "--max_steps 4")
-    (tmp_path / "step_000004.pt").unlink()
-    argv = ["train", *training(toy, tmp_path), "--max_steps 4"]
-    assert "holds metrics.jsonl" in refused(capsys, tmp_path, *argv)
-
-
-def test_lines_of_metrics_that_cannot_be_read_are_dropped(toy, tmp_path):
+def test_a_line_of_metrics_that_was_cut_short_is_dropped(toy, tmp_path):
     do("train", *training(toy, tmp_path), "--max_steps 4")
     with open(tmp_path / "metrics.jsonl", "ab") as file:
-        file.write(b'5\n{}\n{"step": "x"}\n{"step": ' + b"9" * 5000 + b"}\n" + b"[" * 99999)
+        file.write(b'{"step": 5, "train_lo')
     do("train", *training(toy, tmp_path), "--max_steps 6 --resume")
     assert metrics(tmp_path, "step") == [(step,) for step in range(1, 7)]
 
 
-def test_resuming_needs_no_init_from(toy, tmp_path):
-    shutil.copytree(toy / "run", tmp_path / "start")
-    flags = [*training(toy, tmp_path / "run"), f"--init_from {tmp_path / 'start'} --resume"]
-    do("train", *flags, "--max_steps 4")
-    shutil.rmtree(tmp_path / "start")
-    do("train", *flags, "--max_steps 6")
+def test_resume_needs_no_other_flag_and_what_is_given_instead_is_said(toy, tmp_path, capsys):
+    do("train", *training(toy, tmp_path), f"--max_steps 8 --valid_tokens {toy / 'valid.bin'} "
+       "--eval_interval 3 --save_interval 4 --keep_best --log_interval 3")  # fmt: skip
+    unbroken = metrics(tmp_path, *EXACT)
+    (tmp_path / "step_000008.pt").unlink()  # as if killed before it was written
+    resume = f"train --resume --outdir {tmp_path} --device cpu"
+    do(resume)
+    assert metrics(tmp_path, *EXACT) == unbroken
+    assert load_checkpoint(tmp_path)["model_config"]["d_model"] == 32
+    assert "changed" not in capsys.readouterr().err
+    do(resume, "--max_steps 9 --no-keep_best --lr 1e-5")
+    error = capsys.readouterr().err
+    for change in ("max_steps 8 -> 9", "keep_best True -> False", "lr 0.003 -> 1e-05"):
+        assert change in error
+    contradiction = [resume, "--max_steps 10 --num_layers 3"]
+    assert "--num_layers is 3" in refused(capsys, tmp_path, *contradiction)
+
+
+def test_a_run_resumes_with_another_optimizer_and_says_so(toy, tmp_path, capsys):
+    argv = [*loud(training(toy, tmp_path)), "--warmup_steps 2"]
+    do("train", *argv, "--max_steps 4")
+    for steps, old, new in ((6, "adamw", "muon"), (8, "muon", "adamw")):
+        do("train", *argv, f"--max_steps {steps} --optimizer {new} --resume")
+        assert f"optimizer {old} -> {new}" in capsys.readouterr().err
+        moments = load_checkpoint(tmp_path)["optimizer"]["exp_avg_sq"]
+        assert ("blocks.0.mlp.down.weight" in moments) == (new == "adamw")
+        assert "lm_head.weight" in moments
+    losses = [loss for (loss,) in metrics(tmp_path, "train_loss")]
+    assert len(losses) == 8 and losses[-1] < losses[0]
 
 
 def test_a_tokenizer_other_than_the_models_is_refused(toy, tmp_path, capsys):
-    """In training, evaluation, generation, export and resuming."""
+    """In training, resuming, evaluation, generation and export."""
     other = tokenizer_from(toy_text(3, 99), 20, [END_OF_TEXT])
     other.save(tmp_path / "other.json")
     encode_file(other, toy / "valid.txt", tmp_path / "other.bin")
     do("train", *training(toy, tmp_path / "run"), "--max_steps 4")
-    assert load_checkpoint(tmp_path / "run")["tokenizer_sha256"] == Tokenizer.load(
-        toy / "tokenizer.json").fingerprint()
-    new = training(toy, tmp_path / "new")
-    resume = f"--max_steps 5 --resume --vocab_size 280 --outdir {tmp_path / 'run'}"
-    no_tokenizer = shutil.copytree(tmp_path / "run", tmp_path / "alone")
-    (no_tokenizer / "tokenizer.json").unlink()
+    new = ["train --max_steps 5", *training(toy, tmp_path / "new")]
+    of_other = f"train --max_steps 5 --train_tokens {tmp_path / 'other.bin'}"
     for argv in (
-        ["train --max_steps 5", *new, f"--valid_tokens {tmp_path / 'other.bin'}"],
-        ["train --max_steps 5", *new, f"--tokenizer_path {tmp_path / 'other.json'}"],
-        [f"train --train_tokens {tmp_path / 'other.bin'}", *TINY, resume],
-        [f"train --train_tokens {tmp_path / 'other.bin'}", *TINY,
-         f"--max_steps 5 --outdir {tmp_path / 'new'} --init_from {tmp_path / 'run'}"],
-        [f"eval --checkpoint {no_tokenizer} --valid_tokens {tmp_path / 'other.bin'}"],
+        [*new, f"--valid_tokens {tmp_path / 'other.bin'}"],
+        [*new, f"--tokenizer_path {tmp_path / 'other.json'}"],
+        [of_other, *TINY, f"--resume --vocab_size 280 --outdir {tmp_path / 'run'}"],
+        [of_other, *TINY, f"--init_from {tmp_path / 'run'} --outdir {tmp_path / 'new'}"],
         [f"eval --checkpoint {toy / 'run'} --valid_tokens {tmp_path / 'other.bin'}"],
         *([f"{command} --checkpoint {tmp_path / 'run'}",
            f"--tokenizer_path {tmp_path / 'other.json'}"]
@@ -2806,190 +2164,74 @@ def test_a_tokenizer_other_than_the_models_is_refused(toy, tmp_path, capsys):
         assert "different tokenizer" in refused(capsys, tmp_path, *argv), argv
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(toy, tmp_path, capsys):
-    state = {key: value for key, value in load_checkpoint(toy / "run").items()
-             if key != "tokenizer_sha256"}  # as the first edition wrote it
-    save_checkpoint(tmp_path / "step_000001.pt", state)
-    tokenizer_from(toy_text(1, 99), 60).save(tmp_path / "tokenizer.json")
-    for argv in ("generate --prompt x", f"export --outdir {tmp_path / 'new'}"):
-        assert "more ids" in refused(capsys, tmp_path, argv, f"--checkpoint {tmp_path}")
-
-
-def test_a_changed_learning_rate_is_said(toy, tmp_path, capsys):
-    do("train", *training(toy, tmp_path), "--max_steps 4")
-    argv = [word for word in training(toy, tmp_path) if word != "--quiet"]
-    for suffix in ("bin", "bin.json"):
-        shutil.copy(toy / f"train.{suffix}", tmp_path / f"copy.{suffix}")
-    flags = "--lr 0.001 --dtype bfloat16 --activation_checkpointing --train_tokens"
-    do("train", *argv, "--max_steps 6 --resume", flags, tmp_path / "copy.bin")
-    error = capsys.readouterr().err
-    for change in ("lr 0.003 -> 0.001", "dtype float32 -> bfloat16", "copy.bin",
-                   "activation_checkpointing False -> True"):  # fmt: skip
-        assert change in error
-
-
-def test_a_run_resumes_with_another_optimizer_and_says_so(toy, tmp_path, capsys):
-    argv = [word for word in training(toy, tmp_path) if word != "--quiet"]
-    do("train", *argv, "--max_steps 4 --warmup_steps 2")
-    for steps, old, new in ((6, "adamw", "muon"), (8, "muon", "adamw")):
-        do("train", *argv, f"--max_steps {steps} --warmup_steps 2 --optimizer {new} --resume")
-        assert f"optimizer {old} -> {new}" in capsys.readouterr().err
-        moments = load_checkpoint(tmp_path)["optimizer"]["exp_avg_sq"]
-        assert ("blocks.0.mlp.down.weight" in moments) == (new == "adamw")
-        assert "lm_head.weight" in moments
-    losses = [loss for (loss,) in metrics(tmp_path, "train_loss")]
-    assert len(losses) == 8 and losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_run_with_any_optimizer_resumes_bit_for_bit(toy, tmp_path, optimizer):
-    flags = f"--optimizer {optimizer} --save_interval 3 --max_steps 6"
-    do("train", *training(toy, tmp_path / "unbroken"), flags)
-    shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
-    (tmp_path / "broken" / "step_000006.pt").unlink()
-    do("train", *training(toy, tmp_path / "broken"), flags, "--resume")
-    one, other = (load_checkpoint(tmp_path / name) for name in ("broken", "unbroken"))
-    assert same_state(one, other)
-
-
-def test_a_run_resumes_without_repeating_the_shape(toy, tmp_path, capsys):
-    do("train", *training(toy, tmp_path), "--max_steps 4")
-    data = f"--train_tokens {toy / 'train.bin'} --outdir {tmp_path} --device cpu --quiet"
-    do(f"train {data} --batch_size 4 --lr 3e-3 --warmup_steps 4 --max_steps 6 --resume")
-    do("train", *training(toy, tmp_path / "other"), "--max_steps 6")
-    state = load_checkpoint(tmp_path)
-    assert state["step"] == 6 and state["model_config"]["d_model"] == 32
-    assert (tmp_path / "tokenizer.json").read_bytes() == (toy / "tokenizer.json").read_bytes()
-
-
-@slow
-def test_only_process_0_needs_to_see_outdir(spread, two_processes):
-    assert metrics(spread / "machine0" / "run", "step") == [(s,) for s in range(1, 21)]
-    assert not (spread / "machine1").exists()
-
-
-def test_resume_needs_no_other_flag(toy, tmp_path, capsys):
-    """Data, learning and run flags are those of the run; what is given instead is said."""
-    do("train", *training(toy, tmp_path), f"--max_steps 8 --valid_tokens {toy / 'valid.bin'} "
-       "--eval_interval 3 --save_interval 4 --keep_best --log_interval 3")  # fmt: skip
-    unbroken = metrics(tmp_path, *EXACT, "best_valid_loss")
-    (tmp_path / "step_000008.pt").unlink()  # as if killed before it was written
-    do(f"train --resume --outdir {tmp_path} --device cpu")
-    assert metrics(tmp_path, *EXACT, "best_valid_loss") == unbroken
-    assert "changed" not in capsys.readouterr().err
-    do(f"train --resume --outdir {tmp_path} --device cpu --max_steps 9 --no-keep_best")
-    error = capsys.readouterr().err
-    assert "changed since the checkpoint: max_steps 8 -> 9, keep_best True -> False" in error
-    do(f"train --resume --outdir {tmp_path} --device cpu --max_steps 10 --lr 1e-5")
-    assert "lr 0.003 -> 1e-05" in capsys.readouterr().err
-    assert main(shell_words([f"train --resume --outdir {tmp_path} --num_layers 3"])) == 2
-    assert "--num_layers is 3, but the model" in capsys.readouterr().err
-
-
-def test_train_without_tokens_says_what_is_missing(tmp_path, capsys):
-    assert "--train_tokens is required" in refused(capsys, tmp_path, "train --device cpu")
-
-
-def test_the_log_shows_the_mean_loss_since_the_last_line(toy, tmp_path, capsys):
-    do("train", *training(toy, tmp_path / "each"), "--max_steps 7")
-    argv = [word for word in training(toy, tmp_path / "mean") if word != "--quiet"]
-    do("train", *argv, "--max_steps 7 --log_interval 3")
+def test_the_log_shows_the_mean_loss_since_the_last_line(toy, tmp_path):
+    for name, interval in (("each", 1), ("mean", 3)):
+        flags = f"--max_steps 7 --log_interval {interval}"
+        do("train", *training(toy, tmp_path / name), flags)
     each = [loss for (loss,) in metrics(tmp_path / "each", "train_loss")]
     expected = [*each[:2], each[2], sum(each[3:6]) / 3, each[6]]
     found = [loss for (loss,) in metrics(tmp_path / "mean", "train_loss")]
     assert found == pytest.approx(expected, rel=1e-5)
     seen, epochs = metrics(tmp_path / "mean", "tokens_seen", "epochs")[-1]
-    num_tokens = len(TokenDataset([toy / "train.bin"]))
+    num_tokens = len(open_tokens(toy / "train.bin").ids)
     assert seen == 7 * 4 * 64 and epochs == pytest.approx(seen / num_tokens)
-    assert f"{epochs:.2f} epochs  loss {found[-1]:.4f}" in capsys.readouterr().err
 
 
-def test_the_best_weights_are_kept_and_memorizing_is_said(tmp_path, capsys):
+def test_the_best_weights_are_kept(tmp_path, capsys):
     """Training on noise: the validation loss soon only rises."""
     ids = np.random.default_rng(1).integers(0, 50, 700)
     train = token_file(tmp_path / "train.bin", ids[:200])
     valid = token_file(tmp_path / "valid.bin", ids[200:])
-    argv = [word for word in TINY if word != "--quiet"]
-    do("train", *argv, f"--train_tokens {train} --valid_tokens {valid} --vocab_size 50 "
-       f"--outdir {tmp_path / 'run'} --max_steps 60 --eval_interval 10 --keep_best "
-       "--keep_checkpoints 1")  # fmt: skip
-    error = capsys.readouterr().err
-    losses = dict(row for row in metrics(tmp_path / "run", "step", "valid_loss") if row[1])
+    run = tmp_path / "run"
+    flags = [*TINY, f"--train_tokens {train} --valid_tokens {valid} --vocab_size 50",
+             f"--outdir {run} --eval_interval 10 --keep_best --keep_checkpoints 1 --resume"]
+    for max_steps in (50, 60):  # resumed, it remembers the best loss
+        do("train", *flags, f"--max_steps {max_steps}")
+    losses = dict(row for row in metrics(run, "step", "valid_loss") if row[1])
     best = min(losses, key=losses.get)
-    assert best < 40 and error.count(f"has not fallen since step {best}: ") == 1
-    assert metrics(tmp_path / "run", "best_valid_loss")[-1] == (losses[best],)
     # It is no step_N.pt: never deleted as old, never resumed from.
-    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["step_000060.pt"]
-    state = load_checkpoint(tmp_path / "run" / "best.pt")
-    assert state["step"] == best and "optimizer" not in state
-    do(f"eval --checkpoint {tmp_path / 'run' / 'best.pt'} --valid_tokens {valid} --device cpu")
+    assert names_of(checkpoints_in(run)) == ["step_000060.pt"]
+    state = load_checkpoint(run / "best.pt")
+    assert state["step"] == best < 40 and "optimizer" not in state
+    do(f"eval --checkpoint {run / 'best.pt'} --valid_tokens {valid} --device cpu")
     shown = json.loads(capsys.readouterr().out)
     assert shown["valid_loss"] == pytest.approx(losses[best], rel=1e-6)
-    assert "unigram_loss" in shown and "lzma_bits_per_byte" not in shown  # no tokenizer
+    assert "bits_per_byte" not in shown  # there's no tokenizer
 
 
-def test_a_run_of_more_than_a_day_says_so(toy, tmp_path, capsys):
-    """Stopped by its own learning rate."""
-    argv = [word for word in training(toy, tmp_path) if word != "--quiet"]
-    for steps, said in ((100, False), (10**9, True)):
-        flags = f"--max_steps {steps} --lr 1e+30 --outdir {tmp_path / str(steps)}"
-        assert main(shell_words(["train", *argv, flags])) == 2
-        error = capsys.readouterr().err
-        assert bool(re.search(r"takes [\d,]+ hours; smaller --num_layers", error)) == said
-
-
-def test_evaluation_and_samples_are_without_dropout_and_training_is_with_it(toy, tmp_path):
+def test_evaluation_is_without_dropout_and_leaves_the_model_as_it_was(toy):
     """Whoever adds dropout gets one validation loss, and a model that still drops."""
     class Dropping(TransformerWithLoss):
         def forward(self, *args):
             modes.append(self.training)
             return super().forward(*args)
 
-    modes, tokens = [], TokenDataset([toy / "valid.bin"])
+    modes, tokens = [], open_tokens(toy / "valid.bin")
     model = Dropping(dataclasses.replace(TINY_MODEL, vocab_size=280))
     valid = ValidationSet(tokens, model.config.context_length, limit=4)
     valid.loss(model, 16)
-    validation_loss(model, tokens[:100])
+    validation_loss(model, tokens.ids[:100])
     assert modes and not any(modes) and model.training
     valid.loss(model.eval(), 16)
     assert not model.training
 
 
-def test_baselines_by_hand(tmp_path):
-    """Four tokens, half of them one and a quarter each of two others: 1.5 bits per token."""
-    tokenizer = tokenizer_from("", 0)
-    tokens = TokenDataset([token_file(tmp_path / "t.bin", [9, *b"aabc" * 500])], 256)
-    valid = ValidationSet(tokens, 16, 0, tokenizer)
+def test_bits_per_byte_by_hand(tmp_path):
+    """Tokens of one byte, and a loss of ln 2; but END_OF_TEXT is no text."""
+    about = {"vocab_size": 257, "floor_nats_per_byte": 0.5}
+    path = token_file(tmp_path / "t.bin", [9, *[*b"aab", 256] * 500], about)
+    valid = ValidationSet(open_tokens(path), 16, 0, tokenizer_from("", 0, [END_OF_TEXT]))
     result, text = valid.report(loss=math.log(2), compare=True)
-    assert (result["perplexity"], result["bits_per_byte"]) == pytest.approx((2, 1))
-    assert result["unigram_loss"] == pytest.approx(1.5 * math.log(2))
-    assert result["unigram_bits_per_byte"] == pytest.approx(1.5)
+    assert (result["perplexity"], result["bits_per_byte"]) == pytest.approx((2, 4 / 3))
     assert result["lzma_bits_per_byte"] < 0.5  # some 80 bytes of header and little else
-    assert "alone 1.0397 nats = 1.5000 bits per byte, lzma 0." in text
-    assert valid.report(1.0)[0].keys().isdisjoint({"unigram_loss", "lzma_bits_per_byte"})
-    without_text, _ = ValidationSet(tokens, 16, 0, None).report(1.0, compare=True)
-    assert without_text.keys() == {"valid_loss", "perplexity", "unigram_loss"}
-
-
-def test_windows_to_evaluate_on_are_end_to_end_or_spread_evenly(tmp_path):
-    tokens = TokenDataset([token_file(tmp_path / "t.bin", range(12))], 12)
-    assert ValidationSet(tokens, 2).starts.tolist() == [0, 2, 4, 6, 8, 10]
-    assert ValidationSet(tokens, 2, 3).starts.tolist() == [0, 4, 10]
-
-
-def test_ids_that_the_tokenizer_lacks_are_refused_before_the_run(toy, tmp_path, capsys):
-    """As of a vocabulary that was rounded up: how many bytes would they be?"""
-    for name, last in (("train", 7), ("valid", 290)):
-        token_file(tmp_path / f"{name}.bin", [*GOOD, *range(99), last])
-    argv = ["train", *TINY, f"--tokenizer_path {toy / 'tokenizer.json'} --vocab_size 300",
-            f"--train_tokens {tmp_path / 'train.bin'} --valid_tokens {tmp_path / 'valid.bin'}",
-            f"--outdir {tmp_path / 'run'} --max_steps 9"]  # fmt: skip
-    assert "id 290 is not in the vocabulary of 280" in refused(capsys, tmp_path, *argv)
+    assert f"floor is 0.5000 nats, this is {4 / 3 * math.log(2) / 0.5 - 1:+.1%}" in text
+    without_text, _ = ValidationSet(open_tokens(path, 300), 16).report(1.0, compare=True)
+    assert without_text.keys() == {"valid_loss", "perplexity"}
 
 
 def losses_of_windows(model, tokens, T):
     """The loss of each window, one after the other, and how many tokens it has."""
-    ids, result = torch.from_numpy(tokens[0 : len(tokens)]), []
+    ids, result = torch.from_numpy(tokens.ids.astype(np.int64)), []
     with torch.no_grad():
         for start in range(0, len(ids) - 1, T):
             window = ids[start : start + T + 1]
@@ -2998,130 +2240,55 @@ def losses_of_windows(model, tokens, T):
     return result
 
 
-@pytest.mark.parametrize("length", [None, 2, 20, 64, 65, 66, 500])
-def test_the_loss_is_the_mean_over_all_tokens(toy, tmp_path, length):
-    """Of the tail too, and of a text shorter than one window."""
-    model = model_from_checkpoint(load_checkpoint(toy / "run"))
+def test_windows_to_evaluate_on_are_end_to_end_or_spread_evenly(tmp_path):
+    tokens = open_tokens(token_file(tmp_path / "t.bin", range(12)), 12)
+    assert ValidationSet(tokens, 2).starts.tolist() == [0, 2, 4, 6, 8, 10]
+    assert ValidationSet(tokens, 2, 3).starts.tolist() == [0, 4, 10]
+
+
+@pytest.mark.parametrize("length, T", [
+    (2, 64), (20, 64), (65, 64), (66, 64), (None, 64), (None, 7), (None, 200)])  # fmt: skip
+def test_the_loss_is_the_mean_over_all_tokens(toy, tmp_path, length, T):
+    """Of the tail too, of a text shorter than one window, and with any context length."""
+    model = model_from_checkpoint(load_checkpoint(toy / "run"), context_length=T)
     ids = np.fromfile(toy / "valid.bin", "<u2")[:length]
-    tokens = TokenDataset([token_file(tmp_path / "t.bin", ids)], 280)
-    expected = losses_of_windows(model, tokens, 64)
+    tokens = open_tokens(token_file(tmp_path / "t.bin", ids, {"vocab_size": 280}))
+    expected = losses_of_windows(model, tokens, T)
     assert sum(count for _, count in expected) == len(ids) - 1
     mean = sum(loss * count for loss, count in expected) / (len(ids) - 1)
-    tokenizer = Tokenizer.load(toy / "tokenizer.json")
-    valid = ValidationSet(tokens, 64, 0, tokenizer)
-    size = len(tokenizer.decode_bytes(ids[1:].tolist()).replace(END_OF_TEXT.encode(), b""))
     for batch_size in (1, 3, 16):
-        result, _ = valid.report(valid.loss(model, batch_size))
-        assert result["valid_loss"] == pytest.approx(mean, rel=1e-5)
-        assert result["nats_per_byte"] == pytest.approx(mean * (len(ids) - 1) / size, rel=1e-5)
+        found = ValidationSet(tokens, T).loss(model, batch_size)
+        assert found == pytest.approx(mean, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"tie_embeddings": True}])
-def test_flops_count_each_weight_of_a_matmul_and_half_of_the_scores(changes):
-    config = dataclasses.replace(TINY_MODEL, **changes)
-    model = Transformer(config)
-    matmuls = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2) + 61 * 32
-    assert scratchformer.flops_per_token(model) == 6 * (matmuls + 2 * 24 * 32)
-
-
-def test_evaluation_never_holds_all_logits(toy):
-    """1,000 rows of 280 logits are taken in parts of 512."""
-    config = ModelConfig(3000, 64, num_layers=1, d_model=8, num_heads=2, d_ff=8)
-    with Sizes() as seen:
-        valid = ValidationSet(TokenDataset([toy / "valid.bin"], 3000), 64)
-        valid.loss(TransformerWithLoss(config), 16)
-    assert max(seen.sizes) == 512 * 3000
-
-
-def test_eval_gives_the_figure_that_training_gave(toy, capsys):
-    do(f"eval --checkpoint {toy / 'run'} --valid_tokens {toy / 'valid.bin'} --device cpu")
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["valid_loss"] == pytest.approx(
-        metrics(toy / "run", "valid_loss")[-1][0], rel=1e-6
-    )
-    assert shown["perplexity"] == pytest.approx(math.exp(shown["valid_loss"]))
-    assert shown["bits_per_byte"] == pytest.approx(shown["nats_per_byte"] / math.log(2))
-    for name in ("unigram_loss", "unigram_bits_per_byte", "lzma_bits_per_byte"):
-        assert shown[name] == pytest.approx(metrics(toy / "run", name)[-1][0])
-    assert shown["bits_per_byte"] < shown["lzma_bits_per_byte"] < shown["unigram_bits_per_byte"]
-
-
-def test_what_is_no_number_is_null_in_json():
-    line = scratchformer.json_line({"step": 1, "loss": math.nan, "norm": math.inf, "x": None})
-    assert json.loads(line, parse_constant=pytest.fail) == {
-        "step": 1, "loss": None, "norm": None, "x": None}  # fmt: skip
-
-
-def test_a_rate_of_nearly_nothing_is_a_line_of_the_log(toy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scratchformer.Progress, "enabled", True)  # --quiet turned it off
-    trainer = scratchformer.Trainer(
-        model_config=LlamaConfig(**{**vars(TINY_MODEL), "vocab_size": 280}),
-        data=scratchformer.DataConfig(), optim=scratchformer.RunOptimizerConfig(),
-        run_config=scratchformer.RunConfig(outdir=tmp_path), processes=ProcessConfig(),
-        device=CPU, dtype=torch.float32, tokens=TokenDataset([toy / "train.bin"]))  # fmt: skip
-    for seconds, line in ((1e12, "  0 tok/s"), (0.0, " 0:00 left")):
-        trainer.progress["num_losses"] += 1
-        trainer.log_step(1, torch.ones(()), 1, seconds)
-        assert line in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("length", [7, 64, 200])
-def test_eval_takes_another_context_length(toy, capsys, length):
-    do(f"eval --checkpoint {toy / 'run'} --valid_tokens {toy / 'valid.bin'} --device cpu "
-       f"--context_length {length} --eval_windows 0")  # fmt: skip
-    shown = json.loads(capsys.readouterr().out)["valid_loss"]
-    model = model_from_checkpoint(load_checkpoint(toy / "run"), context_length=length)
-    parts = losses_of_windows(model, TokenDataset([toy / "valid.bin"]), length)
-    total = sum(count for _, count in parts)
-    assert shown == pytest.approx(sum(x * count for x, count in parts) / total, rel=1e-6)
-
-
-def test_eval_of_text_is_eval_of_its_tokens(toy, capsys):
-    results = []
+def test_eval_gives_the_figures_that_training_gave_of_tokens_and_of_their_text(toy, capsys):
     for flag in ("--valid_tokens", "--text_path"):
         path = toy / ("valid.bin" if flag == "--valid_tokens" else "valid.txt")
         do(f"eval --checkpoint {toy / 'run'}", flag, f"{path} --device cpu --quiet")
-        results.append(json.loads(capsys.readouterr().out))
-    assert results[0] == results[1]
+        shown = json.loads(capsys.readouterr().out)
+        names = ["valid_loss", "perplexity", "nats_per_byte", "bits_per_byte",
+                 "lzma_bits_per_byte"]
+        assert list(shown) == names
+        last = metrics(toy / "run", *names)[-1]
+        assert [shown[name] for name in names] == pytest.approx(list(last), rel=1e-6)
+        assert shown["bits_per_byte"] < shown["lzma_bits_per_byte"]
 
 
 def test_the_model_learns_all_but_what_cannot_be_known(toy):
     ids = np.fromfile(toy / "valid.bin", "<u2")
-    shares = np.bincount(ids)[np.unique(ids)] / len(ids)
-    unigram = -(shares * np.log(shares)).sum()
     floor = 200 * math.log(2 * 4 * 3 * 4) / len(ids)  # nats per token: 200 sentences of 96
     loss = metrics(toy / "run", "valid_loss")[-1][0]
-    assert 0.95 * floor < loss < 1.4 * floor < unigram / 2
+    assert 0.95 * floor < loss < 1.4 * floor
     assert metrics(toy / "run", "train_loss")[0][0] == pytest.approx(math.log(280), rel=0.03)
 
 
 def test_a_run_that_is_not_finite_stops_and_names_the_step(toy, tmp_path, capsys):
-    flags = [*training(toy, tmp_path), "--max_steps 100 --lr 1e+30 --save_interval 5"]
+    flags = [*training(toy, tmp_path), "--max_steps 100 --lr 1e9 --save_interval 5"]
     assert main(shell_words(["train", *flags])) == 2
     error = capsys.readouterr().err
     assert re.search(r"not been finite since step \d+", error) and error.count("\n") == 1
-    last = load_checkpoint(tmp_path)["step"]  # the weights of then are saved
-    assert last % 5 and f"step_{last:06d}.pt" in os.listdir(tmp_path)
-    assert 10 <= len(metrics(tmp_path, "step")) < 30
+    assert 10 <= len(metrics(tmp_path, "step")) < 30  # in JSON, NaN is null
     assert all(p.isfinite().all() for p in load_checkpoint(tmp_path)["model"].values())
-
-
-def test_tensorboard_shows_what_metrics_say(toy, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for last in (10, 20):  # the second time resumed
-        flags = f"--max_steps {last} --save_interval 5 --log_interval 2 --resume --tensorboard"
-        do("train", *training(toy, tmp_path), flags)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    expected = {}
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        for name, value in record.items():
-            expected.setdefault(name, []).append((record["step"], pytest.approx(value)))
-    del expected["step"]
-    assert set(events.Tags()["scalars"]) == set(expected)
-    for name, points in expected.items():
-        assert [(e.step, e.value) for e in events.Scalars(name)] == points, name
 
 
 # ======================================================================================
@@ -3195,7 +2362,6 @@ def test_tokenizers_made_by_others_give_the_same_ids_here(foreign, text):
     assert lacking[4] and not lacking[3]
     for theirs, ours in foreign:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
-        assert ours.fast.encode(text).tolist() == ours.encode(text)
 
 
 def test_tokenizers_made_by_others_survive_saving(foreign, tmp_path):
@@ -3227,59 +2393,31 @@ def split_on(pattern, behavior="Isolated"):
     return {"type": "Sequence", "pretokenizers": [split, byte_level]}
 
 
-FEW = {"model__vocab": {"a": 0}, "model__merges": ["a b"]}
-
-
 @pytest.mark.parametrize("content, words", [
     ("{", "damaged"),
-    ("", "damaged"),
     (b"\xff\xfe", "damaged"),
     ("[]", "damaged"),
-    ("{}", "damaged"),
-    ("[" * 100_000, "damaged"),
     (changed(model__type="WordPiece"), "WordPiece"),
-    (changed(model__type="Unigram"), "Unigram"),
     (changed(pre_tokenizer=METASPACE), "Metaspace"),
     (changed(pre_tokenizer=None), "not ByteLevel"),
-    (changed(pre_tokenizer__use_regex=False), "pre-tokenizer"),
-    (changed(pre_tokenizer__add_prefix_space=True), "adds a space"),
+    (changed(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "not ByteLevel"),
     (changed(pre_tokenizer=split_on({"String": " "})), "not ByteLevel"),
     (changed(pre_tokenizer=split_on({"Regex": "a"}, "Removed")), "not ByteLevel"),
-    (changed(pre_tokenizer=split_on({"Regex": "a*"})), "matches the empty string"),
     (changed(pre_tokenizer=split_on({"Regex": "("})), "not a regular expression"),
-    (changed(model__byte_fallback=True), "SentencePiece"),
+    (changed(model__byte_fallback=True), "byte_fallback"),
     (changed(normalizer={"type": "NFC"}), "NFC"),
-    (changed(post_processor={"type": "BertProcessing"}), "BertProcessing"),
     (changed(model__merges=[["q", "zzz"]]), "comes before its parts"),
     (changed(model__merges=["q z"]), "lacks b'qz'"),
-    (changed(model__merges=[["q"]]), "damaged"),
-    (changed(**FEW), "merge b'a' + b'b' comes before"),
-    (changed(model__vocab={"▁the": 0}), "characters outside GPT-2's byte alphabet"),
-    (changed(model__vocab=None), "damaged"),
-    (changed(model__vocab={"a": -1}), "an integer from 0"),
-    (changed(model__vocab={"a": 1 << 40}), "an integer from 0"),
+    (changed(model__vocab={"▁the": 0}), "damaged"),
 ])  # fmt: skip
 def test_a_tokenizer_file_of_another_kind_is_refused_with_a_reason(
     capsys, tmp_path, content, words
 ):
     path = write(tmp_path / "tokenizer.json", content)
     text = write(tmp_path / "text", "some text")
-    error = refused(
-        capsys,
-        tmp_path,
-        f"bpe-encode --dataset_path {text} --tokenizer_path {path}",
-        f"--out_path {tmp_path}/out.bin",
-    )
+    error = refused(capsys, tmp_path, f"bpe-encode --dataset_path {text}",
+                    f"--tokenizer_path {path} --out_path {tmp_path}/out.bin")  # fmt: skip
     assert words in error and "tokenizer.json is not a valid tokenizer.json: " in error
-
-
-@pytest.mark.parametrize("pattern", ["(", "a*", "|", "(?=a)?"])
-def test_a_pattern_that_cannot_be_is_refused(capsys, tmp_path, pattern):
-    text = write(tmp_path / "text", "some text")
-    argv = ["bpe-train", "--file_path", str(text), "--tokenizer_out_path", str(tmp_path / "t")]
-    capsys.readouterr()
-    assert main([*argv, "--pattern", pattern]) == 2
-    assert "pattern" in capsys.readouterr().err and not (tmp_path / "t").exists()
 
 
 @pytest.fixture(scope="module")
@@ -3300,16 +2438,6 @@ def test_transformers_gives_the_same_logits(exported):
         assert torch.allclose(ours(tokens), theirs(tokens).logits, atol=1e-4)
 
 
-def test_transformers_writes_the_same_greedy_text(exported, toy):
-    ours, theirs, _ = exported
-    ids = Tokenizer.load(toy / "tokenizer.json").encode("The blue")
-    their_ids = list(ids)
-    with torch.no_grad():
-        for _ in range(50):
-            their_ids.append(theirs(torch.tensor([their_ids])).logits[0, -1].argmax().item())
-    assert [*ids, *text_of(generate, ours, ids, 50, temperature=0)] == their_ids
-
-
 def test_transformers_stops_at_the_end_of_text(exported, toy):
     _, theirs, tokenizer = exported
     prompt = tokenizer("The red", return_tensors="pt")
@@ -3321,16 +2449,6 @@ def test_transformers_stops_at_the_end_of_text(exported, toy):
 def test_autotokenizer_gives_the_same_ids(exported, toy, text):
     text += END_OF_TEXT + "The cow"
     assert exported[2](text)["input_ids"] == Tokenizer.load(toy / "tokenizer.json").encode(text)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_exported_weights_have_the_type_asked_for(toy, tmp_path, dtype):
-    from safetensors.torch import load_file
-
-    do(f"export --checkpoint {toy / 'run'} --outdir {tmp_path} --dtype {dtype} --quiet")
-    assert {str(w.dtype) for w in load_file(tmp_path / "model.safetensors").values()} == {
-        f"torch.{dtype}"
-    }
 
 
 def test_what_is_exported_can_be_read_back_to_the_bit(exported, toy):
@@ -3424,9 +2542,6 @@ def test_a_llama_made_by_transformers_is_the_same_model_here_and_goes_back_to_th
     # What transformers understands of it is what it wrote itself.
     one, other = (transformers.AutoConfig.from_pretrained(f).to_dict() for f in (tmp_path, out))
     assert {**one, "_name_or_path": ""} == {**other, "_name_or_path": ""}
-    one, other = (json.loads((f / "generation_config.json").read_text())
-                  for f in (tmp_path, out))  # fmt: skip
-    assert other.items() <= one.items() and other["eos_token_id"] == [271, 272]
     again = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, llama(tokens).logits)
@@ -3451,23 +2566,17 @@ def test_eval_and_generate_read_a_llama_folder(toy, exported, capsys):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"num_key_value_heads": 2}, "k_proj.weight is [32, 32], but config.json needs [16, 32]"),
+    ({"num_key_value_heads": 2}, "k_proj.weight has the shape (32, 32), but"),
     ({"num_key_value_heads": 3}, "divisible by num_kv_heads: 4 / 3"),
-    ({"rms_norm_eps": None}, "rms_norm_eps is None"),
-    ({"max_position_embeddings": 32.0}, "max_position_embeddings is 32.0"),
-    ({"num_hidden_layers": 10**9}, "num_layers must be from 1 to 1000"),
     ({"num_hidden_layers": 2}, "model.layers.2"),
-    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
-    ({"attention_bias": True}, "attention_bias"),
-    ({"model_type": "qwen2"}, "'qwen2'"),
-    ({"model_type": "gpt2", "num_attention_heads": None, "hidden_size": None}, "'gpt2'"),
-    ({"hidden_act": "gelu"}, "'gelu'"),
-    ({"head_dim": 16}, "head_dim"),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "factor"),
     ({"num_hidden_layers": 4}, "model.layers.3"),
     ({"vocab_size": None}, "not a valid Llama model"),
+    ({"vocab_size": "300"}, "not a valid Llama model"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "factor"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"model_type": "qwen2"}, "'qwen2'"),
+    ({"hidden_act": "gelu"}, "'gelu'"),
 ])  # fmt: skip
 def test_a_llama_of_another_kind_is_refused_with_the_reason(
     llama_folder, tmp_path, capsys, change, words
@@ -3482,33 +2591,11 @@ def test_a_llama_of_another_kind_is_refused_with_the_reason(
     assert words in error and str(folder) in error
 
 
-@pytest.mark.parametrize("name, change, words", [
-    ("model.layers.1.input_layernorm.weight", lambda w: w[:1], "is [1], but"),
-    ("model.layers.1.mlp.up_proj.weight", lambda w: w.to(torch.int8), "quantized (I8)"),
-    ("model.layers.1.mlp.up_proj.weight_scale", lambda w: torch.ones(1), "no place in our"),
-    ("model.layers.0.self_attn.q_proj.bias", lambda w: torch.ones(32), "no place in our"),
-    ("model.norm.weight", lambda w: None, "it has no model.norm.weight"),
-])  # fmt: skip
-def test_weights_of_another_kind_are_refused_with_the_reason(
-    llama_folder, tmp_path, name, change, words
-):
-    from safetensors.torch import save_file
-
-    weights = hf_weights(llama_folder[0])
-    weights[name] = change(weights.get(name))
-    save_file({k: w.contiguous() for k, w in weights.items() if w is not None},
-              tmp_path / "model.safetensors")  # fmt: skip
-    shutil.copy(llama_folder[0] / "config.json", tmp_path)
-    with pytest.raises(UserError, match=re.escape(words)):
-        load_hf_model(tmp_path)
-
-
 def test_a_missing_file_of_weights_is_named(llama_folder, tmp_path):
     folder = shutil.copytree(llama_folder[0], tmp_path / "llama")
     for name in (sorted(folder.glob("*.safetensors"))[1].name, "model.safetensors.index.json"):
         (folder / name).unlink()
-        name = name if name.endswith("s") else "model.safetensors"
-        with pytest.raises(UserError, match=f"it has no {name}"):
+        with pytest.raises((UserError, OSError), match=re.escape(name)):
             load_hf_model(folder)
 
 
@@ -3532,14 +2619,8 @@ def test_ids_that_the_tokenizer_lacks_are_not_written(toy, tmp_path, capsysbinar
     assert b"The" in capsysbinary.readouterr().out
     data = f"--train_tokens {toy / 'train.bin'} --outdir {tmp_path / 'run'} --batch_size 1"
     do(f"train --init_from {tmp_path} {data} --max_steps 2 --warmup_steps 1 --device cpu",
-       "--context_length 16 --sample_interval 1")
+       "--context_length 16")
     assert load_checkpoint(tmp_path / "run")["model_config"]["context_length"] == 16
-
-
-def test_a_llama_folder_can_be_exported_again(exported, toy, tmp_path):
-    do(f"export --checkpoint {toy / 'exported'} --outdir {tmp_path} --quiet")
-    for path in (toy / "exported").iterdir():
-        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_shape_that_contradicts_init_from_is_refused(toy, exported, tmp_path, capsys):
@@ -3557,11 +2638,11 @@ def test_a_shape_that_contradicts_init_from_is_refused(toy, exported, tmp_path, 
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"d_model": 33}, "divisible by num_heads: 33 / 4"),
+    ({"d_model": 34}, "must be even"),
     ({"d_model": 36}, "must be even"),
     ({"num_kv_heads": 3}, "divisible by num_kv_heads: 4 / 3"),
-    ({"rope_scaling": [8.0, 1.0, 4.0]}, "rope_scaling must be four"),
-    ({"rope_scaling": [8.0, 4.0, 4.0, 16.0]}, "rope_scaling must be four"),
+    ({"rope_scaling": [8.0, 1.0, 4.0]}, "rope_scaling is"),
+    ({"rope_scaling": [8.0, 4.0, 4.0, 16.0]}, "rope_scaling is"),
     ({"num_layers": 0}, "num_layers must be from 1"),
     ({"rope_theta": math.nan}, "rope_theta must be"),
     ({"architecture": "other"}, "architecture is 'other'"),
@@ -3572,80 +2653,51 @@ def test_an_impossible_shape_is_refused(changes, words):
 
 
 @pytest.mark.parametrize("argv", [
-    *(f"train --train_tokens x {flag}" for flag in [
-        "--lr nan", "--lr inf", "--lr -0.1", "--batch_size 0", "--max_steps -5", "--lr",
-        "--max_steps 1.5", "--grad_accum_steps 0", "--context_length 0", "--clip_grad -1",
-        "--beta2 1", "--seed -1",
-        "--weight_decay nan", "--min_lr 2 --lr 1", "--save_interval 0", "--log_interval 0",
-        "--warmup_steps 10 --max_steps 5", "--dtype float8", "--device tpu", "--num_layers 0",
-        "--rope_theta nan", "--norm_eps -1", "--seed 99999999999999999999999999"]),
+    *(f"train --train_tokens x --vocab_size 9 {flag}" for flag in [
+        "--lr nan", "--lr inf", "--lr -0.1", "--batch_size 0", "--lr", "--max_steps 1.5",
+        "--beta2 1", "--seed -1", "--weight_decay nan", "--lr 1 --min_lr 2",
+        "--max_steps 5 --warmup_steps 10", "--dtype float8", "--optimizer sgd", "--nothing 1"]),
     "bpe-train --file_path x --tokenizer_out_path y --num_workers 0",
+    "bpe-train --vocab_size 300 --file_path x --tokenizer_out_path",
     "generate --checkpoint x --temperature -1",
-    "generate --checkpoint x --top_k 0",
     "generate --checkpoint x --top_p nan",
-    "generate --checkpoint x --max_new_tokens 0",
     "generate --checkpoint x --seed 99999999999999999999999999",
     "eval --checkpoint x --valid_tokens y --batch_size 0",
+    "export --outdir y --checkpoint",
 ])  # fmt: skip
 def test_a_flag_out_of_range_is_named(capsys, tmp_path, argv, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.zeros(9999, np.uint16).tofile("x")
-    flag = re.findall(r"--\w+", argv)[-1]
-    assert flag in refused(
-        capsys, tmp_path, *argv.split(), *["--vocab_size=9"][: argv.startswith("train")]
-    )
+    assert re.findall(r"--\w+", argv)[-1] in refused(capsys, tmp_path, argv)
 
 
-def test_help_shows_every_flag_with_its_default(capsys):
-    with pytest.raises(SystemExit) as leaving:
-        main(["train", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert leaving.value.code == 0
-    for flag in [
-        "train_tokens",
-        "valid_tokens",
-        "vocab_size",
-        "context_length",
-        "num_layers",
-        "d_model",
-        "num_heads",
-        "d_ff",
-        "batch_size",
-        "grad_accum_steps",
-        "lr",
-        "min_lr",
-        "weight_decay",
-        "clip_grad",
-        "max_steps",
-        "warmup_steps",
-        "log_interval",
-        "save_interval",
-        "compile",
-        "fsdp",
-        "outdir",
-        "weights_only",
-        "resume",
-    ]:
-        assert re.search(rf"--{flag}[ ,]", shown)
-    assert "peak learning rate (default: 0.001)" in shown
+@pytest.mark.parametrize("command", ["", *scratchformer.COMMANDS])
+def test_help_shows_every_flag_with_its_comment_in_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.suppress(SystemExit):  # argparse leaves after --help
+        main([*command.split(), "--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert command != "bpe-encode" or text.count("(required)") == 3
+    if command == "train":
+        shown = " ".join(text.split())
+        assert "--lr FLOAT the peak learning rate (default: 0.001)" in shown
+        flags = """train_tokens valid_tokens vocab_size context_length num_layers d_model
+            num_heads d_ff batch_size grad_accum_steps lr min_lr weight_decay clip_grad
+            max_steps warmup_steps log_interval save_interval compile fsdp outdir weights_only
+            resume"""
+        assert all(re.search(rf"--{flag}[ ,]", shown) for flag in flags.split())
 
 
 def test_the_tokenizer_commands_and_help_do_not_import_torch(tmp_path):
     write(tmp_path / "torch.py", "raise SystemExit('torch was imported')")
-    write(tmp_path / "1.txt", "to be or " * 99)
-    write(tmp_path / "2.txt", "not to be" * 99)
-    both = f"{tmp_path / '1.txt'} {tmp_path / '2.txt'}"
+    text = write(tmp_path / "1.txt", "to be or " * 99)
     tokenizer, out = tmp_path / "tokenizer.json", tmp_path / "out.bin"
     for argv in (
-        "--help",
-        "--version",
-        "bpe-train --help",
-        "bpe-encode --help",
-        f"bpe-train --file_path {both} --vocab_size 270 --num_workers 2 "
-        f"--tokenizer_out_path {tokenizer}",
-        f"bpe-encode --dataset_path {both} --num_workers 2 --tokenizer_path {tokenizer} "
-        f"--out_path {out}",
-    ):
+        "--help", "bpe-encode --help",
+        f"bpe-train --file_path {text} --vocab_size 270 --tokenizer_out_path {tokenizer}",
+        f"bpe-encode --dataset_path {text} --tokenizer_path {tokenizer} --out_path {out}",
+    ):  # fmt: skip
         done = run(argv, env={"PYTHONPATH": str(tmp_path)})
         assert done.returncode == 0, (argv, done.stderr)
     assert tokenizer.is_file() and out.is_file()
@@ -3654,19 +2706,20 @@ def test_the_tokenizer_commands_and_help_do_not_import_torch(tmp_path):
 
 def test_a_value_may_look_like_a_flag_and_files_add_up():
     def parse(name, *argv):
-        return scratchformer.parse_flags(name, scratchformer.COMMANDS[name], argv)[1][0]
+        return scratchformer.parse_flags(name, scratchformer.COMMANDS[name], argv)[1]
 
     for prompt in ("-- Hello", "--no-space\nbelow"):
-        assert parse("generate", "--checkpoint", "x", f"--prompt={prompt}").prompt == prompt
+        assert parse("generate", "--checkpoint", "x", f"--prompt={prompt}")["prompt"] == prompt
     argv = "--file_path a b --file_path c --tokenizer_out_path t --vocab_size=400"
-    config = parse("bpe-train", *argv.split())
-    assert config.file_path == [Path("a"), Path("b"), Path("c")] and config.vocab_size == 400
+    arguments = parse("bpe-train", *argv.split())
+    assert arguments["file_path"] == [Path("a"), Path("b"), Path("c")]
+    assert arguments["vocab_size"] == 400 and "num_workers" not in arguments
 
 
 def test_a_lost_log_ends_no_command(tmp_path):
-    """A full disk, a reader that has gone, closed standard streams."""
+    """A full disk, or a reader that has gone."""
     text = write(tmp_path / "text.txt", toy_text(1, 30))
-    for number, to in enumerate(["2>/dev/full", "2>&1 | true", "2>&-", "<&- >&-"]):
+    for number, to in enumerate(["2>/dev/full", "2>&1 | true"]):
         argv = process("bpe-train --vocab_size 280 --file_path", text, "--tokenizer_out_path",
                        out := tmp_path / f"{number}.json")  # fmt: skip
         command = f"set -o pipefail; {shlex.join(map(str, argv['args']))} {to}"
@@ -3683,20 +2736,15 @@ def test_importing_the_file_says_nothing():
 def test_a_seed_writes_the_same_text_again(toy, capsysbinary):
     outputs = []
     for seed in (1, 1, 2):
-        do(
-            f"generate --checkpoint {toy / 'run'} --prompt The --seed {seed} "
-            "--max_new_tokens 30 --num_samples 3 --temperature 1 --device cpu"
-        )
+        do(f"generate --checkpoint {toy / 'run'} --prompt The --seed {seed} --device cpu",
+           "--max_new_tokens 30 --num_samples 3 --temperature 1")  # fmt: skip
         outputs.append(capsysbinary.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert outputs[0].count(b"---\nThe") == 3 and END_OF_TEXT.encode() not in outputs[0]
 
 
 def test_greedy_text_goes_on_as_the_corpus_does(toy, capsys):
-    do(
-        f"generate --checkpoint {toy / 'run'} --prompt 'The red'",
-        "--temperature 0 --device cpu",
-    )
+    do(f"generate --checkpoint {toy / 'run'} --prompt 'The red' --temperature 0 --device cpu")
     assert re.fullmatch(r"The red \w+ (sees|likes|helps) the \w+\.\n+", capsys.readouterr().out)
 
 
@@ -3736,87 +2784,40 @@ def test_a_prompt_of_any_bytes_comes_back_as_it_is(toy):
     assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(prompt)
 
 
-@slow
-def test_the_commands_work_from_end_to_end(tmp_path, capsys):
-    text = write(tmp_path / "text.txt", toy_text(1, 300))
-    special = write(tmp_path / "special.txt", END_OF_TEXT)
-    tokenizer, tokens, outdir = tmp_path / "t.json", tmp_path / "t.bin", tmp_path / "run"
-    for argv in (
-        [
-            f"bpe-train --file_path {text} --vocab_size 300 --special_tokens_path {special} "
-            f"--tokenizer_out_path {tokenizer}"
-        ],
-        [
-            f"bpe-encode --dataset_path {text} --tokenizer_path {tokenizer} "
-            f"--out_path {tokens} --append_eot"
-        ],
-        [
-            f"train --train_tokens {tokens}",
-            *TINY[:-1],
-            f"--max_steps 5 --outdir {outdir} --tokenizer_path {tokenizer} --sample_interval 5",
-        ],
-    ):
-        do(*argv)
-        out, error = capsys.readouterr()
-        assert out == "" and error
-    do(f"eval --checkpoint {outdir} --text_path {text} --device cpu")
-    assert json.loads(capsys.readouterr().out)["valid_loss"] > 0
-    do(f"export --checkpoint {outdir} --outdir {tmp_path / 'exported'}")
-    assert (tmp_path / "exported" / "model.safetensors").is_file()
-
-
-TRAIN = (
-    "train --train_tokens {toy}/train.bin --outdir {tmp}/run --max_steps 9 --warmup_steps 1 "
-    "--device cpu --num_layers 1 --d_model 32 --num_heads 2 --batch_size 2 "
-)
-
-
+TRAIN = ("train --train_tokens {toy}/train.bin --outdir {tmp}/run --max_steps 9 --device cpu "
+         "--num_layers 1 --d_model 32 --num_heads 2 --batch_size 2 ")  # fmt: skip
 BPE = "bpe-train --vocab_size 280 --tokenizer_out_path {tmp}/out.json --file_path "
-
-
-ENCODE = (
-    "bpe-encode --tokenizer_path {toy}/tokenizer.json --out_path {tmp}/out.bin --dataset_path "
-)
-
-
+ENCODE = ("bpe-encode --tokenizer_path {toy}/tokenizer.json --out_path {tmp}/out.bin "
+          "--dataset_path ")  # fmt: skip
 EVAL = "eval --device cpu --checkpoint "
 
 
 @pytest.mark.parametrize("argv, words", [
     (BPE + "{tmp}/missing", "missing"),
-    (EVAL + "{tmp}/nan --valid_tokens {toy}/valid.bin", "norm.weight is not finite"),
-    (EVAL + "{tmp}/deep --valid_tokens {toy}/valid.bin", "num_layers must be from 1 to"),
-    (EVAL + "{tmp}/float --valid_tokens {toy}/valid.bin", "context_length is 32.0"),
-    (EVAL + "{tmp}/null --valid_tokens {toy}/valid.bin", "norm_eps is None"),
+    (EVAL + "{tmp}/unknown --valid_tokens {toy}/valid.bin", "'depth'"),
+    (EVAL + "{tmp}/null --valid_tokens {toy}/valid.bin", "valid checkpoint"),
+    (BPE + "{toy}/train.txt --pattern (", "not a regular expression"),
     (BPE + "{tmp}/empty", "no text"),
     (BPE + "{toy}/train.txt --vocab_size 256 --special_tokens_path {toy}/special.txt", "257"),
-    (BPE + "{toy}/train.txt --special_tokens_path {tmp}/missing", "missing"),
-    (BPE + "{toy}/train.txt --special_tokens_path {tmp}/twice", "'<a>' is listed 2 times"),
-    (BPE + "{toy}/train.txt --special_tokens_path {tmp}/blank", "special token is empty"),
+    (BPE + "{toy}/train.txt --special_tokens_path {tmp}/twice", "special token '<a>' must"),
+    (BPE + "{toy}/train.txt --special_tokens_path {tmp}/blank", "special token '' must"),
     (BPE + "{toy}/train.txt --special_tokens_path {tmp}/latin1", "latin1"),
-    (BPE + "{toy}/train.txt --tokenizer_out_path {tmp}/empty/out.json", "empty"),
     (BPE + "{toy}/train.txt --tokenizer_out_path {tmp}", "{tmp}"),
-    (ENCODE + "{tmp}/missing", "missing"),
-    (ENCODE + "{tmp}/empty", "no text"),
     (ENCODE + "{toy}/valid.txt --tokenizer_path {tmp}/missing", "missing"),
-    (ENCODE + "{toy}/valid.txt --out_path {tmp}/empty/out.bin", "empty"),
     (TRAIN + "--train_tokens {tmp}/missing", "missing"),
-    ("train --device cpu --train_tokens {tmp}/empty --vocab_size 9", "empty holds 0 tokens"),
-    (TRAIN + "--sample_interval 3", "--sample_interval needs --tokenizer_path"),
-    (TRAIN + "--d_model 65", "divisible"),
-    (TRAIN + "--d_model 48 --num_heads 16", "must be even"),
-    (TRAIN + "--context_length 999999", "too few"),
+    ("train --device cpu --train_tokens {tmp}/empty --vocab_size 9", "empty"),
+    (TRAIN + "--d_model 65", "must be even"),
+    (TRAIN + "--context_length 999999", "fewer than two windows"),
     (TRAIN + "--valid_tokens {tmp}/one.bin", "one.bin"),
-    (TRAIN + "--vocab_size 279", "vocab_size is 279"),
+    (TRAIN + "--vocab_size 279", "--vocab_size is 279"),
     (TRAIN + "--tokenizer_path {tmp}/other.json", "different tokenizer"),
     (TRAIN + "--outdir {tmp}/empty/run", "empty"),
     (TRAIN + "--outdir {tmp}/used", "--resume"),
-    (TRAIN + "--outdir {tmp}/used --resume --d_model 64", "--num_layers is 1, but the model"),
+    (TRAIN + "--outdir {tmp}/used --resume --d_model 64", "but the model in"),
     (EVAL + "{tmp}/missing --valid_tokens {toy}/valid.bin", "missing"),
     (EVAL + "{tmp} --valid_tokens {toy}/valid.bin", "no checkpoint"),
     (EVAL + "{tmp}/empty --valid_tokens {toy}/valid.bin", "valid checkpoint"),
     (EVAL + "{toy}/run", "--valid_tokens or --text_path"),
-    (EVAL + "{toy}/run --valid_tokens {tmp}/missing", "missing"),
     (EVAL + "{toy}/run --valid_tokens {toy}/valid.txt", "valid.txt is text, not a token file"),
     (TRAIN + "--train_tokens {toy}/train.txt --vocab_size 9", "is text, not a token file"),
     (EVAL + "{toy}/run --text_path {toy}/valid.bin", "valid.bin is a token file, not text"),
@@ -3824,12 +2825,9 @@ EVAL = "eval --device cpu --checkpoint "
     ("split --text_path {tmp}/tiny --outdir {tmp}", "too little text"),
     ("demo --minutes 5", "--minutes needs --text_path"),
     (EVAL + "{toy}/run --valid_tokens {tmp}/high.bin", "id 300, outside the vocabulary"),
-    (EVAL + "{toy}/run --valid_tokens {tmp}/one.bin", "too few"),
     ("generate --device cpu --prompt x --checkpoint {tmp}/lonely", "--tokenizer_path"),
     ("generate --device cpu --prompt x --prompt_path y --checkpoint {toy}/run", "either"),
     ("generate --device cpu --prompt_path {tmp}/missing --checkpoint {toy}/run", "missing"),
-    ("export --outdir {tmp}/x --checkpoint {tmp}", "no checkpoint"),
-    (TRAIN + "--num_kv_heads 4", "divisible by num_kv_heads: 2 / 4"),
     ("export --outdir {tmp}/empty/x --checkpoint {toy}/run", "empty"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line_and_writes_nothing(toy, tmp_path, capsys, argv, words):
@@ -3842,8 +2840,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(toy, tmp_path, capsys, argv,
     token_file(tmp_path / "one.bin", [7])
     tokenizer_from("other text", 44).save(tmp_path / "other.json")
     shutil.copytree(toy / "run", tmp_path / "used")
-    for name, changes in [("deep", {"num_layers": 10**9}), ("float", {"context_length": 32.0}),
-                          ("null", {"norm_eps": None}), ("nan", {})]:  # fmt: skip
+    for name, changes in [("unknown", {"depth": 3}), ("null", {"d_model": None}), ("nan", {})]:
         state = copy.deepcopy(load_checkpoint(toy / "run"))
         state["model"]["norm.weight"] += math.nan if name == "nan" else 0
         save_checkpoint(tmp_path / name / "step_000001.pt",
@@ -3852,163 +2849,6 @@ def test_bad_input_gets_one_line_and_writes_nothing(toy, tmp_path, capsys, argv,
     shutil.copy(toy / "run" / "step_000150.pt", tmp_path / "lonely")
     words = words.format(tmp=tmp_path)
     assert words in refused(capsys, tmp_path, *argv.format(toy=toy, tmp=tmp_path).split())
-
-
-ODD = [None, True, -1, 0, 1, 7, 2**31, 2**63, 10**30, 0.5, -1.0, 1e-320, math.nan, math.inf,
-       "", "x", "\ud800", "\0", b"x", [], {}, [[]], {"a": 1}, "uint32", "float16"]
-
-
-ODD_TENSORS = [torch.ones(1), torch.ones(0), torch.tensor(math.nan), torch.ones(3, 4).int(),
-               torch.ones(280, 8, dtype=torch.complex64), torch.full((8,), math.inf),
-               torch.ones(8).to_sparse(), torch.ones(1).expand(280, 8)]  # fmt: skip
-
-
-def damaged_bytes(data, rng):
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 1, 1, 2, 5])):
-        at, length = rng.randrange(len(data) + 1), rng.choice([1, 1, 4, 16, 200])
-        new = rng.choice([rng.randbytes(length), b"9" * length, b"[" * length, data[:length]])
-        end = rng.choice([at, at + 1, at + length, len(data)])
-        data[at:end] = rng.choice([new, b""])
-    return bytes(data)
-
-
-def damaged_value(value, rng, odd=ODD):
-    """A copy of nested dicts and lists in which something is missing, added or replaced."""
-    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
-        return rng.choice(odd)
-    value = copy.copy(value)
-    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
-    if rng.random() < 0.2:
-        del value[key]
-    elif rng.random() < 0.1 and isinstance(value, dict):
-        value[rng.choice(["x", "added", "dtype"])] = rng.choice(odd)
-    else:
-        value[key] = damaged_value(value[key], rng, odd)
-    return value
-
-
-def dump_json(content):
-    return json.dumps(content, default=repr).encode()
-
-
-def damaged_file(data, rng, load=json.loads, dump=dump_json, odd=ODD):
-    """Its bytes changed, or what it holds."""
-    if rng.random() < 0.5:
-        return damaged_bytes(data, rng)
-    try:
-        return dump(damaged_value(load(data), rng, odd))
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):
-        return damaged_bytes(data, rng)  # this kind of file can't hold that value
-
-
-def damaged_checkpoint(data, rng):
-    def dump(state):
-        torch.save(state, buffer := io.BytesIO())
-        return buffer.getvalue()
-
-    load = lambda data: torch.load(io.BytesIO(data), weights_only=True)  # noqa: E731
-    return damaged_file(data, rng, load, dump, ODD + ODD_TENSORS)
-
-
-def damaged_safetensors(data, rng):
-    size = int.from_bytes(data[:8], "little")
-
-    def dump(header):
-        text = dump_json(header)
-        return len(text).to_bytes(8, "little") + text + data[8 + size :]
-
-    return damaged_file(data, rng, lambda data: json.loads(data[8 : 8 + size]), dump)
-
-
-def damaged_lines(data, rng):
-    lines = data.splitlines()
-    return b"\n".join([*lines[:-1], damaged_file(lines[-1], rng), lines[0]])
-
-
-EVAL_RUN = "eval --device cpu --eval_windows 2 --checkpoint {checkpoint} "
-
-
-EVAL_TOKENS = EVAL_RUN + "--valid_tokens {run}/valid.bin"
-
-
-READERS = {
-    "tokenizer.json": (damaged_file, EVAL_RUN + "--text_path {run}/text"),
-    "valid.bin": (damaged_bytes, EVAL_TOKENS),
-    "valid.bin.json": (damaged_file, EVAL_TOKENS),
-    "step_000004.pt": (damaged_checkpoint, EVAL_TOKENS),
-    "step_000005.pt": (damaged_checkpoint, "train {train} --max_steps 6 --resume"),
-    "metrics.jsonl": (damaged_lines, "train {train} --max_steps 5 --resume"),
-    "llama/config.json": (damaged_file, EVAL_TOKENS),
-    "llama/model.safetensors": (damaged_safetensors, EVAL_TOKENS),
-}
-
-
-class SmallFiles:
-    """A run of four steps of a very small model, with all that belongs to it."""
-
-    def __init__(self, run, train):
-        self.run, self.train = run, " ".join(shell_words(train))
-        files = [path for path in run.rglob("*") if path.is_file()]
-        self.content = {path.relative_to(run): path.read_bytes() for path in files}
-
-    def restore(self, newest):
-        shutil.rmtree(self.run)
-        for path, data in self.content.items():
-            if not path.name.startswith("step_") or path.name <= newest:
-                (self.run / path).parent.mkdir(parents=True, exist_ok=True)
-                write(self.run / path, data)
-
-
-@pytest.fixture(scope="module")
-def small_files(toy, tmp_path_factory):
-    run = tmp_path_factory.mktemp("small_files") / "run"
-    shape = "--num_layers 1 --d_model 8 --num_heads 2 --d_ff 8 --context_length 16"
-    train = [*training(toy, run), shape, "--batch_size 1 --warmup_steps 1"]
-    do("train", *train, "--max_steps 4")
-    do(f"export --checkpoint {run} --outdir {run / 'llama'} --quiet")
-    write(run / "text", toy_text(4, 5))
-    for name in ("valid.bin", "valid.bin.json"):
-        shutil.copy(toy / name, run / name)
-    token_file(run / "valid.bin", np.fromfile(toy / "valid.bin", "<u2")[:99])
-    content = json.loads((toy / "valid.bin.json").read_text())
-    write(run / "valid.bin.json", json.dumps(content | {"num_tokens": 99}))
-    shutil.copy(run / "step_000004.pt", run / "step_000005.pt")
-    state = torch.load(run / "step_000005.pt", weights_only=True)
-    save_checkpoint(run / "step_000005.pt", {**state, "step": 5})
-    return SmallFiles(run, train)
-
-
-@pytest.mark.parametrize("name", READERS)
-@hypothesis.settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 5)),
-                     derandomize="FUZZ_EXAMPLES" not in os.environ)  # fmt: skip
-@given(seed=st.integers(0, 2**64))
-def test_fuzz_a_damaged_file_gives_a_result_or_one_line(small_files, capsys, name, seed):
-    damage, argv = READERS[name]
-    small_files.restore(name if name == "step_000005.pt" else "step_000004.pt")
-    run, data = small_files.run, small_files.content[Path(name)]
-    write(run / name, damage(data, random.Random(seed)))
-    checkpoint = run / "llama" if name.startswith("llama") else run
-    argv = argv.format(run=run, train=small_files.train, checkpoint=checkpoint)
-    capsys.readouterr()
-    status = main(argv.split())
-    out, error = capsys.readouterr()
-    if argv.startswith("eval"):
-        assert (status, bool(out), error.count("\n")) in [(0, True, 2), (2, False, 1)], error
-        for line in out.splitlines():
-            json.loads(line, parse_constant=pytest.fail)
-    else:
-        assert (status, out, error.count("\n")) in [(0, "", 0), (2, "", 1)], error
-
-
-@pytest.mark.parametrize("command", ["", *scratchformer.COMMANDS])
-def test_help_fits_80_columns_and_marks_what_is_required(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    with contextlib.suppress(SystemExit):  # argparse leaves after --help
-        main([*command.split(), "--help"])
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80
-    assert command != "bpe-encode" or text.count("(required)") == 3
 
 
 def test_a_split_is_by_document_and_stays_when_documents_come(tmp_path):
@@ -4050,8 +2890,7 @@ def test_the_demo_on_your_own_text(tmp_path, capsys):
     result = json.loads(done.stdout.split(b"\n")[0])
     assert result["valid_loss"] > 0 and result["lzma_bits_per_byte"] > 0
     argv = [f"demo --outdir {out} --text_path", tmp_path / "my text"]
-    assert main(shell_words(argv)) == 2
-    assert "train --resume --outdir" in capsys.readouterr().err
+    assert "isn't empty" in refused(capsys, tmp_path, *argv)
     out.rename(tmp_path / "first")
     for line in shown:
         do(line)
@@ -4080,32 +2919,18 @@ def test_the_stated_nats_are_the_sum_over_all_choices(make_stories, tmp_path):
     witness = Witness(7)
     stories = [make_stories.tell(witness) for _ in range(facts["stories"])]
     text = "".join(story + make_stories.SEPARATOR for story in stories)
-    assert (tmp_path / "stories.txt").read_text() == text and facts["bytes"] == len(
-        text.encode()
-    ) >= 50_000
+    assert (tmp_path / "stories.txt").read_text() == text
+    assert facts["bytes"] == len(text.encode()) >= 50_000
     assert facts["nats"] == pytest.approx(witness.surprise) and witness.surprise > 1000
-    assert facts["nats_per_byte"] == pytest.approx(witness.surprise / len(text), rel=1e-4)
+    size = len(text.replace(END_OF_TEXT, ""))
+    assert facts["floor_nats_per_byte"] == pytest.approx(witness.surprise / size, rel=1e-4)
     assert json.loads((tmp_path / "stories.txt.json").read_text()) == facts
-
-
-def test_a_seed_tells_the_same_stories(make_stories, tmp_path):
-    texts = []
-    for number, seed in enumerate((1, 1, 2)):
-        make_stories.write_stories(tmp_path / str(number), 0.01, seed)
-        texts.append((tmp_path / str(number)).read_text())
-    assert texts[0] == texts[1] != texts[2]
 
 
 @STORIES
 def test_no_story_to_validate_on_is_in_the_training_stories():
-    train, valid = (
-        [
-            s.strip()
-            for s in (DATA / f"stories-{name}.txt").read_text().split(END_OF_TEXT)
-            if s.strip()
-        ]
-        for name in ("train", "valid")
-    )
+    texts = [(DATA / f"stories-{name}.txt").read_text() for name in ("train", "valid")]
+    train, valid = ([s.strip() for s in t.split(END_OF_TEXT) if s.strip()] for t in texts)
     assert len(valid) > 100 and not set(train) & set(valid)
     assert (DATA / "special_tokens.txt").read_text().splitlines() == [END_OF_TEXT]
 
@@ -4116,12 +2941,6 @@ def test_the_bundled_stories_are_what_the_script_writes(make_stories, tmp_path):
     make_stories.write_stories(tmp_path / "stories-valid.txt", megabytes, seed)
     for name in ("stories-valid.txt", "stories-valid.txt.json"):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
-
-
-def test_the_demo_without_its_stories_is_refused_with_the_reason(tmp_path):
-    shutil.copy(FILE, tmp_path)
-    done = run(f"demo --outdir {tmp_path / 'demo'}", file=tmp_path / FILE.name)
-    assert done.returncode == 2 and b"stories aren't installed" in done.stderr
 
 
 def test_one_process_commands_are_refused_under_torchrun(toy, capsys, tmp_path, monkeypatch):
@@ -4140,15 +2959,10 @@ def test_the_demo_runs_every_command_it_shows(tmp_path, capsys):
     result, story = done.stdout.split(b"\n", 1)
     assert json.loads(result)["floor_nats_per_byte"] < json.loads(result)["nats_per_byte"]
     assert story.startswith(b"Once")
-    do(f"demo --outdir {tmp_path} --max_steps 2 --quiet")  # its own may be replaced
-    assert capsys.readouterr().err == ""
-    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["step_000002.pt"]
-
-
 def test_the_demo_leaves_alone_what_it_did_not_make(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     write(tmp_path / "run" / "step_000007.pt", "somebody's work")
-    assert "no demo made" in refused(capsys, tmp_path, f"demo --outdir {tmp_path}")
+    assert "isn't empty" in refused(capsys, tmp_path, f"demo --outdir {tmp_path}")
 
 
 # ======================================================================================
@@ -4159,59 +2973,36 @@ def test_the_demo_leaves_alone_what_it_did_not_make(tmp_path, capsys):
 # ======================================================================================
 
 CHANGES = sorted(path.stem for path in (DATA / "changes").glob("*.patch"))
-CHANGE_FLAGS = {
-    "documents": "--end_of_text 7",
-    "windows": "--window 5",
-    "lion": "--optimizer lion",
-}
-
-
-def patched(name, folder):
-    """scratchformer.py in `folder`, with a patch applied."""
-    shutil.copy(FILE, folder / "scratchformer.py")
-    patch = DATA / "changes" / f"{name}.patch"
-    done = subprocess.run(["git", "apply", patch], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, f"{patch} no longer applies: {done.stderr}"
-    return (folder / "scratchformer.py").rename(folder / f"{name}.py")
+CHANGE_FLAGS = {"documents": "--end_of_text 7", "windows": "--window 5",
+                "lion": "--optimizer lion"}
 
 
 @pytest.fixture(scope="module")
 def changed_files(tmp_path_factory):
-    """A module of each changed file, by the name of the change."""
+    """A module of each changed file, by the name of the change, and their folder."""
     folder, modules = tmp_path_factory.mktemp("changes"), {}
     for name in CHANGES:
-        spec = importlib.util.spec_from_file_location(name, patched(name, folder))
+        shutil.copy(FILE, folder / "scratchformer.py")
+        patch = DATA / "changes" / f"{name}.patch"
+        done = subprocess.run(["git", "apply", patch], cwd=folder, capture_output=True)
+        assert done.returncode == 0, f"{patch} no longer applies: {done.stderr}"
+        file = (folder / "scratchformer.py").rename(folder / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, file)
         modules[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(modules[name])
     return folder, modules
 
 
-def changed_model(module, name, context=24):
+def changed_model(module, name):
     """A model with large parameters, those that start at 0 too."""
     fields = {"documents": {"end_of_text": 7}, "windows": {"window": 5}}.get(name, {})
     torch.manual_seed(3)
     model = module.TransformerWithLoss(module.LlamaConfig(
-        61, context, num_layers=3, d_model=32, num_heads=4, d_ff=40, num_kv_heads=2, **fields))
+        61, 24, num_layers=3, d_model=32, num_heads=4, d_ff=40, num_kv_heads=2, **fields))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3) if p.dim() == 2 else p.add_(noise(*p.shape) / 2)
     return model.eval()
-
-
-def recorded_logits(module, function, tokens, count, forced, **how):
-    """The logits [count, B, V] from which `function` draws, where the draws are `forced`."""
-    found, draws = [], iter(forced)
-    with pytest.MonkeyPatch.context() as patch:
-
-        def draw(logits, u, **_):
-            found.append(logits)
-            return next(draws)
-
-        patch.setattr(module, "sample", draw)
-        for _ in function(**how, **tokens):
-            if len(found) == count:
-                break
-    return torch.stack(found)
 
 
 def test_there_are_ten_changes_of_at_most_ten_lines_in_two_places():
@@ -4233,46 +3024,34 @@ def test_there_are_ten_changes_of_at_most_ten_lines_in_two_places():
         assert len(places) <= 2, (name, [source[n] for n in places])
 
 
+def recorded_logits(module, function, model, prompts, draws, *args):
+    """The logits [N, B, V] from which `function` draws, where the draws are given."""
+    found, left = [], iter(draws)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "sample",
+                      lambda logits, u, **_: (found.append(logits), next(left).clone())[1])
+        for _ in function(model, prompts, *args):
+            pass
+    return torch.stack(found)
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_file_generates_with_a_cache_as_without(changed_files, name):
     """Logits for given ids: with end-of-text in the prompt, beyond the context, in a batch."""
     module = changed_files[1][name]
     model = changed_model(module, name)
     prompts = torch.tensor([[7, 1, 2, 3, 4, 7, 5, 6, 9, 8], [9, 1, 2, 7, 4, 5, 6, 9, 8, 7]])
-    forced = torch.randint(61, (40, 2), generator=torch.Generator().manual_seed(4))
-    forced[::9] = 7
-    how = {"model": model, "prompts": prompts, "u": torch.zeros(2, 40)}
-    naive = recorded_logits(module, module.generate_naive, how, 40, forced)
-    cached = recorded_logits(module, module.generate, how, 40, forced)
-    torch.testing.assert_close(cached, naive, rtol=1e-4, atol=1e-4)
-    # Prompts of different lengths, together: `forced` is what the shorter one draws.
-    rows = [prompts[0].tolist(), prompts[1, :6].tolist()]
-    nothing = torch.zeros(4, dtype=torch.int64)
-    late = torch.cat([torch.stack([nothing, forced[:4, 1]], 1),
-                      torch.stack([forced[:, 0], forced.roll(-4, 0)[:, 1]], 1)])  # fmt: skip
-    how = {"model": model, "prompts": rows, "max_new_tokens": 40}
-    batch = recorded_logits(module, module.generate_texts, how, 20, late)
-    for row, skipped in ((0, 4), (1, 0)):
-        how = {"model": model, "prompts": torch.tensor([rows[row]]), "u": torch.zeros(1, 40)}
-        alone = recorded_logits(module, module.generate_naive, how, 15, forced[:, row, None])
-        torch.testing.assert_close(
-            batch[skipped : skipped + 15, row], alone[:, 0], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_files_loss_in_chunks_is_the_plain_one(changed_files, name):
-    module = changed_files[1][name]
-    model, tokens = changed_model(module, name), torch.arange(100).view(4, 25) * 7 % 61
-    inputs, targets, found = tokens[:, :-1], tokens[:, 1:], []
-    for loss_of in (lambda: model(inputs, targets),
-                    lambda: module.cross_entropy(model(inputs), targets).mean()):  # fmt: skip
-        model.zero_grad()
-        (loss := loss_of()).backward()
-        found.append([loss, *(p.grad for p in model.parameters())])
-        with torch.no_grad():
-            found[-1].append(loss_of())  # evaluation's
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
-    assert (found[0][0] != found[0][-1]) == (name == "z_loss")
+    draws = torch.randint(61, (40, 2), generator=torch.Generator().manual_seed(4))
+    draws[::9] = 7
+    u = torch.zeros(2, 40)
+    naive = recorded_logits(module, module.generate_naive, model, prompts, draws, u)
+    for function, how in ((module.generate, u), (module.generate_texts, 40)):
+        cached = recorded_logits(module, function, model, prompts, draws, how)
+        torch.testing.assert_close(cached, naive, rtol=1e-4, atol=1e-4)
+    for row in (0, 1):
+        alone = recorded_logits(module, module.generate, model, prompts[row : row + 1],
+                                draws[:, row : row + 1], u[:1])
+        torch.testing.assert_close(alone[:, 0], naive[:, row], rtol=1e-4, atol=1e-4)
 
 
 def changed_training(toy, outdir, name, *flags):
@@ -4328,23 +3107,12 @@ def test_changed_files_learn_on_two_processes_as_on_one(
     changed_files, changed_runs, toy, tmp_path
 ):
     """Two processes draw other masks of dropout than one: each change but that."""
-    script = write(tmp_path / "all.py", f"""if True:
-        import importlib, json, os, sys
-        sys.path.insert(0, {str(changed_files[0])!r})
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-        for port, name, argv in json.load(open(sys.argv[1])):
-            os.environ["MASTER_PORT"] = str(port)
-            assert importlib.import_module(name).main(argv) == 0, name
-    """)
-    names = [name for name in CHANGES if name != "dropout"]
-    flags = "--batch_size 2 --fsdp --save_interval 8"
-    todo = [[port, name, changed_training(toy, tmp_path / name, name, flags)]
-            for port, name in zip(free_ports(len(names)), names)]  # fmt: skip
-    listed = write(tmp_path / "todo.json", json.dumps(todo))
-    done = subprocess.run(**process(listed, processes=2, file=script), capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    names, flags = [x for x in CHANGES if x != "dropout"], "--batch_size 2 --fsdp"
+    tasks = [["run", 0, changed_training(toy, tmp_path / name, name, flags), name]
+             for name in names]  # fmt: skip
+    end_tasks(start_tasks(tmp_path, 2, *tasks, path=changed_files[0]), 2 * len(tasks), 0)
+    columns = ["step", "train_loss", "valid_loss"]
     for name in names:
-        columns = ["step", "train_loss", "valid_loss"]
         two, one = (metrics(folder / name, *columns) for folder in (tmp_path, changed_runs))
         close_rows(two, one, 1e-4)
 
@@ -4352,8 +3120,8 @@ def test_changed_files_learn_on_two_processes_as_on_one(
 # ======================================================================================
 # THE README AND THE CHAPTERS
 #
-# Commands in the README parse as they stand, links to lines point at what they name, and all
-# chapters open alike.
+# Commands in the README parse as they stand, its Python example runs, links point at what they
+# name, and all chapters open alike.
 # ======================================================================================
 
 
@@ -4391,9 +3159,27 @@ def test_links_of_the_readme_point_at_the_chapters_they_name():
 
 
 @with_readme
-def test_files_the_readme_shows_are_there():
-    for path in re.findall(r"\]\(((?:data/|test_|scratch|pyproject)[^)#]*)", README):
-        assert (FILE.parent / path).exists(), path
+@pytest.mark.parametrize("page", ["README.md", "data/results.md"])
+def test_links_lead_to_files_and_sections_that_are_there(page):
+    text = (FILE.parent / page).read_text(encoding="utf-8")
+    for path, section in re.findall(r"\]\((?!https:)([^)#]*)#?([^)]*)\)", text):
+        target = (FILE.parent / page).parent / path if path else FILE.parent / page
+        assert target.exists(), path
+        if section and target.suffix == ".md":
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            assert section in [title.lower().replace(" ", "-") for title in titles]
+
+
+@with_readme
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").symlink_to(FILE.parent / "data")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert code.count("max_steps=300") == 1
+    exec(code.replace("max_steps=300", "max_steps=2"), {})
+    assert capsys.readouterr().out.startswith("Once there was")
+    do("eval", "--checkpoint", "out/mine", "--text_path", "data/stories-valid.txt",
+       "--eval_windows", 1)
 
 
 @pytest.mark.parametrize("number", HEADS)

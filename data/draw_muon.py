@@ -1,8 +1,8 @@
-"""Draw the README's validation losses against wall time on one H100, as an SVG.
+"""Draw the validation losses of data/results.md against wall time on one H100, as an SVG.
 
     uv run --with matplotlib data/draw_muon.py data/muon.svg
 
-One seed; the README names machine, date and settings.
+One seed; results.md names machine, date and settings.
 """
 
 import sys

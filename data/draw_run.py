@@ -1,6 +1,6 @@
 """Draw a training run's loss against its steps, with the entropy floor, as an SVG.
 
-    uv run --with matplotlib data/draw_run.py out/demo/run data/demo.svg
+    uv run --with matplotlib data/draw_run.py out/demo/run out/demo/loss.svg
 
 Reads metrics.jsonl. The floor is known for generated stories only (make_stories.py); it is
 stated per byte and drawn per token, at the bytes per token of the validation file.

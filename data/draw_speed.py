@@ -1,8 +1,8 @@
-"""Draw the README's tables of speed as bars, as an SVG.
+"""Draw the tables of speed in data/results.md as bars, as an SVG.
 
     uv run --with matplotlib data/draw_speed.py data/speed.svg
 
-The figures are those of the README, which names machine, date and command of each. A bar's
+The figures are those of results.md, which names machine, date and command of each. A bar's
 length is the speed relative to ours, so that longer than 1 is faster than this file.
 """
 

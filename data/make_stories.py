@@ -35,8 +35,8 @@ from typing import NamedTuple
 SEPARATOR = "\n<|endoftext|>\n"  # after every story, the last one too; costs 0 nats
 BUNDLED = {"stories-train.txt": (1.9, 1), "stories-valid.txt": (0.15, 2)}  # megabytes, seed
 NOTE = (
-    "nats is the sum of -ln p over every choice in the file; nats_per_byte (separators "
-    "included) is the loss that no model can be expected to beat on it."
+    "nats is the sum of -ln p over every choice in the file; floor_nats_per_byte, per byte of "
+    "text without <|endoftext|>, is the loss that no model can be expected to beat on it."
 )
 PRONOUNS = {
     "boy": {"boy": "boy", "he": "he", "him": "him", "his": "his"},
@@ -407,7 +407,7 @@ def replacing(path):
 def write_stories(path, megabytes, seed):
     """Writes stories to `path` until it has `megabytes` * 10^6 bytes or just more.
 
-    Returns what stands in `path`.json: bytes, stories, nats, nats_per_byte, seed, note.
+    Returns what stands in `path`.json: bytes, stories, nats, floor_nats_per_byte, seed, note.
     Takes constant memory.
     """
     sidecar = path.with_name(path.name + ".json")
@@ -420,7 +420,9 @@ def write_stories(path, megabytes, seed):
             stories += 1
         sidecar.unlink(missing_ok=True)  # WHY: never an old floor beside a new text
     floor = {"bytes": size, "stories": stories, "nats": round(teller.nats, 3)}
-    floor |= {"nats_per_byte": round(teller.nats / size, 6), "seed": seed, "note": NOTE}
+    text_size = size - stories * len("<|endoftext|>")
+    floor |= {"floor_nats_per_byte": round(teller.nats / text_size, 6), "seed": seed}
+    floor |= {"note": NOTE}
     with replacing(sidecar) as file:
         file.write(json.dumps(floor, indent=2) + "\n")
     return floor
