@@ -2502,6 +2502,10 @@ class GradScaler:
             self.loss_scale = self.loss_scale * (1 + grow) * (1 - 0.5 * found_inf)
             self.good_steps = self.good_steps * (1 - grow)
 
+    def is_failing(self) -> bool:
+        """Whether too many steps in a row have been skipped. Waits for the GPU."""
+        return self.consecutive_skips.item() >= self.MAX_CONSECUTIVE_SKIPS
+
     def state_dict(self) -> dict[str, float]:
         return {name: x.item() for name, x in vars(self).items() if isinstance(x, Tensor)}
 
@@ -3075,12 +3079,11 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def mean_over_processes(losses: Sequence[Any]) -> list[float]:
+def mean_over_processes(losses: list[Tensor]) -> list[float]:
     """Collective: the mean over all processes of each of these numbers."""
     if not losses:
         return []
-    values = torch.stack([torch.as_tensor(loss) for loss in losses])
-    return (sum_over_processes(values) / get_world_size()).tolist()
+    return (sum_over_processes(torch.stack(losses)) / get_world_size()).tolist()
 
 
 # Data parallel
@@ -3625,26 +3628,27 @@ def run_training(
     trainer: Trainer, run: RunConfig, tokens: TokenFile, valid: ValidationSet | None,
     start: dict, signals: list[int],
 ) -> int:
-    """Train from start["step"] to the last step or a signal; the exit status.
+    """Train from start["step"] to the last step or a signal. Returns the last step.
 
     `start` also has the best validation loss so far, and what to save besides the state.
     """
-    first_step, max_steps = start["step"], trainer.optim.max_steps
+    first_step, max_steps, saver = start["step"], trainer.optim.max_steps, Saver(run)
     batches = load_batches(
         tokens, trainer.model.config.context_length, range(first_step, max_steps),
         trainer.device, trainer.data, get_rank(), get_world_size())
-    writer, pending = ThreadPoolExecutor(1), None  # process 0 saves in a thread
-    losses = start["losses"]  # of the steps since the last line of the log
+    # The losses of the steps since the last line of the log.
+    losses = [torch.tensor(loss, device=trainer.device) for loss in start["losses"]]
     seconds: list[float] = []  # their times, without evaluation and saving
     best_loss = start["best_loss"]
     for step in range(first_step + 1, max_steps + 1):
         began, first, last = time.monotonic(), step == first_step + 1, step == max_steps
         loss, grad_norm = trainer.step(step, batches)
         losses.append(loss)
-        stopping = sum_over_processes(torch.tensor(len(signals))).item() > 0  # on any process
         logging = last or step <= 2 or step % run.log_interval == 0
+        failing = logging and trainer.scaler.is_failing()
+        signaled = sum_over_processes(torch.tensor(len(signals))).item() > 0  # on any process
         evaluating = last or step % run.eval_interval == 0
-        saving = last or stopping or step % run.save_interval == 0
+        saving = last or failing or signaled or step % run.save_interval == 0
         if first or logging or evaluating or saving:
             loss.item()  # wait for the GPU before looking at the clock
         seconds.append(time.monotonic() - began)
@@ -3661,37 +3665,50 @@ def run_training(
             log(f"step {step}: valid {text}")
             record |= report
             if run.keep_best and valid_loss < best_loss:
-                states[BEST] = trainer.state(step, weights_only=True) | report
+                states[BEST] = {**trainer.state(step, weights_only=True), **report}
             best_loss = min(best_loss, valid_loss)
         if saving:
-            state = trainer.state(step, last and run.weights_only)
-            states[f"step_{step:06d}.pt"] = state | {"losses": mean_over_processes(losses)}
-        if is_main_process():
-            if len(record) > 1:
-                write_metrics(run.outdir, record)
-            if pending and (states or pending.done()):
-                pending = pending.result()  # None; raises if the files couldn't be written
-            if states:
-                pending = writer.submit(write_checkpoints, run, states, start["about"])
-        if stopping:
+            state = trainer.state(step, weights_only=last and run.weights_only)
+            state["losses"] = mean_over_processes(losses)
+            states[f"step_{step:06d}.pt"] = state
+        write_metrics(run.outdir, record)
+        saver.save({name: {**state, **start["about"]} for name, state in states.items()})
+        if failing or signaled:
             break
     batches.close()
-    if pending:
-        pending.result()
-    if step < max_steps:
-        log(f"stopped by a signal after step {step}; continue with --resume")
-        # `signals` is empty if another process got the signal.
-        return 128 + (signals[0] if signals else signal.SIGTERM)
-    return 0
+    saver.finish()
+    if failing:
+        raise UserError("loss or gradients have not been finite for many steps: try a smaller "
+                        "--lr or another --dtype")
+    return step
 
 
-def write_checkpoints(run: RunConfig, states: dict[str, dict], about: dict) -> None:
-    """Save `states` under their names in outdir, then delete all but the newest checkpoints."""
-    for name, state in states.items():
-        save_checkpoint(run.outdir / name, {**state, **about})
-    if run.keep_checkpoints:
-        for old in checkpoints_in(run.outdir)[: -run.keep_checkpoints]:
-            old.unlink()
+class Saver:
+    """Writes checkpoints in a thread of process 0, so that training goes on meanwhile."""
+
+    def __init__(self, run: RunConfig):
+        self.run, self.executor = run, ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def save(self, states: dict[str, dict]) -> None:
+        """Write these under their names. Raises UserError if earlier ones couldn't be."""
+        if states or self.pending and self.pending.done():
+            self.finish()  # at most one copy of the state waits for the disk
+        if states and is_main_process():
+            self.pending = self.executor.submit(self.write, states)
+
+    def write(self, states: dict[str, dict]) -> None:
+        for name, state in states.items():
+            save_checkpoint(self.run.outdir / name, state)
+        if self.run.keep_checkpoints:
+            for old in checkpoints_in(self.run.outdir)[: -self.run.keep_checkpoints]:
+                old.unlink()
+
+    def finish(self) -> None:
+        """Wait for what is being written."""
+        if self.pending:
+            self.pending.result()
+        self.pending = None
 
 
 # Token files
@@ -3727,11 +3744,12 @@ def open_tokens(path: Path, vocab_size: int = 0) -> TokenFile:
     file is cut short or contradicts its metadata.
     """
     metadata: dict[str, Any] = {"dtype": "uint16", "vocab_size": 0}
-    if (description := Path(f"{path}.json")).is_file():
-        metadata |= read_json(description, "metadata file")
-    elif not is_binary(path):
+    description = Path(f"{path}.json")
+    if not description.is_file() and not is_binary(path):
         raise UserError(f"{path} is text, not a token file: encode it with bpe-encode")
     with file_errors(path, "token file"):
+        if description.is_file():
+            metadata |= read_json(description, "metadata file")
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[metadata["dtype"]])
         ids = np.memmap(path, dtype, mode="r")
         if metadata.get("num_tokens", len(ids)) != len(ids):
@@ -3844,10 +3862,7 @@ def log_training(
     trainer: Trainer, step: int, losses: list, grad_norm: Tensor, seconds: list[float],
     num_tokens: int,
 ) -> dict:
-    """Collective: log a line about the last steps. Returns it as a row of metrics.jsonl.
-
-    Raises UserError if nothing has been learned for many steps.
-    """
+    """Collective: log a line about the last steps. Returns it as a row of metrics.jsonl."""
     max_steps, seen = trainer.optim.max_steps, step * trainer.tokens_per_step
     loss = torch.tensor(mean_over_processes(losses)).mean().item()
     seconds_per_step = sum(seconds) / len(seconds)
@@ -3866,10 +3881,6 @@ def log_training(
     if step > 1:  # the first step says nothing about the others
         line += f"  {format_duration(seconds_per_step * (max_steps - step))} left"
     log(line)
-    skips = int(trainer.scaler.consecutive_skips)
-    if skips >= trainer.scaler.MAX_CONSECUTIVE_SKIPS:
-        raise UserError("loss or gradients have not been finite since step "
-                        f"{step - skips + 1}: try a smaller --lr or another --dtype")
     return record
 
 
@@ -3885,6 +3896,8 @@ def json_line(record: dict) -> str:
 
 def write_metrics(outdir: Path, record: dict) -> None:
     """Append a line to metrics.jsonl. A full disk, which may have room again, isn't fatal."""
+    if len(record) == 1 or not is_main_process():  # only the step
+        return
     try:
         with open(outdir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json_line(record) + "\n")
@@ -4100,10 +4113,13 @@ def train(
             if tokenizer:
                 tokenizer.save(run.outdir / "tokenizer.json")
         num_parameters = sum(p.numel() for p in trainer.model.parameters())
-        log(f"{device}, {str(dtype).removeprefix('torch.')}, processes: {get_world_size()}, "
-            f"{num_parameters:,} parameters, {trainer.tokens_per_step:,} tokens per step, "
-            f"steps {start['step']} to {optim.max_steps}, in {run.outdir}")
-        return run_training(trainer, run, tokens, valid, start, signals)
+        log(f"{device}, {dtype}, processes: {get_world_size()}, {num_parameters:,} parameters, "
+            f"{trainer.tokens_per_step:,} tokens per step, in {run.outdir}")
+        if run_training(trainer, run, tokens, valid, start, signals) < optim.max_steps:
+            log("stopped by a signal; continue with --resume")
+            # `signals` is empty if another process got the signal.
+            return 128 + (signals[0] if signals else signal.SIGTERM)
+        return 0
 
 
 # Exercises
