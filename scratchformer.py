@@ -1261,6 +1261,7 @@ def story_from_text(
 import bisect
 import codecs
 import contextlib
+import datetime
 import hashlib
 import itertools
 import json
@@ -1273,13 +1274,8 @@ import time
 import typing
 from collections import deque
 from collections.abc import Collection, Generator
-from concurrent.futures import (
-    BrokenExecutor,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-)
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal, NoReturn
 
@@ -1288,11 +1284,7 @@ MASK_32 = (1 << 32) - 1
 
 
 def run_starts(values: np.ndarray) -> np.ndarray:
-    """Whether each value differs from the one before it; bool [N].
-
-    >>> run_starts(np.array([7, 7, 3, 7])).tolist()
-    [True, False, True, True]
-    """
+    """Whether each value differs from the one before it; bool [N]."""
     starts = np.ones(len(values), bool)
     starts[1:] = values[1:] != values[:-1]
     return starts
@@ -1552,11 +1544,7 @@ def bytes_to_text(data: bytes) -> str:
 
 
 def text_to_bytes(text: str) -> bytes:
-    """The UTF-8 bytes of `text`; the inverse of `bytes_to_text`.
-
-    >>> list(text_to_bytes("aé"))
-    [97, 195, 169]
-    """
+    """The UTF-8 bytes of `text`; the inverse of `bytes_to_text`."""
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -1761,7 +1749,7 @@ def error_message(error: BaseException) -> str:
 
 def log(text: str) -> None:
     """Tell the user something, on standard error: standard output is for results."""
-    if Progress.enabled and is_main_process():
+    if Progress.enabled and get_rank() == 0:
         print_error(text + "\n")
 
 
@@ -1771,22 +1759,6 @@ def print_error(text: str) -> None:
         print(text, end="", file=sys.stderr, flush=True)
     except OSError:  # a closed pipe or terminal, a full disk
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
-
-
-def is_main_process() -> bool:
-    """Whether this is the only process, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss below an hour.
-
-    >>> format_duration(59.7), format_duration(3725)
-    ('1:00', '1:02:05')
-    """
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
 class Progress:
@@ -1804,7 +1776,7 @@ class Progress:
         if not self.shown or now - self.last < 0.1:
             return
         self.last, rate = now, done / max(now - self.start, 1e-9)
-        left = format_duration((self.total - done) / rate if rate else 0.0)
+        left = datetime.timedelta(seconds=round((self.total - done) / rate if rate else 0))
         line = f"{self.label} {done / self.total:4.0%}  {rate:,.1f} {self.unit}/s{note}"
         print_error(f"\r{f'{line}  {left} left':<79}")
 
@@ -1907,8 +1879,8 @@ class Tokenizer:
 
     >>> merges = [(b"t", b"h"), (b"th", b"e"), (b"h", b"e")]
     >>> tokenizer = Tokenizer(build_vocab(merges, []), merges, ["<a>", "<b>"])
-    >>> tokenizer.encode("then<b>he"), tokenizer.encode_ordinary("<b>")
-    ([257, 110, 260, 258], [60, 98, 62])
+    >>> tokenizer.encode("then<b>he")
+    [257, 110, 260, 258]
     """
 
     MAX_IDS = 1 << 20  # when the cache of words holds more, it is emptied
@@ -1966,15 +1938,6 @@ class Tokenizer:
         """The ids of `text`. Special tokens in it become their own ids."""
         pieces = safe_pieces([text], self.pattern, self.special_tokens, CHUNK)
         return np.concatenate([self.encode_piece(piece) for piece in pieces]).tolist()
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        """The ids of `text`. Special tokens in it are treated like any other text."""
-        return self.without_special_tokens.encode(text)
-
-    @functools.cached_property
-    def without_special_tokens(self) -> Tokenizer:
-        """A tokenizer to which special tokens are ordinary text."""
-        return Tokenizer(self.vocab, self.merges, [], self.pattern, self.ignore_merges)
 
     def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
         """Yields the ids of the joined chunks, holding only a little text in memory.
@@ -2210,7 +2173,7 @@ def available_cores() -> int:
 
 
 def bounded_map(
-    executor: Executor, function: Callable, tasks: Iterable, limit: int
+    executor: futures.Executor, function: Callable, tasks: Iterable, limit: int
 ) -> Iterator[Any]:
     """Yields `function(task)` in order, with at most `limit` tasks running or waiting."""
     pending: deque[Future] = deque()
@@ -2257,9 +2220,10 @@ def map_on_cores(
     fork = sys.platform == "linux" and "torch._C" not in sys.modules
     context = multiprocessing.get_context("fork" if fork else "spawn")
     try:
-        with ProcessPoolExecutor(num_workers, context, start_worker, (function,)) as pool:
+        with futures.ProcessPoolExecutor(
+                num_workers, context, start_worker, (function,)) as pool:
             yield from bounded_map(pool, call_worker_function, tasks, num_workers + 1)
-    except BrokenExecutor:
+    except futures.BrokenExecutor:
         raise UserError("a worker process died: is there enough memory?") from None
 
 
@@ -2352,6 +2316,7 @@ def encode_file(
     total = sum(path.stat().st_size for path in files)
     spans = split_files(files, tokenizer.pattern, tokenizer.special_tokens, "encoding")
     encode = functools.partial(encode_span, tokenizer=tokenizer, append_eot=append_eot)
+    floor = entropy_floor(files)
     with atomic_write(out_path) as out:
         for ids in map_on_cores(encode, spans, total, num_workers):
             out.write(ids)
@@ -2365,7 +2330,7 @@ def encode_file(
             "num_tokens": num_tokens,
             "end_of_text_id": tokenizer.eot_id,
             "tokenizer_sha256": tokenizer.fingerprint(),
-            "floor_nats_per_byte": entropy_floor(files),
+            "floor_nats_per_byte": floor,
         })
     return num_tokens
 
@@ -2959,7 +2924,6 @@ def stream_text(tokenizer: BPETokenizer | Tokenizer, ids: Iterable[int]) -> Iter
 # et al. 2020, ZeRO, arXiv 1910.02054, section 5; Zhao et al. 2023, FSDP, arXiv 2304.11277)
 # ----------------------------------------------------------------------------------------
 
-import datetime
 import gc
 import traceback
 
@@ -2972,8 +2936,8 @@ import traceback
 
 
 @dataclasses.dataclass(kw_only=True)
-class ProcessConfig:
-    """Processes (start several with torchrun)"""
+class ProcessConfig(SpeedConfig):
+    """Devices, speed, and processes (start several with torchrun)"""
 
     fsdp: bool = False  # shard parameters, gradients and optimizer state over the processes
     fsdp_unit: Literal["auto", "model", "block"] = "auto"
@@ -2981,7 +2945,7 @@ class ProcessConfig:
     shard_size: int = 0  # processes that share one replica (those of a node, say); 0: all
 
 
-def check_processes(speed: SpeedConfig, processes: ProcessConfig) -> None:
+def check_processes(processes: ProcessConfig) -> None:
     """Raise UserError if these flags don't fit this machine or what torchrun started."""
     shard_size, world_size = processes.shard_size, get_world_size()
     if processes.fsdp and "RANK" not in os.environ:
@@ -2990,7 +2954,7 @@ def check_processes(speed: SpeedConfig, processes: ProcessConfig) -> None:
         raise UserError("each of --shard_size and --fsdp_unit needs --fsdp")
     if shard_size and world_size % shard_size:
         raise UserError(f"--shard_size {shard_size} doesn't divide {world_size} processes")
-    if speed.compile and not has_compiler():
+    if processes.compile and not has_compiler():
         raise UserError("--compile needs a C++ compiler, such as g++")
 
 
@@ -3289,15 +3253,14 @@ def gradient_norm(params: dict[Any, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def distribute(whole: Tensor | None, like: Any, from_main: bool = False) -> Tensor:
-    """What this process holds of a tensor: its shard if the parameter `like` is sharded.
+def distribute(whole: Tensor | None, like: Any) -> Tensor:
+    """Collective: what this process holds of a tensor that process 0 has; the others give None.
 
-    Every process has the `whole` tensor. Or with `from_main` only process 0 has it and sends it
-    to the others: they give None, and this is a collective.
+    That's its shard if the parameter `like` is sharded, else all of it.
     """
     options = {"dtype": like.dtype, "device": like.device}
     whole = torch.empty(like.shape, **options) if whole is None else whole.to(**options)
-    if from_main and get_world_size() > 1:
+    if get_world_size() > 1:
         torch.distributed.broadcast(whole, 0)
     if not hasattr(like, "device_mesh"):
         return whole
@@ -3313,12 +3276,12 @@ def load_weights(model: Any, weights: Mapping[str, Tensor] | None) -> None:
     """
     for name, p in model.named_parameters():
         whole = weights[name] if weights is not None else None
-        local_shard(p.data).copy_(distribute(whole, p, from_main=True))
+        local_shard(p.data).copy_(distribute(whole, p))
 
 
 def build_model(
     config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype,
-    speed: SpeedConfig, processes: ProcessConfig, weights: Mapping[str, Tensor] | None = None,
+    processes: ProcessConfig, weights: Mapping[str, Tensor] | None = None,
 ) -> TransformerWithLoss:
     """Collective: the model, ready to train on all processes. The order matters.
 
@@ -3331,7 +3294,7 @@ def build_model(
     fsdp = processes.fsdp and get_world_size() > 1  # one process has nothing to shard
     unit = processes.fsdp_unit
     per_block = fsdp and (unit == "block" or unit == "auto" and num_parameters > 1e9)
-    make_faster(model, speed, per_block)
+    make_faster(model, processes, per_block)
     if fsdp:
         shard_model(model, device, dtype, per_block, processes.shard_size)
     elif dtype != torch.float32:
@@ -3496,7 +3459,7 @@ def restore_optimizer(
                 value = torch.full((), float(number), device=p.device)
             else:
                 # TRAP: `saved` is mapped from a file, which may be deleted: hence clone.
-                value = distribute(saved.get(key, {}).get(name), p, from_main=True).clone()
+                value = distribute(saved.get(key, {}).get(name), p).clone()
             optimizer.state[local][key] = value
 
 
@@ -3578,15 +3541,15 @@ class Trainer:
 
     def __init__(
         self, config: ModelConfig, data: DataConfig, optim: RunOptimizerConfig,
-        speed: SpeedConfig, processes: ProcessConfig, device: torch.device, dtype: torch.dtype,
+        processes: ProcessConfig, device: torch.device, dtype: torch.dtype,
         weights: Mapping[str, Tensor] | None = None,
     ):
         self.data, self.optim, self.device, self.dtype = data, optim, device, dtype
-        self.model = build_model(config, data.seed, device, dtype, speed, processes, weights)
+        self.model = build_model(config, data.seed, device, dtype, processes, weights)
         self.params = local_params(self.model)
         precision = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self.optimizer = OPTIMIZERS[optim.optimizer](
-            self.model, self.params, optim, precision, speed.compile)
+            self.model, self.params, optim, precision, processes.compile)
         self.scaler = GradScaler(device, dtype)
         self.autocast = make_autocast(device, dtype, is_fsdp(self.model))
         rows = data.batch_size * data.grad_accum_steps * get_world_size()
@@ -3661,7 +3624,7 @@ def run_training(
             seconds = []
         if valid and evaluating:
             valid_loss = valid.loss(trainer.model, trainer.data.batch_size, trainer.autocast)
-            report, text = valid.report(valid_loss, compare=last and is_main_process())
+            report, text = valid.report(valid_loss, compare=last and get_rank() == 0)
             log(f"step {step}: valid {text}")
             record |= report
             if run.keep_best and valid_loss < best_loss:
@@ -3694,7 +3657,7 @@ class Saver:
         """Write these under their names. Raises UserError if earlier ones couldn't be."""
         if states or self.pending and self.pending.done():
             self.finish()  # at most one copy of the state waits for the disk
-        if states and is_main_process():
+        if states and get_rank() == 0:
             self.pending = self.executor.submit(self.write, states)
 
     def write(self, states: dict[str, dict]) -> None:
@@ -3702,7 +3665,8 @@ class Saver:
             save_checkpoint(self.run.outdir / name, state)
         if self.run.keep_checkpoints:
             for old in checkpoints_in(self.run.outdir)[: -self.run.keep_checkpoints]:
-                old.unlink()
+                if old.name not in states:  # a later step's may be left, damaged
+                    old.unlink()
 
     def finish(self) -> None:
         """Wait for what is being written."""
@@ -3879,7 +3843,8 @@ def log_training(
     if record["skipped_steps"]:
         line += f"  {record['skipped_steps']} skipped"
     if step > 1:  # the first step says nothing about the others
-        line += f"  {format_duration(seconds_per_step * (max_steps - step))} left"
+        left = datetime.timedelta(seconds=round(seconds_per_step * (max_steps - step)))
+        line += f"  {left} left"
     log(line)
     return record
 
@@ -3896,7 +3861,7 @@ def json_line(record: dict) -> str:
 
 def write_metrics(outdir: Path, record: dict) -> None:
     """Append a line to metrics.jsonl. A full disk, which may have room again, isn't fatal."""
-    if len(record) == 1 or not is_main_process():  # only the step
+    if len(record) == 1 or get_rank() > 0:  # only the step
         return
     try:
         with open(outdir / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -3927,7 +3892,7 @@ def catch_signals() -> Iterator[list[int]]:
         if not received:
             # torchrun and the terminal may both pass on one Ctrl-C: hence one second.
             patience = time.monotonic() + 1
-            if is_main_process():  # TRAP: a handler may interrupt a print, so it can't print
+            if get_rank() == 0:  # TRAP: a handler may interrupt a print, so it can't print
                 os.write(2, b"stopping after this step; Ctrl-C again to quit without saving\n")
         elif number == signal.SIGINT and time.monotonic() > patience:
             os._exit(128 + number)
@@ -3980,9 +3945,11 @@ def load_start(run: RunConfig) -> dict:
     """
     checkpoints = checkpoints_in(run.outdir)
     logs = [path for path in run.outdir.glob("metrics.jsonl") if path.stat().st_size]
-    if (checkpoints and not run.resume) or (logs and not checkpoints):
+    if (checkpoints or logs) and not run.resume:
         raise UserError(f"{run.outdir} holds {[*logs, *checkpoints][-1].name} of another run: "
-                        "choose another --outdir, or continue a run with --resume")
+                        "continue it with --resume, or choose another --outdir")
+    if logs and not checkpoints:  # killed before the first, or somebody has moved them
+        logs[0].rename(logs[0].with_name(f"metrics_{int(logs[0].stat().st_mtime)}.jsonl"))
     if checkpoints:
         state = load_checkpoint(run.outdir)
         if "optimizer" not in state:
@@ -4010,16 +3977,17 @@ def resolve_model_config(given: dict, model: LlamaConfig, start: dict) -> LlamaC
     if "context_length" in given and not start["step"]:
         config.context_length = model.context_length
     for name in vars(config).keys() & given.keys():
-        if getattr(model, name) not in (0, getattr(config, name)):
-            raise UserError(f"--{name} is {getattr(model, name)}, but the model in "
-                            f"{start['path']} has {getattr(config, name)}")
+        value, auto = getattr(model, name), name in ("vocab_size", "num_kv_heads")
+        if value != getattr(config, name) and not (auto and given[name] == 0):
+            raise UserError(f"--{name} is {value}, but the model in {start['path']} has "
+                            f"{getattr(config, name)}")
     return config
 
 
 @contextlib.contextmanager
 def own_outdir(outdir: Path) -> Iterator[None]:
     """Make outdir, and refuse it if another run is writing to it. Process 0 only."""
-    if not is_main_process() or os.name != "posix":
+    if get_rank() > 0 or os.name != "posix":
         yield
         return
     import fcntl
@@ -4053,7 +4021,7 @@ def open_data(
     valid_tokens, valid, tokenizer = tokens, None, None
     if data.valid_tokens:
         valid_tokens = open_tokens(Path(data.valid_tokens), tokens.vocab_size)
-    if is_main_process():
+    if get_rank() == 0:
         hashes = {tokens.path: tokens.tokenizer_sha256,
                   valid_tokens.path: valid_tokens.tokenizer_sha256,
                   start.get("path"): start.get("tokenizer_sha256")}
@@ -4066,16 +4034,19 @@ def open_data(
 
 def train(
     given: dict, data: DataConfig, model: LlamaConfig, optim: RunOptimizerConfig,
-    run: RunConfig, speed: SpeedConfig, processes: ProcessConfig,
+    run: RunConfig, processes: ProcessConfig,
 ) -> int:
     """Train a Transformer on token files. Under torchrun, on many devices."""
-    check_processes(speed, processes)
-    device = pick_device(speed.device)
-    dtype = pick_dtype(speed.dtype, device)
+    check_processes(processes)
+    device = pick_device(processes.device)
+    dtype = pick_dtype(processes.dtype, device)
     # Process 0 alone reads and writes outdir, and reads init_from and the tokenizer. It tells
     # the others what it found. Token files are read by all.
-    saved = load_start(run) if is_main_process() else {}
-    with process_group(device), catch_signals() as signals, own_outdir(run.outdir):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(own_outdir(run.outdir))
+        saved = load_start(run) if get_rank() == 0 else {}
+        stack.enter_context(process_group(device))
+        signals = stack.enter_context(catch_signals())
         start = broadcast({k: x for k, x in saved.items() if k not in ("model", "optimizer")})
         old = start.get("run", {})
         for flags in (data, optim, run):  # what isn't given keeps its value
@@ -4090,8 +4061,8 @@ def train(
             return 0
         tokens, valid, tokenizer = open_data(start, data, config, run)
         config.vocab_size = tokens.vocab_size
-        trainer = Trainer(config, data, optim, speed, processes, device, dtype,
-                          saved.get("model"))
+        trainer = Trainer(
+            config, data, optim, processes, device, dtype, saved.get("model"))
         if old.get("optimizer") == optim.optimizer:  # another one begins with a new state
             restore_optimizer(saved.get("optimizer", {}), trainer.model, trainer.params,
                               trainer.optimizer)
@@ -4102,13 +4073,13 @@ def train(
                for flags in (data, optim, run) for name, value in vars(flags).items()
                if name not in ("outdir", "resume", "init_from", "tokenizer_path")}
         new["tokens_per_step"] = trainer.tokens_per_step
-        changed = [f"{name} {old[name]} -> {new[name]}" for name in old
+        changed = [f"{name} {old[name]} -> {new[name]}" for name in old.keys() & new.keys()
                    if old[name] != new[name]]
         if changed:
             log("changed since the checkpoint: " + ", ".join(changed))
         start["about"] = {"run": new, "tokenizer_sha256": tokens.tokenizer_sha256 or (
             tokenizer and tokenizer.fingerprint())}
-        if is_main_process():
+        if get_rank() == 0:
             trim_metrics(run.outdir, start["step"])
             if tokenizer:
                 tokenizer.save(run.outdir / "tokenizer.json")
@@ -4705,20 +4676,16 @@ def evaluate_command(
     print(json_line(report))
 
 
-def read_prompts(prompt: str | None, prompt_path: Path | None) -> Iterator[list[str]]:
-    """From the flags; or line by line from a terminal, or all of standard input."""
+def read_prompts(prompt: str | None, prompt_path: Path | None) -> list[str]:
+    """From the flags: one, or one per line of a file. Else all of standard input is one."""
     if prompt is not None and prompt_path:
         raise UserError("give either --prompt or --prompt_path")
     if prompt is not None:
-        yield [prompt]
-    elif prompt_path:
-        yield bytes_to_text(prompt_path.read_bytes()).splitlines()
-    elif sys.stdin.isatty():
-        log("type a prompt (Ctrl-D to quit)")
-        for line in sys.stdin:
-            yield [line.removesuffix("\n")]
-    else:
-        yield [sys.stdin.read().removesuffix("\n")]  # `echo` adds a newline
+        return [prompt]
+    if prompt_path:
+        text = bytes_to_text(prompt_path.read_bytes()).replace("\r\n", "\n")
+        return text.removesuffix("\n").split("\n")
+    return [sys.stdin.read().removesuffix("\n")]  # `echo` adds a newline
 
 
 def generate_command(
@@ -4745,32 +4712,30 @@ def generate_command(
     stop = state.get("special_ids", {}).get("eos_token_id", eot)  # a number, a list or None
     stop_ids = stop if isinstance(stop, list) else [stop]
     seed = torch.seed() % 2**32 if seed is None else seed
-    for prompts in read_prompts(prompt, prompt_path):
-        texts = [text for text in prompts for _ in range(num_samples)]
-        rows = [tokenizer.encode(text) or [eot] for text in texts]
-        if [None] in rows:
-            raise UserError("a prompt is empty, and the tokenizer has no end-of-text token")
-        first = 0
-        while first < len(texts):
-            # Together: prompts in a row that have the same number of tokens.
-            _, same = next(itertools.groupby(rows[first:], key=len))
-            batch = list(itertools.islice(same, batch_size))
-            new = generate_texts(
-                model, torch.tensor(batch), max_new_tokens, seed + first, stop_ids,
-                temperature=temperature, top_k=top_k, top_p=top_p)
-            # A single text is printed token by token. Several are printed one after the other,
-            # when all are complete.
-            columns: Any = zip(*new) if len(batch) > 1 else [(ids[0] for ids in new)]
-            for number, ids in enumerate(columns, first):
-                if len(texts) > 1:
-                    print(f"--- sample {number + 1} of {len(texts)} ---")
-                print(texts[number], end="", flush=True)
-                shown = (i for i in ids if i is not None and i not in stop_ids)
-                for piece in stream_text(tokenizer, shown):
-                    print(piece, end="", flush=True)
-                print()
-            first += len(batch)
-        seed += len(texts)
+    texts = [text for text in read_prompts(prompt, prompt_path) for _ in range(num_samples)]
+    rows = [tokenizer.encode(text) or [eot] for text in texts]
+    if [None] in rows:
+        raise UserError("a prompt is empty, and the tokenizer has no end-of-text token")
+    first = 0
+    while first < len(texts):
+        # Together: prompts in a row that have the same number of tokens.
+        _, same = next(itertools.groupby(rows[first:], key=len))
+        batch = list(itertools.islice(same, batch_size))
+        new = generate_texts(
+            model, torch.tensor(batch), max_new_tokens, seed + first, stop_ids,
+            temperature=temperature, top_k=top_k, top_p=top_p)
+        # A single text is printed token by token. Several are printed one after the other, when
+        # all are complete.
+        columns: Any = zip(*new) if len(batch) > 1 else [(ids[0] for ids in new)]
+        for number, ids in enumerate(columns, first):
+            if len(texts) > 1:
+                print(f"--- sample {number + 1} of {len(texts)} ---")
+            print(texts[number], end="", flush=True)
+            shown = (i for i in ids if i is not None and i not in stop_ids)
+            for piece in stream_text(tokenizer, shown):
+                print(piece, end="", flush=True)
+            print()
+        first += len(batch)
 
 
 def export(
@@ -4946,7 +4911,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (UserError, OSError, ModuleNotFoundError) as error:
-        if is_main_process():  # under torchrun, only rank 0 prints
+        if get_rank() == 0:  # under torchrun, only rank 0 prints
             print_error(f"scratchformer: error: {error_message(error)}\n")
         return 2
     except KeyboardInterrupt:

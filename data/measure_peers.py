@@ -32,7 +32,6 @@ from scratchformer import (
     LlamaConfig,
     OptimizerConfig,
     ProcessConfig,
-    SpeedConfig,
     Transformer,
     build_model,
     generate_texts,
@@ -207,8 +206,7 @@ def measure_step(kind, shape, compiled):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     if kind == "ours":
-        model = build_model(config, 1, device, dtype, SpeedConfig(compile=compiled),
-                            ProcessConfig())
+        model = build_model(config, 1, device, dtype, ProcessConfig(compile=compiled))
         loss_of = model
     else:
         model = their_llama(config).to(device)
