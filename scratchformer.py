@@ -3587,6 +3587,7 @@ class Trainer:
         return {**state, "model_config": vars(self.model.config), "step": step,
                 "scaler": self.scaler.state_dict()}
 
+
 def run_training(
     trainer: Trainer, run: RunConfig, tokens: TokenFile, valid: ValidationSet | None,
     start: dict, signals: list[int],
@@ -3718,11 +3719,13 @@ def open_tokens(path: Path, vocab_size: int = 0) -> TokenFile:
         ids = np.memmap(path, dtype, mode="r")
         if metadata.get("num_tokens", len(ids)) != len(ids):
             raise UserError(f"it has {len(ids)} tokens, not {metadata['num_tokens']}")
-        if not metadata["vocab_size"] <= (vocab_size or metadata["vocab_size"]) > 0:
-            raise UserError(f"--vocab_size is {vocab_size or 'missing'}, and its metadata says "
-                            f"{metadata['vocab_size'] or 'nothing'}")
-    return TokenFile(path, ids, vocab_size or metadata["vocab_size"],
-                     metadata.get("tokenizer_sha256"), metadata.get("floor_nats_per_byte"))
+        needed = metadata["vocab_size"]
+        if not (vocab_size or needed):
+            raise UserError("it has no metadata: give --vocab_size")
+        if vocab_size and vocab_size < needed:
+            raise UserError(f"--vocab_size is {vocab_size}, but it needs {needed}")
+    return TokenFile(path, ids, vocab_size or needed, metadata.get("tokenizer_sha256"),
+                     metadata.get("floor_nats_per_byte"))
 
 
 def check_same_tokenizer(hashes: dict[Any, str | None]) -> None:
@@ -4048,11 +4051,10 @@ def train(
         stack.enter_context(process_group(device))
         signals = stack.enter_context(catch_signals())
         start = broadcast({k: x for k, x in saved.items() if k not in ("model", "optimizer")})
-        old = start.get("run", {})
+        old_flags = start.get("run", {})
         for flags in (data, optim, run):  # what isn't given keeps its value
-            for name in vars(flags).keys() & old.keys() - given.keys():
-                kind = Path if name.endswith("_tokens") and old[name] else lambda value: value
-                setattr(flags, name, kind(old[name]))
+            for name in vars(flags).keys() & old_flags.keys() - given.keys():
+                setattr(flags, name, old_flags[name])
             check_config(flags)
         config = resolve_model_config(given, model, start)
         if start["step"] >= optim.max_steps:
@@ -4063,22 +4065,23 @@ def train(
         config.vocab_size = tokens.vocab_size
         trainer = Trainer(
             config, data, optim, processes, device, dtype, saved.get("model"))
-        if old.get("optimizer") == optim.optimizer:  # another one begins with a new state
+        if old_flags.get("optimizer") == optim.optimizer:  # another one starts anew
             restore_optimizer(saved.get("optimizer", {}), trainer.model, trainer.params,
                               trainer.optimizer)
-        if old:
+        if old_flags:
             trainer.scaler.load_state_dict(start["scaler"])
         saved.clear()  # frees its tensors
-        new = {name: str(value.absolute()) if isinstance(value, Path) else value
+        new_flags = {name: str(value.absolute()) if isinstance(value, Path) else value
                for flags in (data, optim, run) for name, value in vars(flags).items()
                if name not in ("outdir", "resume", "init_from", "tokenizer_path")}
-        new["tokens_per_step"] = trainer.tokens_per_step
-        changed = [f"{name} {old[name]} -> {new[name]}" for name in old.keys() & new.keys()
-                   if old[name] != new[name]]
+        new_flags["tokens_per_step"] = trainer.tokens_per_step
+        changed = [f"{name} {old_flags[name]} -> {new_flags[name]}"
+                   for name in old_flags.keys() & new_flags.keys()
+                   if old_flags[name] != new_flags[name]]
         if changed:
             log("changed since the checkpoint: " + ", ".join(changed))
-        start["about"] = {"run": new, "tokenizer_sha256": tokens.tokenizer_sha256 or (
-            tokenizer and tokenizer.fingerprint())}
+        start["about"] = {"run": new_flags, "tokenizer_sha256": (
+            tokens.tokenizer_sha256 or tokenizer and tokenizer.fingerprint())}
         if get_rank() == 0:
             trim_metrics(run.outdir, start["step"])
             if tokenizer:
