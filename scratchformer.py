@@ -4072,8 +4072,8 @@ def train(
             trainer.scaler.load_state_dict(start["scaler"])
         saved.clear()  # frees its tensors
         new_flags = {name: str(value.absolute()) if isinstance(value, Path) else value
-               for flags in (data, optim, run) for name, value in vars(flags).items()
-               if name not in ("outdir", "resume", "init_from", "tokenizer_path")}
+                     for flags in (data, optim, run) for name, value in vars(flags).items()
+                     if name not in ("outdir", "resume", "init_from", "tokenizer_path")}
         new_flags["tokens_per_step"] = trainer.tokens_per_step
         changed = [f"{name} {old_flags[name]} -> {new_flags[name]}"
                    for name in old_flags.keys() & new_flags.keys()
