@@ -2423,21 +2423,16 @@ class GradScaler:
     Many gradients are below 6e-8, where float16 has no numbers left. So the loss is multiplied
     by a large power of two before backward, and the gradients are divided by it afterwards. If
     they overflow, the step is skipped and the scale halved; after 2,000 good steps in a row
-    it's doubled. For other dtypes the scale stays 1. With clipping, this is
-
-        if grad_norm.isfinite():
-            grad /= loss_scale * max(1, grad_norm / clip_grad)
-            optimizer.step()
-
-    but this `if` makes the host wait for the GPU. PyTorch's fused AdamW doesn't: it divides
-    gradients by `optimizer.grad_scale`, and does nothing if `optimizer.found_inf` is 1. So, in
-    `step`, x * (1 - found_inf) means: 0 if the step is skipped, else x.
+    it's doubled. For other dtypes the scale stays 1.
+    WHY not `if grad_norm.isfinite()`: it makes the host wait for the GPU. PyTorch's fused AdamW
+    divides gradients by `optimizer.grad_scale`, and does nothing if `optimizer.found_inf` is 1.
+    So, in `step`, x * (1 - found_inf) means: 0 if the step is skipped, else x.
     WHY not torch.amp.GradScaler: under FSDP (chapter 12) it sees one process's shards only, so
     one process would skip a step that the others take.
     """
 
     GROWTH_INTERVAL = 2000
-    MAX_CONSECUTIVE_SKIPS = 10  # too many to be bad luck: chapter 14 stops the run
+    MAX_SKIPS = 10  # in a row: too many to be bad luck, so chapter 14 stops the run
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.is_float16 = dtype == torch.float16
@@ -2467,10 +2462,6 @@ class GradScaler:
             self.loss_scale = self.loss_scale * (1 + grow) * (1 - 0.5 * found_inf)
             self.good_steps = self.good_steps * (1 - grow)
 
-    def is_failing(self) -> bool:
-        """Whether too many steps in a row have been skipped. Waits for the GPU."""
-        return self.consecutive_skips.item() >= self.MAX_CONSECUTIVE_SKIPS
-
     def state_dict(self) -> dict[str, float]:
         return {name: x.item() for name, x in vars(self).items() if isinstance(x, Tensor)}
 
@@ -2493,10 +2484,10 @@ def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class ChunkedLoss(torch.autograd.Function):
     """cross_entropy(compute_logits(x, weight), targets).mean(), with few logits at a time.
 
-    WHY: the logits [B * T, V] are often the largest tensor of a step. So compute those of R
-    rows, differentiate the loss of these rows right away, and discard them. `forward` does that
-    and keeps the gradients; `backward` only has to scale them. (It's a torch.autograd.Function,
-    an operation that brings its own derivative. Hsu et al. 2024, Liger, arXiv 2410.10989)
+    Computes the logits of R rows, differentiates their loss right away, and discards them.
+    `forward` does that and keeps the gradients; `backward` only has to scale them. (It's a
+    torch.autograd.Function, an operation that brings its own derivative. Hsu et al. 2024,
+    Liger, arXiv 2410.10989)
 
     x [N, D], weight [V, D], targets int64 [N], where -100 is ignored; a float32 scalar.
 
@@ -2580,14 +2571,12 @@ def has_compiler() -> bool:
 
 
 def make_faster(model: TransformerWithLoss, speed: SpeedConfig, per_block: bool) -> None:
-    """Checkpoint activations and compile: the model as a whole, or each block on its own.
-
-    Activation checkpointing lets each block keep only its input; the backward pass runs the
-    block again. Saves most of the memory for activations, for a third more computation.
-    """
+    """Checkpoint activations and compile: the model as a whole, or each block on its own."""
     if speed.activation_checkpointing:
         from torch.utils.checkpoint import checkpoint
 
+        # Each block keeps only its input, and the backward pass runs the block again. Saves
+        # most of the memory for activations, for a third more computation.
         for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if speed.compile and per_block:
@@ -2630,13 +2619,11 @@ def orthogonalize(x: Tensor) -> Tensor:
     """The matrices x [N, rows, columns], with all singular values moved close to 1.
 
     If x = U @ diag(s) @ V.T, then x @ x.T @ x = U @ diag(s^3) @ V.T. So matmuls alone apply a
-    polynomial to the singular values, here a * s + b * s^3 + c * s^5. With these coefficients,
+    polynomial to the singular values, here a * s + b * s^3 + c * s^5. With Jordan's a, b and c,
     five rounds lift everything above 0.01 to about 0.7 to 1.2, and that is close enough. This
-    is a Newton-Schulz iteration, and bfloat16 is enough for it. Source of a, b and c: Jordan et
-    al. 2024.
+    is a Newton-Schulz iteration, and bfloat16 is enough for it.
 
-    Worked example: this update stretches (1, 1) by 3.9 and (1, -1) by 0.1; afterwards
-    both by roughly 1.
+    This update stretches (1, 1) by 3.9 and (1, -1) by 0.1; afterwards both by roughly 1:
 
     >>> update = torch.tensor([[[2.0, 1.9], [1.9, 2.0]]])
     >>> torch.linalg.svdvals(update), torch.linalg.svdvals(orthogonalize(update))
@@ -2692,10 +2679,8 @@ class Muon(torch.optim.AdamW):
     `params` maps each parameter to the tensor that the optimizer updates: the parameter itself,
     or, under FSDP, this process's shard of it (`local_params`, chapter 12). Layers of the same
     shape, such as all mlp.down, are one group of parameters, a *stack*: their matrices are
-    orthogonalized together.
-
-    As in fused AdamW, gradients are divided by the attribute `grad_scale`, and nothing changes
-    if `found_inf` is 1: GradScaler sets both. `dtype` is the precision of `orthogonalize`.
+    orthogonalized together, in the precision `dtype`. `grad_scale` and `found_inf`, which
+    GradScaler sets, mean what they mean for fused AdamW.
     """
 
     def __init__(
@@ -2706,10 +2691,9 @@ class Muon(torch.optim.AdamW):
         others = dict(params)
         for layer in model.blocks.modules():
             if isinstance(layer, Projection) and layer.weight in others:
-                key = layer.d_outs, layer.in_features
-                stack = stacks.setdefault(key, {
+                stack = stacks.setdefault((layer.d_outs, layer.in_features), {
                     "params": [], "weight_decay": config.weight_decay, "momentum": 0.95,
-                    "d_outs": list(layer.d_outs), "d_in": layer.in_features})
+                    "d_outs": list(layer.d_outs)})
                 stack["params"].append(others.pop(layer.weight))
         groups = make_adamw(others.values(), config).param_groups
         super().__init__([*groups, *stacks.values()], lr=config.lr, fused=True)
@@ -2738,7 +2722,7 @@ class Muon(torch.optim.AdamW):
                 decay = weights[0].new_full((), group["momentum"])
                 updates = self.update_momenta(grads, momenta, decay, divisor, found_inf)
                 updates = self.orthogonalize_all(updates, group["d_outs"])
-                scale = 0.2 * math.sqrt(max(group["d_outs"][0], group["d_in"]))
+                scale = 0.2 * math.sqrt(max(group["d_outs"][0], updates.shape[2]))
                 lr = group["lr"] * (1 - found_inf)
                 self.apply_update(weights, updates, scale, lr, group["weight_decay"])
                 for weight in weights:
@@ -2793,7 +2777,6 @@ class Muon(torch.optim.AdamW):
 # ----------------------------------------------------------------------------------------
 
 
-
 class StaticCache(KVCache):
     """A `KVCache` for B texts whose memory is allocated once, for `size` tokens of each.
 
@@ -2830,9 +2813,9 @@ class StaticCache(KVCache):
 class CUDAGraphModel:
     """A model that computes single tokens by replaying a CUDA graph.
 
-    A CUDA graph is a recording of kernel launches, which one launch replays: the same kernels
-    on the same memory. So what changes, tokens and position, is kept in tensors that stay where
-    they are, and the result is overwritten by the next call.
+    It's a recording of kernel launches, which one launch replays: the same kernels on the same
+    memory. So what changes, tokens and position, is kept in tensors that stay where they are,
+    and the result is overwritten by the next call.
     """
 
     def __init__(self, model: Transformer):
@@ -2871,12 +2854,9 @@ def generate_texts(
     B, device = len(prompts), model.rope.device
     size = min(model.config.context_length, prompts.shape[1] + max_new_tokens)
     runner: Any = CUDAGraphModel(model) if device.type == "cuda" else model
-    # WHY 16: when the host reads an id, it waits for the GPU, and then the GPU waits for the
-    # host. So it reads the ids of several steps together.
-    burst = 16 if device.type == "cuda" else 1
+    burst = 16 if device.type == "cuda" else 1  # how many steps' ids the host reads together
     u = random_numbers(seed, B, max_new_tokens).to(device)
-    cache = StaticCache(model, B, size)
-    steps = generate(runner, prompts.to(device), u, cache, **sampling)
+    steps = generate(runner, prompts.to(device), u, StaticCache(model, B, size), **sampling)
     ended = [False] * B
     while some_steps := list(itertools.islice(steps, burst)):
         for ids in torch.stack(some_steps).tolist():
@@ -2889,7 +2869,7 @@ def generate_texts(
 def stream_text(tokenizer: BPETokenizer | Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """The text of `ids`, piece by piece as they come, in whole characters.
 
-    A character of several bytes may be spread over several tokens: its bytes wait here.
+    The bytes of a character may be spread over several tokens.
 
     >>> list(stream_text(BPETokenizer([]), [*"é!".encode()]))
     ['', 'é', '!', '']
@@ -2975,10 +2955,10 @@ def pick_device(kind: str) -> torch.device:
         kind = "cuda" if cuda else "cpu"
     if kind == "mps" and (not mps or "RANK" in os.environ):
         raise UserError("--device mps: there is none here, or torchrun started this process")
+    if kind == "cuda" and not cuda:
+        raise UserError("--device cuda: PyTorch finds no CUDA device here")
     if kind != "cuda":
         return torch.device(kind)
-    if not cuda:
-        raise UserError("--device cuda: PyTorch finds no CUDA device here")
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if (local_size := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > gpus:
         raise UserError(f"{local_size} processes on a machine with {gpus} CUDA devices: "
@@ -2995,8 +2975,8 @@ def pick_device(kind: str) -> torch.device:
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun has started, if any, and leave them cleanly.
 
-    After an error this process exits, and torchrun ends the others. WHY not leave cleanly: they
-    may be waiting for this one.
+    After an error this process just exits, because the others may be waiting for it, and
+    torchrun ends them.
     """
     if "RANK" not in os.environ:
         yield
@@ -3045,9 +3025,8 @@ def sum_over_processes(value: Tensor) -> Tensor:
 
 def mean_over_processes(losses: list[Tensor]) -> list[float]:
     """Collective: the mean over all processes of each of these numbers."""
-    if not losses:
-        return []
-    return (sum_over_processes(torch.stack(losses)) / get_world_size()).tolist()
+    sums = sum_over_processes(torch.stack(losses)) if losses else torch.empty(0)
+    return (sums / get_world_size()).tolist()
 
 
 # Data parallel
@@ -3160,12 +3139,6 @@ def set_gradient_sync(model: Any, last: bool) -> None:
             model.set_reshard_after_backward(last)  # one unit stays gathered in between
 
 
-def reshard(model: Any) -> None:
-    """Drop weights that a forward pass without a backward pass has left gathered."""
-    if is_fsdp(model):
-        model.reshard()
-
-
 @torch.no_grad()
 def local_shard(tensor: Any) -> Any:
     """The part of a tensor that this process holds: a shard under FSDP, else all of it."""
@@ -3173,12 +3146,11 @@ def local_shard(tensor: Any) -> Any:
 
 
 def local_params(model: nn.Module) -> dict[Any, Any]:
-    """For each parameter that isn't frozen, what this process holds of it.
+    """For each parameter that isn't frozen, what this process holds of it. Call after sharding.
 
     TRAP: FSDP's parameters are DTensors, tensors that know of all their shards, and fused
     AdamW leaks Python objects for each of them in each step (pytorch issue 188174). So the
-    optimizer gets these plain tensors instead. Call it after sharding, which replaces all
-    parameters.
+    optimizer gets these plain tensors instead.
     """
     return {p: local_shard(p) for p in model.parameters() if p.requires_grad}
 
@@ -3254,9 +3226,9 @@ def gradient_norm(params: dict[Any, Any]) -> Tensor:
 
 @torch.no_grad()
 def distribute(whole: Tensor | None, like: Any) -> Tensor:
-    """Collective: what this process holds of a tensor that process 0 has; the others give None.
+    """Collective: what this process holds of a tensor like the parameter `like`: `local_shard`.
 
-    That's its shard if the parameter `like` is sharded, else all of it.
+    Process 0 gives the whole tensor, the others None.
     """
     options = {"dtype": like.dtype, "device": like.device}
     whole = torch.empty(like.shape, **options) if whole is None else whole.to(**options)
@@ -3269,24 +3241,15 @@ def distribute(whole: Tensor | None, like: Any) -> Tensor:
     return shards[index] if index < len(shards) else whole[:0]  # fewer rows than processes
 
 
-def load_weights(model: Any, weights: Mapping[str, Tensor] | None) -> None:
-    """Collective: give every process its part of `weights`, which only process 0 needs to have.
-
-    One tensor after the other, so no other process ever holds more than its shards and that.
-    """
-    for name, p in model.named_parameters():
-        whole = weights[name] if weights is not None else None
-        local_shard(p.data).copy_(distribute(whole, p))
-
-
 def build_model(
     config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype,
     processes: ProcessConfig, weights: Mapping[str, Tensor] | None = None,
 ) -> TransformerWithLoss:
     """Collective: the model, ready to train on all processes. The order matters.
 
-    Process 0 has its `weights`, or draws them as chapter 5 does. So the model may be larger
-    than a device, and it's the same for any number of processes.
+    Process 0 has its `weights`, or draws them as chapter 5 does, and gives each process its
+    part. So the model may be larger than a device, and it's the same for any number of
+    processes.
     """
     with torch.device("meta"):  # shapes without numbers
         model = TransformerWithLoss(config)
@@ -3307,7 +3270,10 @@ def build_model(
     if weights is None and get_rank() == 0:
         torch.manual_seed(seed)
         weights = TransformerWithLoss(config).state_dict()
-    load_weights(model, weights)
+    # One parameter after the other: no process but 0 holds more than its shards and one whole.
+    for name, p in model.named_parameters():
+        whole = weights[name] if weights is not None else None
+        local_shard(p.data).copy_(distribute(whole, p))
     model.rope = model.make_rope().to(device)
     return model
 
@@ -3362,8 +3328,7 @@ def checkpoints_in(directory: Path) -> list[Path]:
 def read_checkpoint(path: Path) -> dict:
     """The state saved in `path`. Raises UserError if the file is damaged or something else.
 
-    Verifies checksums, then memory-maps the tensors, which are read when used. Never runs code
-    from the file.
+    The tensors are memory-mapped: they are read when used. Never runs code from the file.
     """
     with file_errors(path, "checkpoint"):
         with zipfile.ZipFile(path) as archive:
@@ -3376,30 +3341,24 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The state saved in `path`, or in the newest checkpoint of the directory `path`.
-
-    If the newest is damaged, it says so and takes the one before it.
-    """
+    """The state in `path`, or in the newest checkpoint of this directory that isn't damaged."""
     path = Path(path)
-    candidates = checkpoints_in(path)[::-1] if path.is_dir() else [path]
-    for candidate in candidates:
+    candidates = checkpoints_in(path) if path.is_dir() else [path]
+    if not candidates:
+        raise UserError(f"no checkpoint (step_NNNNNN.pt) in {path}")
+    for candidate in candidates[:0:-1]:  # the newest first, all but the oldest
         try:
             return read_checkpoint(candidate)
         except UserError as error:
-            if candidate == candidates[-1]:
-                raise
             log(f"{error}: trying the checkpoint before it")
-    raise UserError(f"no checkpoint (step_NNNNNN.pt) in {path}")
+    return read_checkpoint(candidates[0])
 
 
 def model_from_checkpoint(
     state: dict, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
     context_length: int | None = None,
 ) -> TransformerWithLoss:
-    """The model of a loaded checkpoint, for inference.
-
-    No parameter depends on context_length, so it may differ from training.
-    """
+    """The model of a loaded checkpoint, for inference, with any context_length."""
     with file_errors(state["path"], "checkpoint"), torch.device("meta"):
         config = config_from_dict(state["model_config"])
         config.context_length = context_length or config.context_length
@@ -3419,8 +3378,8 @@ def gather_state(
 ) -> dict:
     """Collective: parameters and optimizer state, whole, on process 0; nothing elsewhere.
 
-    `params` are the `local_params` that the optimizer updates. The optimizer's state is, by the
-    name of the state and of the parameter, a tensor like the parameter or a number.
+    The optimizer's state is, by the name of the state (exp_avg, say) and of the parameter, a
+    tensor like the parameter or a number.
     """
     weights: dict[str, Tensor] = {}
     moments: dict[str, dict] = {}
@@ -3592,11 +3551,10 @@ def run_training(
     trainer: Trainer, run: RunConfig, tokens: TokenFile, valid: ValidationSet | None,
     start: dict, signals: list[int],
 ) -> int:
-    """Train from start["step"] to the last step or a signal. Returns the last step.
-
-    `start` also has the best validation loss so far, and what to save besides the state.
-    """
-    first_step, max_steps, saver = start["step"], trainer.optim.max_steps, Saver(run)
+    """Train from start["step"] to the last step or a signal. Returns the last step."""
+    first_step, max_steps = start["step"], trainer.optim.max_steps
+    writer = ThreadPoolExecutor(1)  # writes checkpoints while training goes on
+    writing: Future | None = None
     batches = load_batches(
         tokens, trainer.model.config.context_length, range(first_step, max_steps),
         trainer.device, trainer.data, get_rank(), get_world_size())
@@ -3609,7 +3567,7 @@ def run_training(
         loss, grad_norm = trainer.step(step, batches)
         losses.append(loss)
         logging = last or step <= 2 or step % run.log_interval == 0
-        failing = logging and trainer.scaler.is_failing()
+        failing = logging and trainer.scaler.consecutive_skips.item() >= GradScaler.MAX_SKIPS
         signaled = sum_over_processes(torch.tensor(len(signals))).item() > 0  # on any process
         evaluating = last or step % run.eval_interval == 0
         saving = last or failing or signaled or step % run.save_interval == 0
@@ -3633,47 +3591,32 @@ def run_training(
             best_loss = min(best_loss, valid_loss)
         if saving:
             state = trainer.state(step, weights_only=last and run.weights_only)
-            state["losses"] = mean_over_processes(losses)
-            states[f"step_{step:06d}.pt"] = state
-        write_metrics(run.outdir, record)
-        saver.save({name: {**state, **start["about"]} for name, state in states.items()})
+            states[f"step_{step:06d}.pt"] = {**state, "losses": mean_over_processes(losses)}
+        if len(record) > 1 and get_rank() == 0:
+            write_metrics(run.outdir, record)
+        if writing and (states or writing.done()):
+            writing.result()  # or its error; at most one copy of the state waits for the disk
+        if states and get_rank() == 0:
+            writing = writer.submit(write_checkpoints, run, states, start["about"])
         if failing or signaled:
             break
     batches.close()
-    saver.finish()
+    if writing:
+        writing.result()
     if failing:
         raise UserError("loss or gradients have not been finite for many steps: try a smaller "
                         "--lr or another --dtype")
     return step
 
 
-class Saver:
-    """Writes checkpoints in a thread of process 0, so that training goes on meanwhile."""
-
-    def __init__(self, run: RunConfig):
-        self.run, self.executor = run, ThreadPoolExecutor(1)
-        self.pending: Future | None = None
-
-    def save(self, states: dict[str, dict]) -> None:
-        """Write these under their names. Raises UserError if earlier ones couldn't be."""
-        if states or self.pending and self.pending.done():
-            self.finish()  # at most one copy of the state waits for the disk
-        if states and get_rank() == 0:
-            self.pending = self.executor.submit(self.write, states)
-
-    def write(self, states: dict[str, dict]) -> None:
-        for name, state in states.items():
-            save_checkpoint(self.run.outdir / name, state)
-        if self.run.keep_checkpoints:
-            for old in checkpoints_in(self.run.outdir)[: -self.run.keep_checkpoints]:
-                if old.name not in states:  # a later step's may be left, damaged
-                    old.unlink()
-
-    def finish(self) -> None:
-        """Wait for what is being written."""
-        if self.pending:
-            self.pending.result()
-        self.pending = None
+def write_checkpoints(run: RunConfig, states: dict[str, dict], about: dict) -> None:
+    """Write these states, each with `about`, under their names. Then delete old ones."""
+    for name, state in states.items():
+        save_checkpoint(run.outdir / name, {**state, **about})
+    if run.keep_checkpoints:
+        for old in checkpoints_in(run.outdir)[: -run.keep_checkpoints]:
+            if old.name not in states:  # a later step's may be left, damaged
+                old.unlink()
 
 
 # Token files
@@ -3705,8 +3648,7 @@ class TokenFile(typing.NamedTuple):
 def open_tokens(path: Path, vocab_size: int = 0) -> TokenFile:
     """The token file at `path`, with its metadata. nanoGPT's files, which have none, work, too.
 
-    `vocab_size` 0 takes the metadata's; a larger one only costs memory. Raises UserError if the
-    file is cut short or contradicts its metadata.
+    `vocab_size` 0 takes the metadata's; a larger one only costs memory.
     """
     metadata: dict[str, Any] = {"dtype": "uint16", "vocab_size": 0}
     description = Path(f"{path}.json")
@@ -3769,11 +3711,8 @@ class ValidationSet:
         self.bytes_per_token = len(self.text) / len(ids)  # 0 if unknown
 
     @torch.no_grad()
-    def loss(self, model: TransformerWithLoss, batch_size: int, autocast: Any = None) -> float:
-        """Collective: the mean loss of all tokens, in nats.
-
-        It doesn't depend on batch_size or the number of processes.
-        """
+    def loss(self, model: Any, batch_size: int, autocast: Any = None) -> float:
+        """Collective: the mean loss of all tokens, in nats, for any number of processes."""
         rank, world_size, training = get_rank(), get_world_size(), model.training
         sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
         model.eval()  # switches off dropout, if somebody adds it
@@ -3791,7 +3730,8 @@ class ValidationSet:
                 loss = model(inputs, targets)
             count = int((targets >= 0).sum())
             sums += torch.tensor([loss.item() * count, count])
-        reshard(model)
+        if is_fsdp(model):  # without a backward pass, the last unit has stayed gathered
+            model.reshard()
         model.train(training)
         nats, count = sum_over_processes(sums).tolist()
         return nats / count
@@ -3831,8 +3771,8 @@ def log_training(
 ) -> dict:
     """Collective: log a line about the last steps. Returns it as a row of metrics.jsonl."""
     max_steps, seen = trainer.optim.max_steps, step * trainer.tokens_per_step
-    loss = torch.tensor(mean_over_processes(losses)).mean().item()
     seconds_per_step = sum(seconds) / len(seconds)
+    loss = torch.tensor(mean_over_processes(losses)).mean().item()
     record = {"tokens_seen": seen, "epochs": seen / num_tokens, "train_loss": loss,
               "lr": trainer.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
               "tokens_per_second": round(trainer.tokens_per_step / seconds_per_step, 1),
@@ -3864,8 +3804,6 @@ def json_line(record: dict) -> str:
 
 def write_metrics(outdir: Path, record: dict) -> None:
     """Append a line to metrics.jsonl. A full disk, which may have room again, isn't fatal."""
-    if len(record) == 1 or get_rank() > 0:  # only the step
-        return
     try:
         with open(outdir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json_line(record) + "\n")
@@ -3925,14 +3863,10 @@ def load_any_checkpoint(path: Path) -> dict:
 def load_tokenizer(
     path: Path | None, checkpoint: str | None, hashes: dict, vocab_size: int
 ) -> Tokenizer | None:
-    """The tokenizer at `path`, or the copy that training left beside `checkpoint`, if any.
-
-    Raises UserError if another tokenizer made what has `hashes`.
-    """
+    """The tokenizer at `path`, or the copy that training left beside `checkpoint`, if any."""
     if not path and checkpoint:
-        beside = Path(checkpoint)
-        path = (beside if beside.is_dir() else beside.parent) / "tokenizer.json"
-        path = path if path.is_file() else None
+        folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
+        path = next(folder.glob("tokenizer.json"), None)
     tokenizer = Tokenizer.load(path) if path else None
     check_same_tokenizer({**hashes, path: tokenizer.fingerprint() if tokenizer else None})
     if tokenizer and tokenizer.vocab_size > vocab_size:
@@ -3942,10 +3876,7 @@ def load_tokenizer(
 
 
 def load_start(run: RunConfig) -> dict:
-    """What training starts from: a state to resume, a model's weights, or only a step, 0.
-
-    Raises UserError rather than mix a fresh run with the files of another.
-    """
+    """What training starts from: a state to resume, a model's weights, or only a step, 0."""
     checkpoints = checkpoints_in(run.outdir)
     logs = [path for path in run.outdir.glob("metrics.jsonl") if path.stat().st_size]
     if (checkpoints or logs) and not run.resume:
@@ -3970,14 +3901,11 @@ def load_start(run: RunConfig) -> dict:
 
 
 def resolve_model_config(given: dict, model: LlamaConfig, start: dict) -> LlamaConfig:
-    """The configuration of the model in `start`, if there is one and the user's flags agree.
-
-    context_length may differ for --init_from, because no parameter depends on it.
-    """
+    """The configuration of the model in `start`, if there is one and the user's flags agree."""
     if "model_config" not in start:
         return model
     config = config_from_dict(start["model_config"])
-    if "context_length" in given and not start["step"]:
+    if "context_length" in given and not start["step"]:  # no parameter depends on it
         config.context_length = model.context_length
     for name in vars(config).keys() & given.keys():
         value, auto = getattr(model, name), name in ("vocab_size", "num_kv_heads")
@@ -4011,10 +3939,7 @@ def own_outdir(outdir: Path) -> Iterator[None]:
 def open_data(
     start: dict, data: DataConfig, config: LlamaConfig, run: RunConfig
 ) -> tuple[TokenFile, ValidationSet | None, Tokenizer | None]:
-    """Training data, validation data, tokenizer. Raises UserError unless all fit each other.
-
-    Only process 0 reads the tokenizer.
-    """
+    """Training data, validation data, tokenizer. Raises UserError unless all fit each other."""
     if not data.train_tokens:
         raise UserError("--train_tokens is required: a token file to learn from")
     tokens = open_tokens(Path(data.train_tokens), config.vocab_size)
@@ -4024,7 +3949,7 @@ def open_data(
     valid_tokens, valid, tokenizer = tokens, None, None
     if data.valid_tokens:
         valid_tokens = open_tokens(Path(data.valid_tokens), tokens.vocab_size)
-    if get_rank() == 0:
+    if get_rank() == 0:  # it alone reads the tokenizer
         hashes = {tokens.path: tokens.tokenizer_sha256,
                   valid_tokens.path: valid_tokens.tokenizer_sha256,
                   start.get("path"): start.get("tokenizer_sha256")}
