@@ -2387,8 +2387,7 @@ class SpeedConfig(DeviceConfig):
     """Devices and speed"""
 
     compile: bool = False  # fuse kernels with torch.compile: slower start, faster steps
-    activation_checkpointing: bool = False
-    # compute activations again in the backward pass instead of storing them
+    activation_checkpointing: bool = False  # compute activations twice to save memory
 
 
 # Mixed precision
@@ -2813,9 +2812,9 @@ class StaticCache(KVCache):
 class CUDAGraphModel:
     """A model that computes single tokens by replaying a CUDA graph.
 
-    It's a recording of kernel launches, which one launch replays: the same kernels on the same
-    memory. So what changes, tokens and position, is kept in tensors that stay where they are,
-    and the result is overwritten by the next call.
+    A CUDA graph is a recording of kernel launches, which one launch replays: the same kernels
+    on the same memory. So what changes, tokens and position, is kept in tensors that stay where
+    they are, and the result is overwritten by the next call.
     """
 
     def __init__(self, model: Transformer):
@@ -2869,7 +2868,7 @@ def generate_texts(
 def stream_text(tokenizer: BPETokenizer | Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """The text of `ids`, piece by piece as they come, in whole characters.
 
-    The bytes of a character may be spread over several tokens.
+    The bytes of a character may be spread over several tokens: they wait in the decoder.
 
     >>> list(stream_text(BPETokenizer([]), [*"é!".encode()]))
     ['', 'é', '!', '']
@@ -2973,11 +2972,7 @@ def pick_device(kind: str) -> torch.device:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun has started, if any, and leave them cleanly.
-
-    After an error this process just exits, because the others may be waiting for it, and
-    torchrun ends them.
-    """
+    """Join the processes that torchrun has started, if any, and leave them cleanly."""
     if "RANK" not in os.environ:
         yield
         return
@@ -2998,6 +2993,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         if not expected:
             traceback.print_exc()
         print_error(f"scratchformer: error: process {get_rank()}: {error_message(error)}\n")
+        # WHY not leave cleanly: the others may be waiting for this process. torchrun ends them.
         os._exit(2 if expected else 1)
     # TRAP: a plain destroy_process_group() aborts some CPU runs at exit ("terminate called
     # without an active exception"). Whatever holds the group must be gone first, and nobody may
@@ -3452,8 +3448,7 @@ class DataConfig:
 
     train_tokens: Path | None = None  # token file to train on (required unless resuming)
     valid_tokens: Path | None = None  # token file to evaluate the loss on
-    tokenizer_path: Path | None = None
-    # tokenizer of these files: copied to outdir, for eval and generate
+    tokenizer_path: Path | None = None  # tokenizer of these files: copied to outdir
     batch_size: int = 16  # sequences per process and micro-batch
     grad_accum_steps: int = 1  # micro-batches per optimizer step
     seed: int = 1  # random seed of initial parameters and batches
@@ -3630,8 +3625,7 @@ class TokenFile(typing.NamedTuple):
     ids: np.ndarray  # an np.memmap, as in chapter 4: it's read when used
     vocab_size: int
     tokenizer_sha256: str | None = None
-    # The entropy of generated text (chapter 8), in nats per byte: the loss that no model can be
-    # expected to beat. None for other text.
+    # The entropy of generated text (chapter 8) in nats per byte: no model is expected to beat it.
     floor: float | None = None
 
     def check(self, ids: Any) -> None:
@@ -3689,8 +3683,7 @@ class ValidationSet:
     """Windows of tokens to evaluate models on, and what a loss on them means.
 
     All windows, end to end, or `limit` of them, spread evenly. The last may be shorter, so that
-    all tokens but the first are predicted once. For example, with 12 tokens and a context of
-    2, they begin at 0, 2, 4, 6, 8 and 10; three of them at 0, 4 and 10.
+    all tokens but the first are predicted once.
     """
 
     def __init__(
@@ -3741,8 +3734,7 @@ class ValidationSet:
 
         WHY per byte: a small vocabulary has short tokens that are easy to guess, so losses per
         token can't be compared between tokenizers. Bytes are the same for all. If `compare`,
-        also what lzma makes of this text, the method of xz, which finds repetitions: a model
-        that beats it knows more than these.
+        also what lzma makes of this text, by finding repetitions: a good model beats it.
         """
         result = {"valid_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         text = f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}"
@@ -3915,25 +3907,21 @@ def resolve_model_config(given: dict, model: LlamaConfig, start: dict) -> LlamaC
     return config
 
 
-@contextlib.contextmanager
-def own_outdir(outdir: Path) -> Iterator[None]:
-    """Make outdir, and refuse it if another run is writing to it. Process 0 only."""
-    if get_rank() > 0 or os.name != "posix":
-        yield
-        return
-    import fcntl
-
+def lock_outdir(outdir: Path) -> typing.TextIO:
+    """Make outdir, and refuse it if another run is writing to it. Returns the locked file."""
     outdir.mkdir(parents=True, exist_ok=True)
-    with open(outdir / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {outdir}") from None
-        except OSError:  # a file system without locks
-            pass
-        for leftover in outdir.glob(".*.pt.*.tmp"):  # by a process that was killed
-            leftover.unlink()
-        yield
+    lock = open(outdir / ".lock", "w")
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {outdir}") from None
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+    for leftover in outdir.glob(".*.pt.*.tmp"):  # by a process that was killed
+        leftover.unlink()
+    return lock
 
 
 def open_data(
@@ -3971,8 +3959,10 @@ def train(
     # Process 0 alone reads and writes outdir, and reads init_from and the tokenizer. It tells
     # the others what it found. Token files are read by all.
     with contextlib.ExitStack() as stack:
-        stack.enter_context(own_outdir(run.outdir))
-        saved = load_start(run) if get_rank() == 0 else {}
+        saved: dict = {}
+        if get_rank() == 0:
+            stack.enter_context(lock_outdir(run.outdir))
+            saved = load_start(run)
         stack.enter_context(process_group(device))
         signals = stack.enter_context(catch_signals())
         start = broadcast({k: x for k, x in saved.items() if k not in ("model", "optimizer")})
