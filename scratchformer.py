@@ -3625,7 +3625,7 @@ class TokenFile(typing.NamedTuple):
     ids: np.ndarray  # an np.memmap, as in chapter 4: it's read when used
     vocab_size: int
     tokenizer_sha256: str | None = None
-    # The entropy of generated text (chapter 8) in nats per byte: no model is expected to beat it.
+    # Entropy of generated text (chapter 8), in nats per byte. No model is expected to beat it.
     floor: float | None = None
 
     def check(self, ids: Any) -> None:
@@ -3831,9 +3831,8 @@ def catch_signals() -> Iterator[list[int]]:
             os._exit(128 + number)
         received.append(number)
 
-    # Signals that are ignored stay ignored: that's how nohup works.
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-               if hasattr(signal, name)]
+    # Windows has no SIGHUP. Signals that are ignored stay ignored: that's how nohup works.
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     before = {number: signal.signal(number, handle) for number in numbers
               if signal.getsignal(number) != signal.SIG_IGN}
     try:
@@ -3990,11 +3989,9 @@ def train(
                      for flags in (data, optim, run) for name, value in vars(flags).items()
                      if name not in ("outdir", "resume", "init_from", "tokenizer_path")}
         new_flags["tokens_per_step"] = trainer.tokens_per_step
-        changed = [f"{name} {old_flags[name]} -> {new_flags[name]}"
-                   for name in old_flags.keys() & new_flags.keys()
-                   if old_flags[name] != new_flags[name]]
-        if changed:
-            log("changed since the checkpoint: " + ", ".join(changed))
+        for name in old_flags.keys() & new_flags.keys():
+            if (old := old_flags[name]) != new_flags[name]:
+                log(f"changed since the checkpoint: {name} {old} -> {new_flags[name]}")
         start["about"] = {"run": new_flags, "tokenizer_sha256": (
             tokens.tokenizer_sha256 or tokenizer and tokenizer.fingerprint())}
         if get_rank() == 0:
@@ -4014,7 +4011,7 @@ def train(
 # Exercises
 # 1. Leave out `/ count` in `step` and train with --grad_accum_steps 4. Loss and gradient norm
 #    are four times what they were, yet the model learns nearly as before, because clipping and
-#    AdamW both divide the factor out. Only the log shows it: the loss starts at 4 ln V.
+#    AdamW both divide the factor out.
 # 2. Log the norm of the parameters beside that of the gradients, in `log_training`. It grows
 #    while the model learns.
 
