@@ -2423,9 +2423,10 @@ class GradScaler:
     by a large power of two before backward, and the gradients are divided by it afterwards. If
     they overflow, the step is skipped and the scale halved; after 2,000 good steps in a row
     it's doubled. For other dtypes the scale stays 1.
-    WHY not `if grad_norm.isfinite()`: it makes the host wait for the GPU. PyTorch's fused AdamW
-    divides gradients by `optimizer.grad_scale`, and does nothing if `optimizer.found_inf` is 1.
-    So, in `step`, x * (1 - found_inf) means: 0 if the step is skipped, else x.
+    WHY not `if grad_norm.isfinite(): optimizer.step()`: this `if` makes the host wait for the
+    GPU. PyTorch's fused AdamW doesn't: it divides gradients by `optimizer.grad_scale`, and does
+    nothing if `optimizer.found_inf` is 1. So, in `step`, x * (1 - found_inf) means: 0 if the
+    step is skipped, else x.
     WHY not torch.amp.GradScaler: under FSDP (chapter 12) it sees one process's shards only, so
     one process would skip a step that the others take.
     """
@@ -2665,9 +2666,6 @@ def muon_momentum(step: int) -> float:
 
     WHY: early on the loss falls so fast that older gradients no longer point downhill.
     Source: Jordan et al. 2024, github.com/KellerJordan/modded-nanogpt.
-
-    >>> muon_momentum(0), round(muon_momentum(150), 3), muon_momentum(1000)
-    (0.85, 0.9, 0.95)
     """
     return min(0.95, 0.85 + 0.1 * step / 300)
 
@@ -2701,9 +2699,8 @@ class Muon(torch.optim.AdamW):
                 self.state[weight]["exp_avg"] = torch.zeros_like(weight)  # the momentum
         self.dtype = dtype
         if compiled:  # fewer passes over memory
-            compile_static = functools.partial(torch.compile, dynamic=False)
-            self.update_momenta = compile_static(self.update_momenta)  # type: ignore[method-assign]
-            self.apply_update = compile_static(self.apply_update)  # type: ignore[method-assign]
+            for name in ("update_momenta", "apply_update"):
+                setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -2984,8 +2981,6 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if get_world_size() == 1:
-            raise
         if get_rank() > 0:
             # An error that all have is process 0's to tell: torchrun ends this sleep.
             time.sleep(5)
@@ -3222,9 +3217,9 @@ def gradient_norm(params: dict[Any, Any]) -> Tensor:
 
 @torch.no_grad()
 def distribute(whole: Tensor | None, like: Any) -> Tensor:
-    """Collective: what this process holds of a tensor like the parameter `like`: `local_shard`.
+    """Collective: what this process holds of a tensor that process 0 has; the others give None.
 
-    Process 0 gives the whole tensor, the others None.
+    That's its shard if the parameter `like` is sharded, else all of it.
     """
     options = {"dtype": like.dtype, "device": like.device}
     whole = torch.empty(like.shape, **options) if whole is None else whole.to(**options)
@@ -3243,9 +3238,8 @@ def build_model(
 ) -> TransformerWithLoss:
     """Collective: the model, ready to train on all processes. The order matters.
 
-    Process 0 has its `weights`, or draws them as chapter 5 does, and gives each process its
-    part. So the model may be larger than a device, and it's the same for any number of
-    processes.
+    Process 0 has its `weights`, or draws them as chapter 5 does. So the model may be larger
+    than a device, and it's the same for any number of processes.
     """
     with torch.device("meta"):  # shapes without numbers
         model = TransformerWithLoss(config)
@@ -3324,7 +3318,7 @@ def checkpoints_in(directory: Path) -> list[Path]:
 def read_checkpoint(path: Path) -> dict:
     """The state saved in `path`. Raises UserError if the file is damaged or something else.
 
-    The tensors are memory-mapped: they are read when used. Never runs code from the file.
+    Verifies checksums, and never runs code from the file. Tensors are mapped: read when used.
     """
     with file_errors(path, "checkpoint"):
         with zipfile.ZipFile(path) as archive:
@@ -3337,7 +3331,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The state in `path`, or in the newest checkpoint of this directory that isn't damaged."""
+    """The state in `path`, or in the newest checkpoint of that directory that isn't damaged."""
     path = Path(path)
     candidates = checkpoints_in(path) if path.is_dir() else [path]
     if not candidates:
@@ -3498,7 +3492,7 @@ class Trainer:
         processes: ProcessConfig, device: torch.device, dtype: torch.dtype,
         weights: Mapping[str, Tensor] | None = None,
     ):
-        self.data, self.optim, self.device, self.dtype = data, optim, device, dtype
+        self.data, self.optim, self.device = data, optim, device
         self.model = build_model(config, data.seed, device, dtype, processes, weights)
         self.params = local_params(self.model)
         precision = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -3886,9 +3880,7 @@ def load_start(run: RunConfig) -> dict:
     if run.resume:
         log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
     state = load_any_checkpoint(run.init_from) if run.init_from else {}
-    kept = {"model", "model_config", "path", "tokenizer_sha256"} & state.keys()
-    return {"step": 0, "best_loss": math.inf, "losses": [],
-            **{name: state[name] for name in kept}}
+    return {**state, "step": 0, "run": {}, "best_loss": math.inf, "losses": []}
 
 
 def resolve_model_config(given: dict, model: LlamaConfig, start: dict) -> LlamaConfig:
