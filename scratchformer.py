@@ -1275,7 +1275,7 @@ import typing
 from collections import deque
 from collections.abc import Collection, Generator
 from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal, NoReturn
 
@@ -1291,11 +1291,7 @@ def run_starts(values: np.ndarray) -> np.ndarray:
 
 
 def ragged_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The concatenation of the ranges starts[i], ..., starts[i] + lengths[i] - 1.
-
-    >>> ragged_indices(np.array([10, 5]), np.array([2, 3])).tolist()
-    [10, 11, 5, 6, 7]
-    """
+    """All ranges, joined: starts [10, 5] and lengths [2, 3] give [10, 11, 5, 6, 7]."""
     ends = np.cumsum(lengths)
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
 
@@ -1308,12 +1304,11 @@ class PairIndex:
     """Words as linked lists of tokens, and for each pair of neighbors: count and positions.
 
     In plain Python one would keep a dictionary from pair to the set of words that contain it.
-    This is the same idea in arrays, so that many merges take a few numpy calls.
-
-    Every byte of every word has a position. `token[p]` is the token there, `prev[p]` and
-    `next[p]` are the positions of its neighbors. Merging a pair at p writes the new token to
-    p and unlinks the position after it. Here are "low" and "slow", and what merging l + o into
-    token 256 leaves. A token -1 separates words; x marks the positions that are unlinked.
+    This is the same idea in arrays, so that many merges take a few numpy calls. Every byte
+    of every word has a position. `token[p]` is the token there, `prev[p]` and `next[p]` are the
+    positions of its neighbors. Merging a pair at p writes the new token to p and unlinks the
+    position after it. Here are "low" and "slow", and what merging l + o into token 256 leaves.
+    A token -1 separates words; x marks the positions that are unlinked.
 
         p        0   1   2   3   4   5   6   7   8   9
         token   -1   l   o   w  -1   s   l   o   w  -1
@@ -1379,13 +1374,11 @@ class PairIndex:
         return pos[keep], pair_index[keep]
 
     def pairs_around(self, pos: np.ndarray, next_pos: np.ndarray, new: np.ndarray) -> TwoArrays:
-        """The pairs that `new` tokens at `pos` form with their neighbors; and where they are.
-
-        The pairs are sorted. If both tokens of a pair are new, it's in the result only once.
-        """
+        """The pairs that `new` tokens at `pos` form with neighbors, sorted; and where they are."""
         prev_pos = self.prev[pos]
         x, y = self.token[prev_pos], self.token[next_pos]
         is_new = x >= new.min()  # new tokens have the highest ids
+        # A pair of two new tokens must be in the result only once.
         is_left, is_right = (x >= 0) & ~is_new, y >= 0
         pairs = np.concatenate([(x << 32 | new)[is_left], (new << 32 | y)[is_right]])
         order = pairs.argsort(kind="stable")
@@ -1437,10 +1430,8 @@ class PairIndex:
 
 
 def without_overlaps(left_pos: np.ndarray, right_pos: np.ndarray) -> np.ndarray:
-    """Which pairs to merge, of those with tokens at left_pos[i] and right_pos[i], ascending.
-
-    Pairs overlap in a run of equal tokens. "aaaa" has three: merge the first and the third.
-    """
+    """Which pairs to merge, of those with tokens at left_pos[i] and right_pos[i], ascending."""
+    # Pairs overlap in a run of equal tokens. "aaaa" has three: merge the first and the third.
     index, starts_run = np.arange(len(left_pos)), np.ones(len(left_pos), bool)
     starts_run[1:] = right_pos[:-1] != left_pos[1:]
     first_of_run = np.maximum.accumulate(np.where(starts_run, index, 0))
@@ -1514,11 +1505,9 @@ CLASS_OF_CODE = np.full(0x110000, UNKNOWN, np.uint8)  # of every code point, onc
 
 
 def bytes_to_text(data: bytes) -> str:
-    """The text of UTF-8 `data`, which may contain invalid bytes.
-
-    Python's "surrogateescape" turns each invalid byte into one of 128 *surrogates*, U+DC80 to
-    U+DCFF, code points that valid text doesn't use.
-    """
+    """The text of UTF-8 `data`, which may contain invalid bytes."""
+    # Each invalid byte becomes one of 128 *surrogates*, U+DC80 to U+DCFF: code points that
+    # valid text doesn't use.
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -1540,9 +1529,8 @@ def character_classes(codes: np.ndarray) -> np.ndarray:
     if (unknown := codes[classes == UNKNOWN]).size:
         # Ask the regex package, so that its patterns and we agree on Unicode.
         characters = "".join(map(chr, set(unknown.tolist())))
-        # Start with OTHER for all, since `.` matches any character.
-        kinds = {r"(?s).": OTHER, r"\p{L}": LETTER, r"\p{N}": NUMBER, r"\s": SPACE}
-        for pattern, kind in kinds.items():
+        CLASS_OF_CODE[unknown] = OTHER
+        for pattern, kind in ((r"\p{L}", LETTER), (r"\p{N}", NUMBER), (r"\s", SPACE)):
             CLASS_OF_CODE[list(map(ord, regex.findall(pattern, characters)))] = kind
         classes = CLASS_OF_CODE.take(codes)
     return classes
@@ -1637,14 +1625,11 @@ HASH_FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)  # 
 
 
 def word_keys(words: Pretokens) -> np.ndarray:
-    """Bytes 0 to 7 of each word; bytes 8 to 14, with the length in the top byte; uint64 [N, 2].
-
-    Words of more than 15 bytes count as 16 bytes long; their keys are never used.
-    """
+    """Bytes 0 to 7 of each word; bytes 8 to 14, with its length as top byte; uint64 [N, 2]."""
     padded = words.data + bytes(16)
     # A view of the same memory, with an item of 16 bytes starting at every byte.
     items = np.ndarray(len(words.data) + 1, "V16", padded, strides=(1,))
-    lengths = np.minimum(words.lengths, MAX_SHORT + 1)
+    lengths = np.minimum(words.lengths, MAX_SHORT + 1)  # keys of longer words are never used
     keys = items[words.starts].view("<u8").reshape(-1, 2) & KEY_MASK.take(lengths, axis=0)
     keys[:, 1] |= lengths.astype(np.uint64) << np.uint64(56)
     return keys
@@ -1669,10 +1654,7 @@ class WordTable:
         self.size = len(self.others)
 
     def lookup(self, words: Pretokens) -> TwoArrays:
-        """The number of each word, int64 [N], and the indices of words that are new.
-
-        If a new word occurs several times, one of its indices is in the second result.
-        """
+        """The number of each word, int64 [N], and for each new word one of its indices."""
         keys, in_table = word_keys(words), words.lengths <= MAX_SHORT
         in_table[words.special_at] = False
         hashes = (keys[:, 0] * HASH_FACTORS[0] ^ keys[:, 1]) * HASH_FACTORS[1]
@@ -1741,7 +1723,7 @@ class Progress:
         now = time.monotonic()
         if not self.shown or now - self.last < 0.1:
             return
-        self.last, rate = now, done / max(now - self.start, 1e-9)
+        self.last, rate = now, done / (now - self.start)
         left = datetime.timedelta(seconds=round((self.total - done) / rate if rate else 0))
         line = f"{self.label} {done / self.total:4.0%}  {rate:,.1f} {self.unit}/s"
         print_error(f"\r{f'{line}  {left} left':<79}")
@@ -1755,9 +1737,8 @@ class Progress:
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Write a file that appears at `path` complete, or not at all.
 
-    The bytes go to a temporary file in the same directory, which is renamed at the end:
-    renaming is atomic on POSIX. If the block raises, whatever was at `path` stays. If `path` is
-    a symbolic link, its target is replaced.
+    The bytes go to a temporary file beside it, which is renamed at the end: on POSIX that is
+    atomic. If the block raises, what was at `path` stays. A symbolic link's target is replaced.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -1820,11 +1801,9 @@ class Tokenizer:
     """The fast `BPETokenizer`: for any bytes and pattern, also for third-party tokenizers.
 
     Special tokens may be in `vocab` already; the others get the next free ids. Raises UserError
-    if the arguments contradict each other.
-
-    Two things exist only for third-party tokenizers. With `ignore_merges`, as in Llama 3, a
-    pre-token that is in the vocabulary takes its id without any merges. And bytes that a
-    vocabulary lacks are skipped; ours have all 256.
+    if the arguments contradict each other. Two things exist only for third-party tokenizers.
+    With `ignore_merges`, as in Llama 3, a pre-token that is in the vocabulary takes its id
+    without any merges. And bytes that a vocabulary lacks are skipped; ours have all 256.
 
     >>> merges = [(b"t", b"h"), (b"th", b"e"), (b"h", b"e")]
     >>> tokenizer = Tokenizer(build_vocab(merges, []), merges, ["<a>", "<b>"])
@@ -1871,7 +1850,6 @@ class Tokenizer:
             END_OF_TEXT, self.special_tokens.get("<|end_of_text|>"))
         # How token files store ids: as little-endian integers of 16 bits, or 32 if needed.
         self.dtype = "<u2" if self.vocab_size <= 1 << 16 else "<u4"
-
         # Both ids of a pair in one integer, sorted for binary search. The last is a sentinel.
         pairs = [self.id_of[left] << 32 | self.id_of[right] for left, right in self.merges]
         pairs.append(np.iinfo(np.int64).max)
@@ -1899,7 +1877,7 @@ class Tokenizer:
         `for token_id in tokenizer.encode_iterable(open(path, newline="")): ...` reads a file of
         any size. (Without newline="", Python turns \\r\\n into \\n.)
         """
-        for text in safe_pieces(chunks, self):
+        for text in safe_pieces(chunks, self, 1 << 13):
             yield from self.encode(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -2004,22 +1982,18 @@ class Tokenizer:
 # every CPU core can help. In GPT-2's and GPT-4's patterns, no pre-token contains a letter or
 # digit followed by something that is neither, and nothing before that point depends on what
 # comes after. So "one two|, three" may be cut before any space or punctuation that follows a
-# word. For any other pattern only the end of a special token is safe. (?r) searches backwards.
-SAFE_SPLIT = r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])"
+# word. For any other pattern only the end of a special token is safe.
 
 
 def last_safe_split(text: str, tokenizer: Tokenizer) -> int:
-    """The last position where `text`, which began at one, can be cut whatever follows; else 0.
-
-    >>> last_safe_split("one two, three four", Tokenizer(build_vocab([], []), []))
-    14
-    """
+    """The last position where `text`, which began at one, can be cut whatever follows, or 0."""
     # At the end of `text` there may be a part of a special token, or of a character.
     end = len(text) - max([4, *map(len, tokenizer.special_tokens)])
     if tokenizer.pattern not in (PRETOKEN_PATTERN, GPT4_PATTERN):
         found = tokenizer.special_pattern.finditer(text)
         return max([match.end() for match in found if match.start() <= end], default=0)
-    for match in regex.finditer(SAFE_SPLIT, text, endpos=max(0, end)):
+    after_word = r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])"  # (?r) searches backwards
+    for match in regex.finditer(after_word, text, endpos=max(0, end)):
         cut = match.start()
         # Does a special token begin before the cut and end after it?
         if not any(text.find(token, max(0, cut - len(token) + 1), cut + len(token) - 1) >= 0
@@ -2028,9 +2002,7 @@ def last_safe_split(text: str, tokenizer: Tokenizer) -> int:
     return 0
 
 
-def safe_pieces(
-    chunks: Iterable[str], tokenizer: Tokenizer, size: int = 1 << 13
-) -> Iterator[str]:
+def safe_pieces(chunks: Iterable[str], tokenizer: Tokenizer, size: int) -> Iterator[str]:
     """The text of `chunks` in pieces of about `size` characters, to be encoded one by one."""
     text, wanted = "", size
     for chunk in chunks:
@@ -2046,10 +2018,7 @@ def safe_pieces(
 
 
 def input_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The text files to read: those named, and those in directories, however deep.
-
-    In directories, hidden files and directories (such as .git) and binary files are left out.
-    """
+    """The text files to read: in directories, those that aren't hidden (as in .git) or binary."""
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     files: list[Path] = []
     for path in map(Path, given):
@@ -2106,8 +2075,8 @@ def split_files(files: Sequence[Path], tokenizer: Tokenizer, label: str) -> Iter
     progress.close()
 
 
-# Many cores
-# ----------
+# Files on many cores
+# -------------------
 
 
 def available_cores() -> int:
@@ -2117,13 +2086,11 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def bounded_map(
-    executor: futures.Executor, function: Callable, tasks: Iterable, limit: int
-) -> Iterator[Any]:
+def bounded_map(pool: Executor, function: Callable, tasks: Iterable, limit: int) -> Iterator:
     """Yields `function(task)` in order, with at most `limit` tasks running or waiting."""
     pending: deque[Future] = deque()
     for task in tasks:
-        pending.append(executor.submit(function, task))
+        pending.append(pool.submit(function, task))
         if len(pending) >= limit:
             yield pending.popleft().result()
     while pending:
@@ -2150,12 +2117,10 @@ def call_worker_function(task: Any) -> Any:
 def map_on_cores(
     function: Callable, tasks: Iterable, size: int, num_workers: int | None
 ) -> Iterator[Any]:
-    """Yields `function(task)` for each task, in order, computed in several processes.
-
-    `size` is that of all tasks in bytes. By default each process gets at least 4 MB, since less
-    would be done before another process is ready.
-    """
+    """Yields `function(task)` for each task, in order, computed in several processes."""
     if num_workers is None:
+        # `size` is that of all tasks in bytes. Each process gets at least 4 MB, since less
+        # would be done before another process is ready.
         num_workers = min(available_cores(), size // (4 * CHUNK))
     if num_workers <= 1:
         yield from map(function, tasks)
@@ -2170,10 +2135,6 @@ def map_on_cores(
             yield from bounded_map(pool, call_worker_function, tasks, num_workers + 1)
     except futures.BrokenExecutor:
         raise UserError("a worker process died: is there enough memory?") from None
-
-
-# Training on files and encoding files
-# ------------------------------------
 
 
 def count_spans(spans: Iterable[FileSpan], tokenizer: Tokenizer) -> Counter[bytes]:
@@ -2196,11 +2157,9 @@ def count_spans(spans: Iterable[FileSpan], tokenizer: Tokenizer) -> Counter[byte
 
 
 def count_files(
-    paths: str | Path | Sequence[str | Path], special_tokens: Sequence[str],
-    num_workers: int | None = None, pattern: str = PRETOKEN_PATTERN,
+    paths: str | Path | Sequence[str | Path], tokenizer: Tokenizer, num_workers: int | None
 ) -> Counter[bytes]:
     """`count_pretokens` of text files of any size."""
-    tokenizer = Tokenizer(build_vocab([], special_tokens), [], special_tokens, pattern)
     files, counts = input_files(paths), Counter[bytes]()
     total = sum(path.stat().st_size for path in files)
     spans = split_files(files, tokenizer, "counting")
@@ -2221,14 +2180,14 @@ def train_bpe(
     """A vocabulary of at most `vocab_size` tokens, and its merges in the order learned.
 
     `input_path` is a text file, a directory, or a list of them. The vocabulary is smaller if no
-    pair is left to merge. The result does not depend on `num_workers` or on the order of the
-    files.
+    pair is left to merge. The order of the files and `num_workers` don't change the result.
     """
     num_fixed = 256 + len(special_tokens)
     if vocab_size < num_fixed:
         raise UserError(f"vocab_size must be at least {num_fixed}: 256 bytes and "
                         f"{len(special_tokens)} special tokens")
-    counts = count_files(input_path, special_tokens, num_workers, pattern)
+    splitter = Tokenizer(build_vocab([], special_tokens), [], special_tokens, pattern)
+    counts = count_files(input_path, splitter, num_workers)
     merges = learn_merges(counts, vocab_size - num_fixed)
     return build_vocab(merges, special_tokens), merges
 
@@ -2279,9 +2238,9 @@ def encode_file(
 def entropy_floor(files: Sequence[Path]) -> float | None:
     """The entropy of generated text, in nats per byte, if a .json file beside it states it.
 
-    The bundled stories come from data/make_stories.py, which draws every word with a known
-    probability p and adds up -log p. On new stories no model can be expected to have a lower
-    loss than that. End-of-text tokens don't count as text.
+    data/make_stories.py draws every word of the bundled stories with a known probability p and
+    adds up -log p. On new stories no model can be expected to have a lower loss than that.
+    End-of-text tokens don't count as text.
     """
     description = Path(f"{files[0]}.json")
     if len(files) > 1 or not description.is_file():
@@ -2294,8 +2253,8 @@ def entropy_floor(files: Sequence[Path]) -> float | None:
 # 1. Set WordTable.BITS to 4, so that words keep evicting each other. `bpe-encode` gets slower,
 #    and its result stays the same. Why?
 # 2. Let `entry` in `learn_merges` return -index.left[pair] and -index.right[pair] instead of
-#    the two tokens: among pairs of equal count the one with the oldest tokens now wins. On
-#    which of the chapter's examples does `learn_merges` now differ from `learn_merges_naive`?
+#    the two tokens: of pairs of equal count, the one with the oldest tokens now wins. Predict
+#    the merges of chapter 2's example, then check.
 
 
 # ----------------------------------------------------------------------------------------

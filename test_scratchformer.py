@@ -1062,14 +1062,14 @@ def test_counts_do_not_depend_on_workers(tmp_path):
     for path in paths:
         expected.update(count_words(bytes_to_text(path.read_bytes()), specials))
     for workers in (1, 2):  # with torch imported, as here, workers are spawned, not forked
-        assert count_files(paths, specials, workers) == expected
+        assert count_files(paths, OURS, workers) == expected  # OURS has the same specials
 
 
 def test_words_that_are_overwritten_are_counted_once(tmp_path, monkeypatch):
     monkeypatch.setattr(scratchformer.WordTable, "BITS", 3)
     monkeypatch.setattr(scratchformer, "CHUNK", 2000)
     text = " ".join(map(str, range(2000))) + " the the" * 500
-    assert count_files(write(tmp_path / "text", text), [], 1) == count_words(text)
+    assert count_files(write(tmp_path / "text", text), OURS, 1) == count_words(text)
 
 
 def test_bytes_come_first_then_merges_then_special_tokens(tmp_path):
