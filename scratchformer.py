@@ -1254,8 +1254,7 @@ def story_from_text(
 # without recounting: a merge changes only the words that contain the pair. Apply merges that
 # can't affect each other in one batch. Do the work once per *distinct* word, since text repeats
 # itself. And process a megabyte at a time with numpy, instead of a word at a time in Python.
-# "Word" means pre-token. `Tokenizer`, the class to import, also takes any pattern, any bytes,
-# and any number of special tokens.
+# ("Word" means pre-token.) `Tokenizer` also takes any pattern, bytes and special tokens.
 # ----------------------------------------------------------------------------------------
 
 import bisect
@@ -1281,6 +1280,7 @@ from typing import BinaryIO, Literal, NoReturn
 
 CHUNK = 1 << 20  # bytes, or characters, processed at a time
 TwoArrays = tuple[np.ndarray, np.ndarray]
+Paths = str | Path | Sequence[str | Path]  # a file or directory, or several
 
 
 def run_starts(values: np.ndarray) -> np.ndarray:
@@ -1374,7 +1374,7 @@ class PairIndex:
         return pos[keep], pair_index[keep]
 
     def pairs_around(self, pos: np.ndarray, next_pos: np.ndarray, new: np.ndarray) -> TwoArrays:
-        """The pairs that `new` tokens at `pos` form with neighbors, sorted; and where they are."""
+        """The sorted pairs of `new` tokens at `pos` and their neighbors, and where they are."""
         prev_pos = self.prev[pos]
         x, y = self.token[prev_pos], self.token[next_pos]
         is_new = x >= new.min()  # new tokens have the highest ids
@@ -1848,8 +1848,7 @@ class Tokenizer:
         # The id of the token that ends a text, as GPT-2 and as Llama 3 call it, if any.
         self.eot_id = self.special_tokens.get(
             END_OF_TEXT, self.special_tokens.get("<|end_of_text|>"))
-        # How token files store ids: as little-endian integers of 16 bits, or 32 if needed.
-        self.dtype = "<u2" if self.vocab_size <= 1 << 16 else "<u4"
+        self.dtype = "<u2" if self.vocab_size <= 1 << 16 else "<u4"  # of ids in token files
         # Both ids of a pair in one integer, sorted for binary search. The last is a sentinel.
         pairs = [self.id_of[left] << 32 | self.id_of[right] for left, right in self.merges]
         pairs.append(np.iinfo(np.int64).max)
@@ -2017,8 +2016,8 @@ def safe_pieces(chunks: Iterable[str], tokenizer: Tokenizer, size: int) -> Itera
     yield text
 
 
-def input_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The text files to read: in directories, those that aren't hidden (as in .git) or binary."""
+def input_files(paths: Paths) -> list[Path]:
+    """The text files to read: in directories, those that aren't hidden or binary."""
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     files: list[Path] = []
     for path in map(Path, given):
@@ -2078,12 +2077,9 @@ def split_files(files: Sequence[Path], tokenizer: Tokenizer, label: str) -> Iter
 # Files on many cores
 # -------------------
 
-
-def available_cores() -> int:
-    """The number of CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+NUM_CORES = os.cpu_count() or 1
+if hasattr(os, "sched_getaffinity"):  # this process may be allowed to use only some of them
+    NUM_CORES = len(os.sched_getaffinity(0))
 
 
 def bounded_map(pool: Executor, function: Callable, tasks: Iterable, limit: int) -> Iterator:
@@ -2121,7 +2117,7 @@ def map_on_cores(
     if num_workers is None:
         # `size` is that of all tasks in bytes. Each process gets at least 4 MB, since less
         # would be done before another process is ready.
-        num_workers = min(available_cores(), size // (4 * CHUNK))
+        num_workers = min(NUM_CORES, size // (4 * CHUNK))
     if num_workers <= 1:
         yield from map(function, tasks)
         return
@@ -2156,15 +2152,13 @@ def count_spans(spans: Iterable[FileSpan], tokenizer: Tokenizer) -> Counter[byte
     return totals
 
 
-def count_files(
-    paths: str | Path | Sequence[str | Path], tokenizer: Tokenizer, num_workers: int | None
-) -> Counter[bytes]:
+def count_files(paths: Paths, tokenizer: Tokenizer, num_workers: int | None) -> Counter[bytes]:
     """`count_pretokens` of text files of any size."""
     files, counts = input_files(paths), Counter[bytes]()
     total = sum(path.stat().st_size for path in files)
     spans = split_files(files, tokenizer, "counting")
     # Use few, large tasks, since most words are in the result of every task.
-    length = min(max(total // CHUNK // (num_workers or available_cores()) + 1, 4), 32)
+    length = min(max(total // CHUNK // (num_workers or NUM_CORES) + 1, 4), 32)
     tasks = iter(lambda: list(itertools.islice(spans, length)), [])
     count = functools.partial(count_spans, tokenizer=tokenizer)
     for result in map_on_cores(count, tasks, total, num_workers):
@@ -2173,14 +2167,13 @@ def count_files(
 
 
 def train_bpe(
-    input_path: str | Path | Sequence[str | Path], vocab_size: int,
-    special_tokens: Sequence[str], num_workers: int | None = None,
-    pattern: str = PRETOKEN_PATTERN,
+    input_path: Paths, vocab_size: int, special_tokens: Sequence[str],
+    num_workers: int | None = None, pattern: str = PRETOKEN_PATTERN,
 ) -> tuple[dict[int, bytes], list[Merge]]:
     """A vocabulary of at most `vocab_size` tokens, and its merges in the order learned.
 
-    `input_path` is a text file, a directory, or a list of them. The vocabulary is smaller if no
-    pair is left to merge. The order of the files and `num_workers` don't change the result.
+    The vocabulary is smaller if no pair is left to merge. The result does not depend on
+    `num_workers` or on the order of the files.
     """
     num_fixed = 256 + len(special_tokens)
     if vocab_size < num_fixed:
@@ -2201,8 +2194,8 @@ def encode_span(span: FileSpan, tokenizer: Tokenizer, append_eot: bool) -> bytes
 
 
 def encode_file(
-    tokenizer: Tokenizer, dataset_path: str | Path | Sequence[str | Path],
-    out_path: str | Path, append_eot: bool = False, num_workers: int | None = None,
+    tokenizer: Tokenizer, dataset_path: Paths, out_path: str | Path,
+    append_eot: bool = False, num_workers: int | None = None,
 ) -> int:
     """Encode text files into the token file `out_path`; returns the number of tokens.
 
