@@ -1274,7 +1274,7 @@ import typing
 from collections import deque
 from collections.abc import Collection, Generator
 from concurrent import futures
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal, NoReturn
 
@@ -1464,9 +1464,8 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
             threshold = max(1, threshold // 2)
             frequent = np.flatnonzero(index.count[: index.num_pairs] >= threshold)
             queue = sorted(map(entry, frequent.tolist()))
-        # Try twice as many as were merged together last time.
         batch: list[int] = []
-        limit = min(2 * num_merged, num_merges - len(merges))
+        limit = min(2 * num_merged, num_merges - len(merges))  # twice as many as last time
         while queue and len(batch) < limit:
             count, _, _, pair = queue.pop()
             if index.count[pair] == count:
@@ -1506,8 +1505,7 @@ CLASS_OF_CODE = np.full(0x110000, UNKNOWN, np.uint8)  # of every code point, onc
 
 def bytes_to_text(data: bytes) -> str:
     """The text of UTF-8 `data`, which may contain invalid bytes."""
-    # Each invalid byte becomes one of 128 *surrogates*, U+DC80 to U+DCFF: code points that
-    # valid text doesn't use.
+    # Each invalid byte becomes a *surrogate*, U+DC80 to U+DCFF. Valid text doesn't use these.
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -1725,8 +1723,8 @@ class Progress:
             return
         self.last, rate = now, done / (now - self.start)
         left = datetime.timedelta(seconds=round((self.total - done) / rate if rate else 0))
-        line = f"{self.label} {done / self.total:4.0%}  {rate:,.1f} {self.unit}/s"
-        print_error(f"\r{f'{line}  {left} left':<79}")
+        line = f"{self.label} {done / self.total:4.0%}  {rate:,.1f} {self.unit}/s  {left} left"
+        print_error(f"\r{line:<79}")
 
     def close(self) -> None:
         if self.shown:
@@ -1884,7 +1882,8 @@ class Tokenizer:
         try:
             return b"".join([self.vocab[i] for i in ids])
         except KeyError as error:
-            raise UserError(f"id {error} is not in the vocabulary") from None
+            size = self.vocab_size
+            raise UserError(f"id {error} is not in the vocabulary of {size} entries") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD."""
@@ -2017,7 +2016,7 @@ def safe_pieces(chunks: Iterable[str], tokenizer: Tokenizer, size: int) -> Itera
 
 
 def input_files(paths: Paths) -> list[Path]:
-    """The text files to read: in directories, those that aren't hidden or binary."""
+    """The text files to read: in directories, those that aren't hidden (.git) or binary."""
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     files: list[Path] = []
     for path in map(Path, given):
@@ -2126,8 +2125,7 @@ def map_on_cores(
     fork = sys.platform == "linux" and "torch._C" not in sys.modules
     context = multiprocessing.get_context("fork" if fork else "spawn")
     try:
-        with futures.ProcessPoolExecutor(
-                num_workers, context, start_worker, (function,)) as pool:
+        with ProcessPoolExecutor(num_workers, context, start_worker, (function,)) as pool:
             yield from bounded_map(pool, call_worker_function, tasks, num_workers + 1)
     except futures.BrokenExecutor:
         raise UserError("a worker process died: is there enough memory?") from None
@@ -2231,9 +2229,8 @@ def encode_file(
 def entropy_floor(files: Sequence[Path]) -> float | None:
     """The entropy of generated text, in nats per byte, if a .json file beside it states it.
 
-    data/make_stories.py draws every word of the bundled stories with a known probability p and
-    adds up -log p. On new stories no model can be expected to have a lower loss than that.
-    End-of-text tokens don't count as text.
+    data/make_stories.py draws each word of the bundled stories with a known probability p and
+    adds up -log p, without end-of-text tokens. No model should do better on new stories.
     """
     description = Path(f"{files[0]}.json")
     if len(files) > 1 or not description.is_file():
