@@ -1254,8 +1254,7 @@ def story_from_text(
 # without recounting: a merge changes only the words that contain the pair. Apply merges that
 # can't affect each other in one batch. Do the work once per *distinct* word, since text repeats
 # itself. And process a megabyte at a time with numpy, instead of a word at a time in Python.
-# "Word" means pre-token. `Tokenizer`, the class to import, also takes any pattern, any bytes,
-# and any number of special tokens.
+# ("Word" means pre-token.) `Tokenizer` also takes any pattern, bytes and special tokens.
 # ----------------------------------------------------------------------------------------
 
 import bisect
@@ -1275,12 +1274,13 @@ import typing
 from collections import deque
 from collections.abc import Collection, Generator
 from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal, NoReturn
 
 CHUNK = 1 << 20  # bytes, or characters, processed at a time
-MASK_32 = (1 << 32) - 1
+TwoArrays = tuple[np.ndarray, np.ndarray]
+Paths = str | Path | Sequence[str | Path]  # a file or directory, or several
 
 
 def run_starts(values: np.ndarray) -> np.ndarray:
@@ -1291,11 +1291,7 @@ def run_starts(values: np.ndarray) -> np.ndarray:
 
 
 def ragged_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The concatenation of the ranges starts[i], ..., starts[i] + lengths[i] - 1.
-
-    >>> ragged_indices(np.array([10, 5]), np.array([2, 3])).tolist()
-    [10, 11, 5, 6, 7]
-    """
+    """All ranges, joined: starts [10, 5] and lengths [2, 3] give [10, 11, 5, 6, 7]."""
     ends = np.cumsum(lengths)
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
 
@@ -1308,12 +1304,11 @@ class PairIndex:
     """Words as linked lists of tokens, and for each pair of neighbors: count and positions.
 
     In plain Python one would keep a dictionary from pair to the set of words that contain it.
-    This is the same idea in arrays, so that many merges take a few numpy calls.
-
-    Every byte of every word has a position. `token[p]` is the token there, `prev[p]` and
-    `next[p]` are the positions of its neighbors. Merging a pair at p writes the new token to
-    p and unlinks the position after it. Here are "low" and "slow", and what merging l + o into
-    token 256 leaves. A token -1 separates words; x marks the positions that are unlinked.
+    This is the same idea in arrays, so that many merges take a few numpy calls. Every byte
+    of every word has a position. `token[p]` is the token there, `prev[p]` and `next[p]` are the
+    positions of its neighbors. Merging a pair at p writes the new token to p and unlinks the
+    position after it. Here are "low" and "slow", and what merging l + o into token 256 leaves.
+    A token -1 separates words; x marks the positions that are unlinked.
 
         p        0   1   2   3   4   5   6   7   8   9
         token   -1   l   o   w  -1   s   l   o   w  -1
@@ -1359,7 +1354,7 @@ class PairIndex:
         starts, first = np.flatnonzero(is_first), self.num_pairs
         self.num_pairs += len(starts)
         created, used = slice(first, self.num_pairs), self.start[first]
-        self.left[created], self.right[created] = pairs[starts] >> 32, pairs[starts] & MASK_32
+        self.left[created], self.right[created] = np.divmod(pairs[starts], 1 << 32)
         self.positions[used : used + len(positions)] = positions
         self.start[created] = used + starts
         self.start[self.num_pairs] = used + len(positions)
@@ -1367,7 +1362,7 @@ class PairIndex:
         self.count[created] = np.add.reduceat(self.weight[positions], starts)
         return range(first, self.num_pairs)
 
-    def occurrences(self, pairs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def occurrences(self, pairs: Sequence[int]) -> TwoArrays:
         """Where these pairs occur, without overlaps, and which one: an index into `pairs`."""
         numbers = np.array(pairs)
         first, lengths = self.start[numbers], self.start[numbers + 1] - self.start[numbers]
@@ -1378,52 +1373,40 @@ class PairIndex:
         keep = without_overlaps(pos, self.next[pos])
         return pos[keep], pair_index[keep]
 
-    def pairs_around(
-        self, pos: np.ndarray, next_pos: np.ndarray, tokens: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The pairs that new `tokens` at `pos` form with their neighbors; and where they are.
-
-        The pairs are sorted. If both tokens of a pair are new, it's in the result only once.
-        """
+    def pairs_around(self, pos: np.ndarray, next_pos: np.ndarray, new: np.ndarray) -> TwoArrays:
+        """The sorted pairs of `new` tokens at `pos` and their neighbors, and where they are."""
         prev_pos = self.prev[pos]
         x, y = self.token[prev_pos], self.token[next_pos]
-        is_new = x >= tokens.min()  # new tokens have the highest ids
+        is_new = x >= new.min()  # new tokens have the highest ids
+        # A pair of two new tokens must be in the result only once.
         is_left, is_right = (x >= 0) & ~is_new, y >= 0
-        pairs = np.concatenate([(x << 32 | tokens)[is_left], (tokens << 32 | y)[is_right]])
+        pairs = np.concatenate([(x << 32 | new)[is_left], (new << 32 | y)[is_right]])
         order = pairs.argsort(kind="stable")
         return pairs[order], np.concatenate([prev_pos[is_left], pos[is_right]])[order]
 
-    def select_independent(
-        self, pairs: Sequence[int], new: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def select_independent(self, pairs: Sequence[int], new: int) -> TwoArrays:
         """Where to merge pairs[0] into the token `new`, pairs[1] into `new` + 1, and so on.
 
         `pairs` are those with the highest counts, in descending order. Only as many are taken
-        as can be merged together with the result of merging one after the other. Two things
-        end this, shown with words of chapter 2:
-
-        - A pair begins with the token that an earlier one ends with, or the reverse. Merging
-          l + o first would leave fewer occurrences of o + w.
-        - Earlier merges create a pair that occurs at least as often as the next pair. s + t
-          creates e + st, 9 times, and that comes before o + w, 8 times.
-
-        Returns positions, and for each the index of its pair in `pairs`.
+        as can be merged together with the result of merging one after the other. Returns
+        positions, and for each the index of its pair. The examples below are from chapter 2.
         """
-        # First: which pair shares a token with an earlier one? Keep those before the first.
+        # First: a pair may not begin with the token that an earlier one ends with, or the
+        # reverse. Merging l + o would leave fewer occurrences of o + w.
         left, right = self.left[pairs], self.right[pairs]
         shares = (left[:, None] == right) | (right[:, None] == left)  # [earlier, later]
         shares_with_earlier = np.triu(shares, 1).any(axis=0)
         pairs = pairs[: int(np.append(shares_with_earlier, True).argmax())]
-        # Second: merge i makes the token new + i, and so pairs of this token and a neighbor.
-        # How often does the most frequent of them occur? At most highest[i] times: less often
-        # if the neighbor is merged as well.
+        # Second: earlier merges may not create a pair that occurs at least as often as the next
+        # one. s + t creates e + st, 9 times, and that comes before o + w, 8 times. The pairs
+        # that merge i creates, of the token new + i and a neighbor, occur at most highest[i]
+        # times: less often if the neighbor is merged as well.
         pos, pair_index = self.occurrences(pairs)
         created, positions = self.pairs_around(pos, self.next[self.next[pos]], new + pair_index)
         is_first, highest = run_starts(created), np.zeros(len(pairs))
         counts = np.bincount(is_first.cumsum() - 1, self.weight[positions])
-        created_by = np.maximum(created >> 32, created & MASK_32)[is_first] - new
+        created_by = np.maximum(*np.divmod(created[is_first], 1 << 32)) - new
         np.maximum.at(highest, created_by, counts)
-        # The next pair in the list comes next only if it is more frequent than all of these.
         is_next = self.count[pairs[1:]] > np.maximum.accumulate(highest)[:-1]
         taken = pair_index <= int(np.append(is_next, False).argmin())
         return pos[taken], pair_index[taken]
@@ -1447,13 +1430,8 @@ class PairIndex:
 
 
 def without_overlaps(left_pos: np.ndarray, right_pos: np.ndarray) -> np.ndarray:
-    """Which pairs to merge, of those with tokens at left_pos[i] and right_pos[i], ascending.
-
-    Pairs overlap in a run of equal tokens. "aaaa" has three: merge the first and the third.
-
-    >>> without_overlaps(np.array([0, 1, 2, 7]), np.array([1, 2, 3, 8])).tolist()
-    [True, False, True, True]
-    """
+    """Which pairs to merge, of those with tokens at left_pos[i] and right_pos[i], ascending."""
+    # Pairs overlap in a run of equal tokens. "aaaa" has three: merge the first and the third.
     index, starts_run = np.arange(len(left_pos)), np.ones(len(left_pos), bool)
     starts_run[1:] = right_pos[:-1] != left_pos[1:]
     first_of_run = np.maximum.accumulate(np.where(starts_run, index, 0))
@@ -1470,10 +1448,6 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
     Most pairs are rare and are never merged. So the queue holds only pairs above a threshold,
     which is halved whenever the queue is empty. The best pairs are merged together, as many as
     are independent: often tens, on a large corpus.
-
-    >>> words = {b"low": 5, b"lower": 2, b"newest": 6, b"widest": 3, b"slow": 1}
-    >>> learn_merges(words, 4)
-    [(b's', b't'), (b'e', b'st'), (b'o', b'w'), (b'l', b'ow')]
     """
     index = PairIndex(pretoken_counts, pretoken_counts.values())
     tokens = [bytes([byte]) for byte in range(256)]
@@ -1490,9 +1464,8 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
             threshold = max(1, threshold // 2)
             frequent = np.flatnonzero(index.count[: index.num_pairs] >= threshold)
             queue = sorted(map(entry, frequent.tolist()))
-        # Try twice as many as were merged together last time.
         batch: list[int] = []
-        limit = min(2 * num_merged, num_merges - len(merges))
+        limit = min(2 * num_merged, num_merges - len(merges))  # twice as many as last time
         while queue and len(batch) < limit:
             count, _, _, pair = queue.pop()
             if index.count[pair] == count:
@@ -1518,10 +1491,9 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
 # where the class changes, with three exceptions. N is the number of characters. (Any other
 # pattern goes through the regular expression, several times slower: see `find_pretokens`.)
 
-# GPT-4's pattern takes digits in groups of at most three, a word may start with any one
-# punctuation mark or space, not just a space, and line breaks stay with the punctuation or
-# whitespace in front of them. (As first published in OpenAI's tiktoken, and
-# used by Llama 3.)
+# GPT-4's pattern, which Llama 3 uses, too, takes digits in groups of at most three. A word may
+# start with any one punctuation mark or space, not just a space, and line breaks stay with the
+# punctuation or whitespace in front of them. (As first published in OpenAI's tiktoken)
 GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -1532,14 +1504,8 @@ CLASS_OF_CODE = np.full(0x110000, UNKNOWN, np.uint8)  # of every code point, onc
 
 
 def bytes_to_text(data: bytes) -> str:
-    """The text of UTF-8 `data`, which may contain invalid bytes.
-
-    Python's "surrogateescape" turns each invalid byte into one of 128 *surrogates*, U+DC80 to
-    U+DCFF, code points that valid text doesn't use.
-
-    >>> bytes_to_text(b"caf\\xc3\\xa9 \\xff")
-    'café \\udcff'
-    """
+    """The text of UTF-8 `data`, which may contain invalid bytes."""
+    # Each invalid byte becomes a *surrogate*, U+DC80 to U+DCFF. Valid text doesn't use these.
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -1549,27 +1515,20 @@ def text_to_bytes(text: str) -> bytes:
 
 
 def special_token_pattern(special_tokens: Iterable[str]) -> re.Pattern:
-    """A pattern that finds special tokens, preferring the longest match.
-
-    >>> special_token_pattern(["<a>", "<a><b>"]).findall("x<a><b>y<a>")
-    ['<a><b>', '<a>']
-    """
+    """A pattern that finds special tokens, preferring the longest match."""
     longest_first = sorted(special_tokens, key=len, reverse=True)
     # Without special tokens: a pattern that never matches. (\A makes it give up at once.)
     return re.compile("|".join(map(re.escape, longest_first)) or r"\A(?!)")
 
 
 def character_classes(codes: np.ndarray) -> np.ndarray:
-    """The class of each code point; uint8 [N].
-
-    New ones are looked up with the regex package, so that both agree on Unicode.
-    """
+    """The class of each code point; uint8 [N]."""
     classes = CLASS_OF_CODE.take(codes)
     if (unknown := codes[classes == UNKNOWN]).size:
+        # Ask the regex package, so that its patterns and we agree on Unicode.
         characters = "".join(map(chr, set(unknown.tolist())))
-        # Start with OTHER for all, since `.` matches any character.
-        kinds = {r"(?s).": OTHER, r"\p{L}": LETTER, r"\p{N}": NUMBER, r"\s": SPACE}
-        for pattern, kind in kinds.items():
+        CLASS_OF_CODE[unknown] = OTHER
+        for pattern, kind in ((r"\p{L}", LETTER), (r"\p{N}", NUMBER), (r"\s", SPACE)):
             CLASS_OF_CODE[list(map(ord, regex.findall(pattern, characters)))] = kind
         classes = CLASS_OF_CODE.take(codes)
     return classes
@@ -1585,7 +1544,6 @@ def find_gpt2_pretokens(codes: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """
     space, changes = classes == SPACE, classes[1:] != classes[:-1]
     start = np.ones(len(codes) + 3, bool)  # three more, for start[at + 3] below
-    # A pre-token starts where the class changes, with three exceptions.
     # 1. What follows a space doesn't start a pre-token, since the space has started it.
     start[1 : len(codes)] = changes & (space[1:] | (codes[:-1] != ord(" ")))
     # 2. The last whitespace before a word starts one, even inside a run of whitespace. (The
@@ -1635,13 +1593,11 @@ def find_pretokens(text: str, pattern: str, special_pattern: re.Pattern) -> Pret
         codes_outside[inside], classes[inside] = 0, SPECIAL
         is_start[:-1] = find_gpt2_pretokens(codes_outside, classes)
     else:
-        borders, end = [0], 0
-        # The text before each special token, and after the last one. A pattern may leave gaps
-        # between its matches: they are pre-tokens, too.
-        for start, next_end in [*specials, (len(text), 0)]:
-            for match in regex.finditer(pattern, text[end:start]):
-                borders += [end + match.start(), end + match.end()]
-            end = next_end
+        # A pattern may leave gaps between its matches: they are pre-tokens, too.
+        borders = [0]
+        for start, part in zip([0, *special_ends.tolist()], special_pattern.split(text)):
+            for match in regex.finditer(pattern, part):
+                borders += [start + match.start(), start + match.end()]
         is_start[borders] = True
     is_start[special_starts] = is_start[special_ends] = True
     starts = np.flatnonzero(is_start[:-1])
@@ -1667,14 +1623,11 @@ HASH_FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)  # 
 
 
 def word_keys(words: Pretokens) -> np.ndarray:
-    """Bytes 0 to 7 of each word; bytes 8 to 14, with the length in the top byte; uint64 [N, 2].
-
-    Words of more than 15 bytes count as 16 bytes long; their keys are never used.
-    """
+    """Bytes 0 to 7 of each word; bytes 8 to 14, with its length as top byte; uint64 [N, 2]."""
     padded = words.data + bytes(16)
     # A view of the same memory, with an item of 16 bytes starting at every byte.
     items = np.ndarray(len(words.data) + 1, "V16", padded, strides=(1,))
-    lengths = np.minimum(words.lengths, MAX_SHORT + 1)
+    lengths = np.minimum(words.lengths, MAX_SHORT + 1)  # keys of longer words are never used
     keys = items[words.starts].view("<u8").reshape(-1, 2) & KEY_MASK.take(lengths, axis=0)
     keys[:, 1] |= lengths.astype(np.uint64) << np.uint64(56)
     return keys
@@ -1698,11 +1651,8 @@ class WordTable:
         self.others = {text_to_bytes(token): n for n, token in enumerate(special_tokens)}
         self.size = len(self.others)
 
-    def lookup(self, words: Pretokens) -> tuple[np.ndarray, np.ndarray]:
-        """The number of each word, int64 [N], and the indices of words that are new.
-
-        If a new word occurs several times, one of its indices is in the second result.
-        """
+    def lookup(self, words: Pretokens) -> TwoArrays:
+        """The number of each word, int64 [N], and for each new word one of its indices."""
         keys, in_table = word_keys(words), words.lengths <= MAX_SHORT
         in_table[words.special_at] = False
         hashes = (keys[:, 0] * HASH_FACTORS[0] ^ keys[:, 1]) * HASH_FACTORS[1]
@@ -1737,11 +1687,7 @@ class UserError(ValueError):
 
 
 def error_message(error: BaseException) -> str:
-    """What to tell the user about an error, in one line.
-
-    >>> error_message(OSError(2, "No such file or directory", "text.txt"))
-    'text.txt: No such file or directory'
-    """
+    """What to tell the user about an error, in one line."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror or error}"
     return str(error).replace("\n", " ")
@@ -1771,14 +1717,14 @@ class Progress:
         self.shown = self.enabled and sys.stderr.isatty()
         self.start = self.last = time.monotonic()
 
-    def update(self, done: float, note: str = "") -> None:
+    def update(self, done: float) -> None:
         now = time.monotonic()
         if not self.shown or now - self.last < 0.1:
             return
-        self.last, rate = now, done / max(now - self.start, 1e-9)
+        self.last, rate = now, done / (now - self.start)
         left = datetime.timedelta(seconds=round((self.total - done) / rate if rate else 0))
-        line = f"{self.label} {done / self.total:4.0%}  {rate:,.1f} {self.unit}/s{note}"
-        print_error(f"\r{f'{line}  {left} left':<79}")
+        line = f"{self.label} {done / self.total:4.0%}  {rate:,.1f} {self.unit}/s  {left} left"
+        print_error(f"\r{line:<79}")
 
     def close(self) -> None:
         if self.shown:
@@ -1789,10 +1735,8 @@ class Progress:
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Write a file that appears at `path` complete, or not at all.
 
-    The bytes go to a temporary file in the same directory, which is renamed at the end:
-    renaming is atomic on POSIX. If the block raises, whatever was at `path` stays. Missing
-    directories are created. A symbolic link is followed: its target is replaced. Raises
-    UserError if `path` is a directory, a device or a pipe.
+    The bytes go to a temporary file beside it, which is renamed at the end: on POSIX that is
+    atomic. If the block raises, what was at `path` stays. A symbolic link's target is replaced.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -1844,38 +1788,20 @@ def read_json(path: str | Path, kind: str) -> Any:
 
 
 def build_vocab(merges: Sequence[Merge], special_tokens: Sequence[str]) -> dict[int, bytes]:
-    """The vocabulary, id to bytes: 256 bytes, merges in the order learned, special tokens.
-
-    >>> vocab = build_vocab([(b"s", b"t"), (b"e", b"st")], ["<end>"])
-    >>> vocab[101], vocab[256], vocab[257], vocab[258]
-    (b'e', b'st', b'est', b'<end>')
-    """
+    """The vocabulary, id to bytes: 256 bytes, merges in the order learned, special tokens."""
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [left + right for left, right in merges]
     tokens += map(text_to_bytes, special_tokens)
     return dict(enumerate(tokens))
 
 
-def check_merges(merges: Sequence[Merge], id_of: dict[bytes, int]) -> None:
-    """Raise UserError unless every merge joins two earlier tokens into one that has an id."""
-    known = {bytes([byte]) for byte in range(256)} & id_of.keys()
-    for left, right in merges:
-        if not {left, right} <= known or left + right not in id_of:
-            raise UserError(f"merge {left!r} + {right!r} comes before its parts are made, or "
-                            f"the vocabulary lacks {left + right!r}")
-        known.add(left + right)
-
-
 class Tokenizer:
-    """The fast `BPETokenizer`: for any bytes and pattern, also for tokenizers made by others.
+    """The fast `BPETokenizer`: for any bytes and pattern, also for third-party tokenizers.
 
-    `vocab` maps ids to bytes. `merges` are pairs of tokens in the order learned. Special
-    tokens may be in `vocab` already; the others get the next free ids. `pattern` splits text
-    into pre-tokens. Raises UserError if the arguments contradict each other.
-
-    Two things exist only for third-party tokenizers. With `ignore_merges`, as in Llama 3, a
-    pre-token that is in the vocabulary takes its id without any merges. And bytes that a
-    vocabulary lacks are skipped; ours have all 256.
+    Special tokens may be in `vocab` already; the others get the next free ids. Raises UserError
+    if the arguments contradict each other. Two things exist only for third-party tokenizers.
+    With `ignore_merges`, as in Llama 3, a pre-token that is in the vocabulary takes its id
+    without any merges. And bytes that a vocabulary lacks are skipped; ours have all 256.
 
     >>> merges = [(b"t", b"h"), (b"th", b"e"), (b"h", b"e")]
     >>> tokenizer = Tokenizer(build_vocab(merges, []), merges, ["<a>", "<b>"])
@@ -1895,7 +1821,12 @@ class Tokenizer:
         # Reversed, because the last entry of a dict wins: of two ids with the same bytes, use
         # the first. (There are two only if a special token repeats an ordinary one.)
         self.id_of = {token: i for i, token in reversed(self.vocab.items())}
-        check_merges(self.merges, self.id_of)
+        known = {bytes([byte]) for byte in range(256)} & self.id_of.keys()
+        for left, right in self.merges:
+            if not {left, right} <= known or left + right not in self.id_of:
+                raise UserError(f"merge {left!r} + {right!r} comes before its parts are made, "
+                                f"or the vocabulary lacks {left + right!r}")
+            known.add(left + right)
         self.special_tokens: dict[str, int] = {}
         for token in special_tokens or []:
             data = text_to_bytes(token)
@@ -1915,9 +1846,7 @@ class Tokenizer:
         # The id of the token that ends a text, as GPT-2 and as Llama 3 call it, if any.
         self.eot_id = self.special_tokens.get(
             END_OF_TEXT, self.special_tokens.get("<|end_of_text|>"))
-        # How token files store ids: as little-endian integers of 16 bits, or 32 if needed.
-        self.dtype = "<u2" if self.vocab_size <= 1 << 16 else "<u4"
-
+        self.dtype = "<u2" if self.vocab_size <= 1 << 16 else "<u4"  # of ids in token files
         # Both ids of a pair in one integer, sorted for binary search. The last is a sentinel.
         pairs = [self.id_of[left] << 32 | self.id_of[right] for left, right in self.merges]
         pairs.append(np.iinfo(np.int64).max)
@@ -1936,7 +1865,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`. Special tokens in it become their own ids."""
-        pieces = safe_pieces([text], self.pattern, self.special_tokens, CHUNK)
+        pieces = safe_pieces([text], self, CHUNK)
         return np.concatenate([self.encode_piece(piece) for piece in pieces]).tolist()
 
     def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
@@ -1945,7 +1874,7 @@ class Tokenizer:
         `for token_id in tokenizer.encode_iterable(open(path, newline="")): ...` reads a file of
         any size. (Without newline="", Python turns \\r\\n into \\n.)
         """
-        for text in safe_pieces(chunks, self.pattern, self.special_tokens):
+        for text in safe_pieces(chunks, self, 1 << 13):
             yield from self.encode(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -1968,9 +1897,8 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Tokenizer:
         """Read a tokenizer.json, ours or another library's byte-level BPE.
 
-        Many such files add tokens around each text (a "post-processor", for instance one that
-        starts every text with <s>). Those are not added here. Raises UserError for files that
-        are damaged or need something this class lacks, and says what.
+        Some files name tokens to add around each text, such as <s> (a "post-processor"). Those
+        are not added here. Raises UserError for a file that needs something this class lacks.
         """
         return tokenizer_from_json(read_json(path, "tokenizer.json"), path)  # chapter 15
 
@@ -1991,9 +1919,7 @@ class Tokenizer:
         starts, ends = self.start.take(numbers), self.start.take(numbers + 1)
         return self.pool.take(ragged_indices(starts, ends - starts))
 
-    def encode_words(
-        self, words: Pretokens, indices: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def encode_words(self, words: Pretokens, indices: np.ndarray) -> TwoArrays:
         """The ids of some words, concatenated, and how many each has.
 
         The ids of all words are in one flat array, and `word` tells which word each belongs to.
@@ -2050,46 +1976,38 @@ class Tokenizer:
 
 # Files larger than memory
 # ------------------------
-
 # Files are cut into spans that can be processed independently, so that memory stays small and
 # every CPU core can help. In GPT-2's and GPT-4's patterns, no pre-token contains a letter or
 # digit followed by something that is neither, and nothing before that point depends on what
 # comes after. So "one two|, three" may be cut before any space or punctuation that follows a
-# word. For any other pattern only the end of a special token is safe. (?r) searches backwards.
-SAFE_SPLIT = r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])"
+# word. For any other pattern only the end of a special token is safe.
 
 
-def last_safe_split(text: str, pattern: str, special_tokens: Iterable[str]) -> int:
-    """The last position where `text`, which began at one, can be cut whatever follows; else 0.
-
-    >>> last_safe_split("one two, three four", PRETOKEN_PATTERN, [])
-    14
-    """
-    specials = list(special_tokens)
+def last_safe_split(text: str, tokenizer: Tokenizer) -> int:
+    """The last position where `text`, which began at one, can be cut whatever follows, or 0."""
     # At the end of `text` there may be a part of a special token, or of a character.
-    end = len(text) - max([4, *map(len, specials)])
-    if pattern not in (PRETOKEN_PATTERN, GPT4_PATTERN):
-        found = special_token_pattern(specials).finditer(text)
+    end = len(text) - max([4, *map(len, tokenizer.special_tokens)])
+    if tokenizer.pattern not in (PRETOKEN_PATTERN, GPT4_PATTERN):
+        found = tokenizer.special_pattern.finditer(text)
         return max([match.end() for match in found if match.start() <= end], default=0)
-    for match in regex.finditer(SAFE_SPLIT, text, endpos=max(0, end)):
+    after_word = r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])"  # (?r) searches backwards
+    for match in regex.finditer(after_word, text, endpos=max(0, end)):
         cut = match.start()
         # Does a special token begin before the cut and end after it?
         if not any(text.find(token, max(0, cut - len(token) + 1), cut + len(token) - 1) >= 0
-                   for token in specials):
+                   for token in tokenizer.special_tokens):
             return cut
     return 0
 
 
-def safe_pieces(
-    chunks: Iterable[str], pattern: str, special_tokens: Iterable[str], size: int = 1 << 13
-) -> Iterator[str]:
+def safe_pieces(chunks: Iterable[str], tokenizer: Tokenizer, size: int) -> Iterator[str]:
     """The text of `chunks` in pieces of about `size` characters, to be encoded one by one."""
     text, wanted = "", size
     for chunk in chunks:
         for start in range(0, len(chunk), size):
             text += chunk[start : start + size]
             if len(text) >= wanted:
-                cut = last_safe_split(text, pattern, special_tokens)
+                cut = last_safe_split(text, tokenizer)
                 if cut:
                     yield text[:cut]
                 text = text[cut:]
@@ -2097,12 +2015,8 @@ def safe_pieces(
     yield text
 
 
-def input_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The text files to read. Raises UserError if there is no text in them.
-
-    Directories are searched recursively, without hidden files and directories (such as .git)
-    and without binary files.
-    """
+def input_files(paths: Paths) -> list[Path]:
+    """The text files to read: in directories, those that aren't hidden (.git) or binary."""
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     files: list[Path] = []
     for path in map(Path, given):
@@ -2139,9 +2053,7 @@ class FileSpan(typing.NamedTuple):
             return bytes_to_text(file.read(self.end - self.start))
 
 
-def split_files(
-    files: Sequence[Path], pattern: str, special_tokens: Iterable[str], label: str
-) -> Iterator[FileSpan]:
+def split_files(files: Sequence[Path], tokenizer: Tokenizer, label: str) -> Iterator[FileSpan]:
     """Yields spans of about a megabyte that add up to the files, and shows progress."""
     total, done = sum(path.stat().st_size for path in files), 0
     progress = Progress(label, total / 1e6, "MB")
@@ -2149,7 +2061,7 @@ def split_files(
         size, span = path.stat().st_size, FileSpan(path, 0, CHUNK, False)
         while span.end < size:
             text = span.read()
-            cut = len(text_to_bytes(text[: last_safe_split(text, pattern, special_tokens)]))
+            cut = len(text_to_bytes(text[: last_safe_split(text, tokenizer)]))
             if cut:
                 yield span._replace(end=span.start + cut)
             # Without a safe place to cut, try again with twice as much text.
@@ -2161,24 +2073,19 @@ def split_files(
     progress.close()
 
 
-# Many cores
-# ----------
+# Files on many cores
+# -------------------
+
+NUM_CORES = os.cpu_count() or 1
+if hasattr(os, "sched_getaffinity"):  # this process may be allowed to use only some of them
+    NUM_CORES = len(os.sched_getaffinity(0))
 
 
-def available_cores() -> int:
-    """The number of CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def bounded_map(
-    executor: futures.Executor, function: Callable, tasks: Iterable, limit: int
-) -> Iterator[Any]:
+def bounded_map(pool: Executor, function: Callable, tasks: Iterable, limit: int) -> Iterator:
     """Yields `function(task)` in order, with at most `limit` tasks running or waiting."""
     pending: deque[Future] = deque()
     for task in tasks:
-        pending.append(executor.submit(function, task))
+        pending.append(pool.submit(function, task))
         if len(pending) >= limit:
             yield pending.popleft().result()
     while pending:
@@ -2205,13 +2112,11 @@ def call_worker_function(task: Any) -> Any:
 def map_on_cores(
     function: Callable, tasks: Iterable, size: int, num_workers: int | None
 ) -> Iterator[Any]:
-    """Yields `function(task)` for each task, in order, computed in several processes.
-
-    `size` is that of all tasks in bytes. By default each process gets at least 4 MB, since less
-    would be done before another process is ready.
-    """
+    """Yields `function(task)` for each task, in order, computed in several processes."""
     if num_workers is None:
-        num_workers = min(available_cores(), size // (4 * CHUNK))
+        # `size` is that of all tasks in bytes. Each process gets at least 4 MB, since less
+        # would be done before another process is ready.
+        num_workers = min(NUM_CORES, size // (4 * CHUNK))
     if num_workers <= 1:
         yield from map(function, tasks)
         return
@@ -2220,27 +2125,19 @@ def map_on_cores(
     fork = sys.platform == "linux" and "torch._C" not in sys.modules
     context = multiprocessing.get_context("fork" if fork else "spawn")
     try:
-        with futures.ProcessPoolExecutor(
-                num_workers, context, start_worker, (function,)) as pool:
+        with ProcessPoolExecutor(num_workers, context, start_worker, (function,)) as pool:
             yield from bounded_map(pool, call_worker_function, tasks, num_workers + 1)
     except futures.BrokenExecutor:
         raise UserError("a worker process died: is there enough memory?") from None
 
 
-# Training on files and encoding files
-# ------------------------------------
-
-
-def count_spans(
-    spans: Iterable[FileSpan], pattern: str, special_tokens: Sequence[str]
-) -> Counter[bytes]:
+def count_spans(spans: Iterable[FileSpan], tokenizer: Tokenizer) -> Counter[bytes]:
     """How often each pre-token occurs in some parts of files."""
-    special_pattern = special_token_pattern(special_tokens)
-    table = WordTable(special_tokens)
+    table = WordTable(tokenizer.special_tokens)
     seen = list(table.others)  # seen[n] is the word with number n
     counts = np.zeros(len(seen), np.int64)
     for span in spans:
-        words = find_pretokens(span.read(), pattern, special_pattern)
+        words = find_pretokens(span.read(), tokenizer.pattern, tokenizer.special_pattern)
         numbers, new = table.lookup(words)
         seen += words.cut(new)
         counts = np.append(counts, np.zeros(len(new), np.int64))
@@ -2248,46 +2145,40 @@ def count_spans(
     totals: Counter[bytes] = Counter()
     for word, count in zip(seen, counts.tolist()):
         totals[word] += count
-    for token in special_tokens:
+    for token in tokenizer.special_tokens:
         del totals[text_to_bytes(token)]
     return totals
 
 
-def count_files(
-    paths: str | Path | Sequence[str | Path], special_tokens: Sequence[str],
-    num_workers: int | None = None, pattern: str = PRETOKEN_PATTERN,
-) -> Counter[bytes]:
+def count_files(paths: Paths, tokenizer: Tokenizer, num_workers: int | None) -> Counter[bytes]:
     """`count_pretokens` of text files of any size."""
     files, counts = input_files(paths), Counter[bytes]()
     total = sum(path.stat().st_size for path in files)
-    spans = split_files(files, pattern, special_tokens, "counting")
+    spans = split_files(files, tokenizer, "counting")
     # Use few, large tasks, since most words are in the result of every task.
-    length = min(max(total // CHUNK // (num_workers or available_cores()) + 1, 4), 32)
+    length = min(max(total // CHUNK // (num_workers or NUM_CORES) + 1, 4), 32)
     tasks = iter(lambda: list(itertools.islice(spans, length)), [])
-    count = functools.partial(count_spans, pattern=pattern, special_tokens=special_tokens)
+    count = functools.partial(count_spans, tokenizer=tokenizer)
     for result in map_on_cores(count, tasks, total, num_workers):
         counts.update(result)
     return counts
 
 
 def train_bpe(
-    input_path: str | Path | Sequence[str | Path], vocab_size: int,
-    special_tokens: Sequence[str], num_workers: int | None = None,
-    pattern: str = PRETOKEN_PATTERN,
+    input_path: Paths, vocab_size: int, special_tokens: Sequence[str],
+    num_workers: int | None = None, pattern: str = PRETOKEN_PATTERN,
 ) -> tuple[dict[int, bytes], list[Merge]]:
     """A vocabulary of at most `vocab_size` tokens, and its merges in the order learned.
 
-    `input_path` is a text file, a directory, or a list of them. The vocabulary is smaller if no
-    pair is left to merge. The result does not depend on `num_workers` or on the order of the
-    files. Raises UserError for a vocabulary too small for bytes and special tokens, a bad
-    special token or pattern, and files without text.
+    The vocabulary is smaller if no pair is left to merge. The result does not depend on
+    `num_workers` or on the order of the files.
     """
-    Tokenizer(build_vocab([], special_tokens), [], special_tokens, pattern)  # checks them
     num_fixed = 256 + len(special_tokens)
-    if not num_fixed <= vocab_size < 1 << 31:
-        raise UserError(f"vocab_size must be from {num_fixed} (256 bytes and "
-                        f"{len(special_tokens)} special tokens) to 2^31 - 1, not {vocab_size}")
-    counts = count_files(input_path, special_tokens, num_workers, pattern)
+    if vocab_size < num_fixed:
+        raise UserError(f"vocab_size must be at least {num_fixed}: 256 bytes and "
+                        f"{len(special_tokens)} special tokens")
+    splitter = Tokenizer(build_vocab([], special_tokens), [], special_tokens, pattern)
+    counts = count_files(input_path, splitter, num_workers)
     merges = learn_merges(counts, vocab_size - num_fixed)
     return build_vocab(merges, special_tokens), merges
 
@@ -2301,8 +2192,8 @@ def encode_span(span: FileSpan, tokenizer: Tokenizer, append_eot: bool) -> bytes
 
 
 def encode_file(
-    tokenizer: Tokenizer, dataset_path: str | Path | Sequence[str | Path],
-    out_path: str | Path, append_eot: bool = False, num_workers: int | None = None,
+    tokenizer: Tokenizer, dataset_path: Paths, out_path: str | Path,
+    append_eot: bool = False, num_workers: int | None = None,
 ) -> int:
     """Encode text files into the token file `out_path`; returns the number of tokens.
 
@@ -2314,7 +2205,7 @@ def encode_file(
     if append_eot and tokenizer.eot_id is None:
         raise UserError(f"append_eot needs the special token {END_OF_TEXT} in the tokenizer")
     total = sum(path.stat().st_size for path in files)
-    spans = split_files(files, tokenizer.pattern, tokenizer.special_tokens, "encoding")
+    spans = split_files(files, tokenizer, "encoding")
     encode = functools.partial(encode_span, tokenizer=tokenizer, append_eot=append_eot)
     floor = entropy_floor(files)
     with atomic_write(out_path) as out:
@@ -2338,9 +2229,8 @@ def encode_file(
 def entropy_floor(files: Sequence[Path]) -> float | None:
     """The entropy of generated text, in nats per byte, if a .json file beside it states it.
 
-    The bundled stories come from data/make_stories.py, which draws every word with a known
-    probability p and adds up -log p. On new stories no model can be expected to have a lower
-    loss than that. End-of-text tokens don't count as text.
+    data/make_stories.py draws each word of the bundled stories with a known probability p and
+    adds up -log p, without end-of-text tokens. No model should do better on new stories.
     """
     description = Path(f"{files[0]}.json")
     if len(files) > 1 or not description.is_file():
@@ -2353,11 +2243,8 @@ def entropy_floor(files: Sequence[Path]) -> float | None:
 # 1. Set WordTable.BITS to 4, so that words keep evicting each other. `bpe-encode` gets slower,
 #    and its result stays the same. Why?
 # 2. Let `entry` in `learn_merges` return -index.left[pair] and -index.right[pair] instead of
-#    the two tokens: among pairs of equal count the one with the oldest tokens now wins. On
-#    which of the chapter's examples does `learn_merges` now differ from `learn_merges_naive`?
-# 3. Train on the bundled stories with --vocab_size 300, 600, 1200 and 2400, encode, and compare
-#    the bytes per token that bpe-encode prints: 1.5, 2.6, 3.7 and 4.2. Beyond 1,814 entries
-#    nothing changes, because every word of these stories is one token.
+#    the two tokens: of pairs of equal count, the one with the oldest tokens now wins. Predict
+#    the merges of chapter 2's example, then check.
 
 
 # ----------------------------------------------------------------------------------------
