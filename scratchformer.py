@@ -4125,7 +4125,6 @@ def train(
 # JSON can't hold arbitrary bytes, so GPT-2 writes each byte as a visible character (encoder.py,
 # bytes_to_unicode). Printable Latin-1 bytes stand for themselves. The others, such as the space
 # and control characters, take U+0100, U+0101, ... in order. A space becomes "Ġ".
-
 BYTE_TO_UNICODE = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
 UNPRINTABLE = [byte for byte in range(256) if byte not in BYTE_TO_UNICODE]
 BYTE_TO_UNICODE |= {byte: chr(256 + i) for i, byte in enumerate(UNPRINTABLE)}
@@ -4198,10 +4197,9 @@ def tokenizer_from_json(content: Any, path: str | Path) -> Tokenizer:
 
 def pattern_from_json(pre_tokenizer: Any) -> str:
     """The pattern of a tokenizer.json. Raises UserError if it isn't one regular expression."""
-    match pre_tokenizer:
-        case {"type": "ByteLevel", "add_prefix_space": False}:
-            if pre_tokenizer.get("use_regex", True):
-                return PRETOKEN_PATTERN
+    match {"use_regex": True, **(pre_tokenizer or {})}:  # true if a file doesn't say
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+            return PRETOKEN_PATTERN
         case {"pretokenizers": [
             {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated",
              "invert": False},
@@ -4260,8 +4258,8 @@ def llama3_rope_scaling(
 
     Pairs that turn fewer than `low` times within the original context saw few angles in
     training, and a longer text would show them new ones. Those that turn more than `high`
-    times stay as they are; in between, the two are blended. (github.com/meta-llama/
-    llama-models, models/llama3/model.py, apply_scaling; in config.json rope_type "llama3")
+    times stay as they are; in between, the two are blended.
+    (github.com/meta-llama/llama-models, models/llama3/model.py: apply_scaling)
     """
     turns = original_context * frequencies / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -4274,8 +4272,8 @@ def hf_names(name: str) -> list[str]:
     >>> hf_names("blocks.7.mlp.gate_up.weight")
     ['model.layers.7.mlp.gate_proj.weight', 'model.layers.7.mlp.up_proj.weight']
     """
-    *block, part = re.split(r"^blocks(\.\d+\.)", name.removesuffix(".weight"))
-    prefix = "model.layers" + block[1] if block else ""
+    [(prefix, part)] = re.findall(r"(blocks\.\d+\.|)(.+)\.weight", name)
+    prefix = prefix.replace("blocks", "model.layers")
     return [f"{prefix}{theirs}.weight" for theirs in HF_NAMES[part]]
 
 
@@ -4306,10 +4304,7 @@ def to_hf(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tenso
 
 
 def from_hf(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Hugging Face's weights under our names, with our order of rows, as float32.
-
-    Raises UserError if they aren't exactly the weights of a model with this configuration.
-    """
+    """The inverse of `to_hf`, as float32. Raises UserError unless the weights fit `config`."""
     # Some files hold a tied matrix twice, and old ones RoPE's frequencies. Both are ignored.
     weights = {name: x for name, x in weights.items() if not (
         name.endswith("inv_freq") or config.tie_embeddings and name == "lm_head.weight")}
@@ -4382,11 +4377,19 @@ def load_hf_model(directory: Path) -> dict:
             "special_ids": {key: content.get(key) for key in HF_SPECIAL_IDS}}
 
 
-def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -> None:
-    """Write a checkpoint as a directory that from_pretrained loads, tokenizer included."""
+def export(
+    saved: SavedModel,
+    outdir: Path,  # directory for the files
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",  # type of the parameters
+) -> None:
+    """Write a directory that transformers loads with from_pretrained. Needs safetensors."""
     import safetensors.torch
 
-    config = config_from_dict(state["model_config"])
+    if checkpoints_in(outdir) or outdir.resolve() == saved.checkpoint.resolve():
+        raise UserError(f"{outdir} holds a model that the export would hide: choose another "
+                        "--outdir")
+    state, model, tokenizer = saved.load()
+    config, eot = model.config, tokenizer.eot_id
     if config.architecture != "llama":
         raise UserError(f"transformers has no architecture {config.architecture!r}")
     weights = {name: weight.to(getattr(torch, dtype), copy=True)
@@ -4394,7 +4397,6 @@ def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -
     with atomic_write(outdir / "model.safetensors") as file:
         file.write(safetensors.torch.save(weights, {"format": "pt"}))
     tokenizer.save(outdir / "tokenizer.json")
-    eot = tokenizer.eot_id
     special_ids = state.get("special_ids", dict.fromkeys(HF_SPECIAL_IDS, eot))
     write_json(outdir / "config.json",
                {**config_to_hf(config), **special_ids, "torch_dtype": dtype})
@@ -4405,6 +4407,7 @@ def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -
         "model_max_length": config.context_length,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), eot_token),
     })
+    log(f"{outdir}: load it with AutoModelForCausalLM.from_pretrained")
 
 
 # Exercises
@@ -4417,11 +4420,10 @@ def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -
 # ----------------------------------------------------------------------------------------
 # 16. Command line
 #
-# How do you run all this? A command is a function, and its parameters are its flags: the name,
-# type and default of a flag come from the parameter, its help from the comment beside it. (A
-# parameter that is a dataclass stands for its fields.) To add a command, write a function and
-# add it to COMMANDS. The exit status is 0 if all went well, 2 for an error the user can fix,
-# and 128 + n after signal n. The last command, `demo`, runs most of the others.
+# A command is a function, and its parameters are its flags: the name, type and default of a flag
+# come from the parameter, its help from the comment beside it. (A parameter that is a dataclass
+# stands for its fields.) To add a command, write a function and add it to COMMANDS. The exit
+# status is 0 if all went well, 2 for an error the user can fix, and 128 + n after signal n.
 # ----------------------------------------------------------------------------------------
 
 import argparse
@@ -4429,34 +4431,26 @@ import inspect
 import shlex
 import subprocess
 
-# Flags
-# -----
-
 # Numbers must be at least 0, and integers at least 1, except for these.
 MAY_BE_0 = ("vocab_size", "num_kv_heads", "warmup_steps", "shard_size", "seed", "eval_windows",
             "keep_checkpoints")
 AT_MOST = {"beta1": 0.9999, "beta2": 0.99999, "top_p": 1.0}
 
 
-def check_ranges(values: dict) -> None:
-    """Raise UserError if a number among these flags is out of range."""
-    for name, value in values.items():
+def check_config(c: Any) -> None:
+    """Raise UserError if a number among flags or fields is out of range, or two contradict."""
+    for name, value in vars(c).items():
         if type(value) in (int, float):
             least = int(type(value) is int and name not in MAY_BE_0)
             most = AT_MOST.get(name, 2**32)
             if not least <= value <= most:
                 raise UserError(f"--{name} must be from {least} to {most}, not {value}")
-
-
-def check_config(c: Any) -> None:
-    """Raise UserError if a field of a dataclass is out of range, or two contradict."""
-    check_ranges(vars(c))
     if isinstance(c, OptimizerConfig):
         if c.min_lr > c.lr:
             raise UserError(f"--min_lr must be at most --lr: {c.min_lr} > {c.lr}")
         if (c.warmup_steps or 0) > c.max_steps:
             raise UserError(f"--warmup_steps {c.warmup_steps} exceed --max_steps {c.max_steps}")
-    if isinstance(c, ModelConfig):
+    if isinstance(c, LlamaConfig):
         if c.architecture != ModelConfig.architecture:
             raise UserError(f"architecture is {c.architecture!r}, unlike this file's model")
         if c.num_heads % c.num_kv_heads:
@@ -4464,7 +4458,7 @@ def check_config(c: Any) -> None:
                             f"{c.num_heads} / {c.num_kv_heads}")
         if c.d_model % (2 * c.num_heads):  # RoPE rotates pairs
             raise UserError(f"d_model / num_heads must be even: {c.d_model} / {c.num_heads}")
-        scaling = getattr(c, "rope_scaling", None)
+        scaling = c.rope_scaling
         if scaling and (len(scaling) != 4 or min(scaling) <= 0 or scaling[1] >= scaling[2]):
             raise UserError(f"rope_scaling is {scaling}, not four numbers a, b < c, d above 0")
 
@@ -4531,16 +4525,14 @@ def add_flags(parser: Any, owner: Any) -> None:
 
 
 def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[dict, dict]:
-    """The flags in `argv`, by name; and from them the arguments for `command`.
-
-    A parameter `given` gets the flags themselves.
-    """
+    """The flags in `argv` by name, and the arguments for `command`, whose `given` they are."""
     parser = Parser(f"scratchformer {name}", "%(prog)s [flags]", command.__doc__,
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     add_flags(parser, command)
     parser.add_argument("--quiet", action="store_true", help="print errors and results only")
-    given = vars(parser.parse_args(argv))
-    check_ranges(given)
+    flags = parser.parse_args(argv)
+    check_config(flags)
+    given = vars(flags)
     kinds: dict[str, Any] = typing.get_type_hints(command)
     arguments = {key: x for key, x in {**given, "given": given}.items() if key in kinds}
     for key, kind in kinds.items():
@@ -4572,9 +4564,7 @@ def bpe_train(
     with atomic_write(tokenizer_out_path) as out:  # first: a bad path fails early
         vocab, merges = train_bpe(file_path, vocab_size, specials, num_workers, pattern)
         out.write(json_bytes(tokenizer_to_json(Tokenizer(vocab, merges, specials, pattern))))
-    longest = max(map(b"".join, merges), key=len, default=b"").decode(errors="replace")
-    log(f"{tokenizer_out_path}: {len(vocab)} entries, {len(merges)} merges, "
-        f"longest {longest!r}, {time.monotonic() - start:.1f} s")
+    log(f"{tokenizer_out_path}: {len(vocab)} entries, {time.monotonic() - start:.1f} s")
 
 
 def bpe_encode(
@@ -4636,8 +4626,7 @@ def evaluate_command(
         made_by = state.get("tokenizer_sha256") or (tokenizer and tokenizer.fingerprint())
         check_same_tokenizer({path: tokens.tokenizer_sha256, saved.checkpoint: made_by})
         valid = ValidationSet(tokens, model.config.context_length, eval_windows, tokenizer)
-        loss = valid.loss(model, batch_size, autocast)
-        report, text = valid.report(loss, compare=True)
+        report, text = valid.report(valid.loss(model, batch_size, autocast), compare=True)
     log(text)
     print(json_line(report))
 
@@ -4682,11 +4671,9 @@ def generate_command(
         # Together: prompts in a row that have the same number of tokens.
         _, same = next(itertools.groupby(rows[first:], key=len))
         batch = list(itertools.islice(same, batch_size))
-        new = generate_texts(
-            model, torch.tensor(batch), max_new_tokens, seed + first, stop_ids,
-            temperature=temperature, top_k=top_k, top_p=top_p)
-        # A single text is printed token by token. Several are printed one after the other, when
-        # all are complete.
+        new = generate_texts(model, torch.tensor(batch), max_new_tokens, seed + first, stop_ids,
+                             temperature=temperature, top_k=top_k, top_p=top_p)
+        # One text is printed token by token; several one after another, when all are complete.
         columns: Any = zip(*new) if len(batch) > 1 else [(ids[0] for ids in new)]
         for number, ids in enumerate(columns, first):
             if len(texts) > 1:
@@ -4697,20 +4684,6 @@ def generate_command(
                 print(piece, end="", flush=True)
             print()
         first += len(batch)
-
-
-def export(
-    saved: SavedModel,
-    outdir: Path,  # directory for the files
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",  # type of the parameters
-) -> None:
-    """Write a directory that transformers loads with from_pretrained. Needs safetensors."""
-    if checkpoints_in(outdir) or outdir.resolve() == saved.checkpoint.resolve():
-        raise UserError(f"{outdir} holds a model that the export would hide: choose another "
-                        "--outdir")
-    state, _, tokenizer = saved.load()
-    save_hf_model(state, tokenizer, outdir, dtype)
-    log(f"{outdir}: load it with AutoModelForCausalLM.from_pretrained")
 
 
 def split_documents(text: str, size: int) -> list[str]:
@@ -4745,8 +4718,7 @@ def split(
                 (train, valid)[side].write(data + END_OF_TEXT.encode())
                 counts[side] += 1
         if not all(counts):
-            raise UserError(f"too little text: {counts[0]} training documents and {counts[1]} "
-                            "validation documents")
+            raise UserError("too little text: no training or no validation documents")
         log(f"training: {counts[0]:,} documents, {train.tell() / 1e6:,.2f} MB; "
             f"validation: {counts[1]:,} documents, {valid.tell() / 1e6:,.2f} MB")
     (outdir / "special_tokens.txt").write_text(END_OF_TEXT + "\n")
@@ -4773,7 +4745,7 @@ def demo(
     text_path: list[Path] | None = None,  # files or directories (default: the bundled stories)
     minutes: float | None = None,  # with --text_path: how long to train, at most (default: 5)
     outdir: Path | None = None,  # directory for its files (default: out/demo, or out/text)
-    max_steps: int | None = None,  # optimizer steps (default: 720, or as many as --minutes allow)
+    max_steps: int | None = None,  # optimizer steps (default: 720, or all that --minutes allow)
 ) -> int:
     """Run the whole pipeline on the bundled stories or your own text, showing each command."""
     out = outdir or Path("out/text" if text_path else "out/demo")
