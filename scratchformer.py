@@ -4420,7 +4420,7 @@ def export(
 # ----------------------------------------------------------------------------------------
 # 16. Command line
 #
-# A command is a function, and its parameters are its flags: the name, type and default of a flag
+# A command is a function, and its parameters are its flags: a flag's name, type and default
 # come from the parameter, its help from the comment beside it. (A parameter that is a dataclass
 # stands for its fields.) To add a command, write a function and add it to COMMANDS. The exit
 # status is 0 if all went well, 2 for an error the user can fix, and 128 + n after signal n.
@@ -4465,7 +4465,7 @@ def check_config(c: Any) -> None:
 
 def config_from_dict(fields: dict) -> LlamaConfig:
     """The configuration that a file holds. Raises UserError if it isn't one of ours."""
-    with file_errors("its configuration", "one of such a model"):
+    with file_errors("its configuration", "one for this model"):
         config = LlamaConfig(**fields)
         check_config(config)
     return config
