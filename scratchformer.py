@@ -4191,8 +4191,7 @@ def tokenizer_from_json(content: Any, path: str | Path) -> Tokenizer:
         pairs = [merge.split(" ") if isinstance(merge, str) else merge
                  for merge in model["merges"]]
         merges = [(unicode_to_token(left), unicode_to_token(right)) for left, right in pairs]
-        return Tokenizer(vocab, merges, list(specials), pattern,
-                         bool(model.get("ignore_merges")))
+        return Tokenizer(vocab, merges, specials, pattern, bool(model.get("ignore_merges")))
 
 
 def pattern_from_json(pre_tokenizer: Any) -> str:
@@ -4386,8 +4385,7 @@ def export(
     import safetensors.torch
 
     if checkpoints_in(outdir) or outdir.resolve() == saved.checkpoint.resolve():
-        raise UserError(f"{outdir} holds a model that the export would hide: choose another "
-                        "--outdir")
+        raise UserError(f"the export would hide the model in {outdir}: choose another --outdir")
     state, model, tokenizer = saved.load()
     config, eot = model.config, tokenizer.eot_id
     if config.architecture != "llama":
