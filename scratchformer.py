@@ -3913,21 +3913,12 @@ def train(
 
 # Tokenizers
 # ----------
-# JSON can't hold arbitrary bytes, so GPT-2 writes each byte as a visible character.
-
-
-def bytes_to_unicode() -> dict[int, str]:
-    """The character that stands for each byte in a tokenizer.json (GPT-2's encoder.py).
-
-    Printable Latin-1 bytes stand for themselves. The others, such as the space and control
-    characters, take U+0100, U+0101, ... in order. A space becomes "Ġ".
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-BYTE_TO_UNICODE = bytes_to_unicode()
+# JSON can't hold arbitrary bytes, so GPT-2 writes each byte as a visible character (encoder.py,
+# bytes_to_unicode). Printable Latin-1 bytes stand for themselves. The others, such as the space
+# and control characters, take U+0100, U+0101, ... in order. A space becomes "Ġ".
+BYTE_TO_UNICODE = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+UNPRINTABLE = [byte for byte in range(256) if byte not in BYTE_TO_UNICODE]
+BYTE_TO_UNICODE |= {byte: chr(256 + i) for i, byte in enumerate(UNPRINTABLE)}
 UNICODE_TO_BYTE = {character: byte for byte, character in BYTE_TO_UNICODE.items()}
 
 
@@ -3972,40 +3963,33 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
 
 def tokenizer_from_json(content: Any, path: str | Path) -> Tokenizer:
     """The tokenizer described by the content of the tokenizer.json at `path`."""
+    supported = {"type": "BPE", "normalizer": None, "continuing_subword_prefix": None,
+                 "end_of_word_suffix": None, "byte_fallback": None, "dropout": None}
     with file_errors(path, "tokenizer.json"):
-        check_supported(content)
-        model, pattern = content["model"], pattern_from_json(content["pre_tokenizer"])
-        specials = {token["content"]: token["id"] for token in content["added_tokens"]}
+        model, added_tokens = content["model"], content["added_tokens"]
+        found = {**content, **model}
+        for key, value in supported.items():
+            if (found.get(key) or value) != value:
+                raise UserError(f"its {key} is {found[key]!r}")
+        for token in added_tokens:
+            if token.get("single_word") or token.get("lstrip") or token.get("rstrip"):
+                raise UserError(f"token {token['content']!r} also matches what is around it")
+        pattern = pattern_from_json(content["pre_tokenizer"])
+        specials = {token["content"]: token["id"] for token in added_tokens}
         vocab = {i: unicode_to_token(name) for name, i in model["vocab"].items()
                  if name not in specials}
         vocab |= {i: text_to_bytes(token) for token, i in specials.items()}
         pairs = [merge.split(" ") if isinstance(merge, str) else merge
                  for merge in model["merges"]]
         merges = [(unicode_to_token(left), unicode_to_token(right)) for left, right in pairs]
-        return Tokenizer(vocab, merges, list(specials), pattern,
-                         bool(model.get("ignore_merges")))
-
-
-def check_supported(content: Any) -> None:
-    """Raise UserError if a tokenizer.json does something that `Tokenizer` does not."""
-    supported = {"type": "BPE", "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                 "byte_fallback": None, "dropout": None}
-    for key, value in supported.items():
-        if (content["model"].get(key) or value) != value:
-            raise UserError(f"its model has {key} {content['model'][key]!r}")
-    if content.get("normalizer"):
-        raise UserError(f"it normalizes text: {content['normalizer']}")
-    for token in content["added_tokens"]:
-        if token.get("single_word") or token.get("lstrip") or token.get("rstrip"):
-            raise UserError(f"added token {token['content']!r} also matches what is around it")
+        return Tokenizer(vocab, merges, specials, pattern, bool(model.get("ignore_merges")))
 
 
 def pattern_from_json(pre_tokenizer: Any) -> str:
     """The pattern of a tokenizer.json. Raises UserError if it isn't one regular expression."""
-    match pre_tokenizer:
-        case {"type": "ByteLevel", "add_prefix_space": False}:
-            if pre_tokenizer.get("use_regex", True):
-                return PRETOKEN_PATTERN
+    match {"use_regex": True, **(pre_tokenizer or {})}:  # true if a file doesn't say
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+            return PRETOKEN_PATTERN
         case {"pretokenizers": [
             {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated",
              "invert": False},
@@ -4053,9 +4037,8 @@ HF_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 HF_ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor",
                    "original_max_position_embeddings")
 # What config.json must say, since our architecture supports nothing else.
-HF_REQUIRED = {
-    "model_type": "llama", "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
-}
+HF_REQUIRED = {"model_type": "llama", "hidden_act": "silu",
+               "attention_bias": False, "mlp_bias": False}
 
 
 def llama3_rope_scaling(
@@ -4065,9 +4048,8 @@ def llama3_rope_scaling(
 
     Pairs that turn fewer than `low` times within the original context saw few angles in
     training, and a longer text would show them new ones. Those that turn more than `high`
-    times stay as they are; in between, the two are blended. (Source:
-    github.com/meta-llama/llama-models, models/llama3/model.py, apply_scaling; transformers
-    calls it rope_type "llama3".)
+    times stay as they are; in between, the two are blended.
+    (github.com/meta-llama/llama-models, models/llama3/model.py: apply_scaling)
     """
     turns = original_context * frequencies / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -4080,10 +4062,8 @@ def hf_names(name: str) -> list[str]:
     >>> hf_names("blocks.7.mlp.gate_up.weight")
     ['model.layers.7.mlp.gate_proj.weight', 'model.layers.7.mlp.up_proj.weight']
     """
-    prefix, part = "", name.removesuffix(".weight")
-    if part.startswith("blocks."):
-        _, number, part = part.split(".", 2)
-        prefix = f"model.layers.{number}."
+    [(prefix, part)] = re.findall(r"(blocks\.\d+\.|)(.+)\.weight", name)
+    prefix = prefix.replace("blocks", "model.layers")
     return [f"{prefix}{theirs}.weight" for theirs in HF_NAMES[part]]
 
 
@@ -4114,10 +4094,7 @@ def to_hf(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tenso
 
 
 def from_hf(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Hugging Face's weights under our names, with our order of rows, as float32.
-
-    Raises UserError if they aren't exactly the weights of a model with this configuration.
-    """
+    """The inverse of `to_hf`, as float32. Raises UserError unless the weights fit `config`."""
     # Some files hold a tied matrix twice, and old ones RoPE's frequencies. Both are ignored.
     weights = {name: x for name, x in weights.items() if not (
         name.endswith("inv_freq") or config.tie_embeddings and name == "lm_head.weight")}
@@ -4181,9 +4158,8 @@ def load_hf_model(directory: Path) -> dict:
         if not (directory / names[0]).is_file():
             index = read_json(directory / f"{names[0]}.index.json", "index of weights")
             names = sorted(set(index["weight_map"].values()))
-        weights: dict[str, Tensor] = {}
-        for name in names:
-            weights |= safetensors.torch.load_file(directory / name)
+        weights = {name: weight for file in names
+                   for name, weight in safetensors.torch.load_file(directory / file).items()}
         if (generation := directory / "generation_config.json").is_file():
             content |= read_json(generation, "generation_config.json")
         weights = from_hf(weights, config)
@@ -4191,11 +4167,18 @@ def load_hf_model(directory: Path) -> dict:
             "special_ids": {key: content.get(key) for key in HF_SPECIAL_IDS}}
 
 
-def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -> None:
-    """Write a checkpoint as a directory that from_pretrained loads, tokenizer included."""
+def export(
+    saved: SavedModel,
+    outdir: Path,  # directory for the files
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",  # type of the parameters
+) -> None:
+    """Write a directory that transformers loads with from_pretrained. Needs safetensors."""
     import safetensors.torch
 
-    config = config_from_dict(state["model_config"])
+    if checkpoints_in(outdir) or outdir.resolve() == saved.checkpoint.resolve():
+        raise UserError(f"the export would hide the model in {outdir}: choose another --outdir")
+    state, model, tokenizer = saved.load()
+    config, eot = model.config, tokenizer.eot_id
     if config.architecture != "llama":
         raise UserError(f"transformers has no architecture {config.architecture!r}")
     weights = {name: weight.to(getattr(torch, dtype), copy=True)
@@ -4203,7 +4186,6 @@ def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -
     with atomic_write(outdir / "model.safetensors") as file:
         file.write(safetensors.torch.save(weights, {"format": "pt"}))
     tokenizer.save(outdir / "tokenizer.json")
-    eot = tokenizer.eot_id
     special_ids = state.get("special_ids", dict.fromkeys(HF_SPECIAL_IDS, eot))
     write_json(outdir / "config.json",
                {**config_to_hf(config), **special_ids, "torch_dtype": dtype})
@@ -4214,6 +4196,7 @@ def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -
         "model_max_length": config.context_length,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), eot_token),
     })
+    log(f"{outdir}: load it with AutoModelForCausalLM.from_pretrained")
 
 
 # Exercises
@@ -4226,21 +4209,16 @@ def save_hf_model(state: dict, tokenizer: Tokenizer, outdir: Path, dtype: str) -
 # ----------------------------------------------------------------------------------------
 # 16. Command line
 #
-# How do you run all this? A command is a function, and its parameters are its flags: the name,
-# type and default of a flag come from the parameter, its help from the comment beside it. (A
-# parameter that is a dataclass stands for its fields.) To add a command, write a function and
-# add it to COMMANDS. The exit status is 0 if all went well, 2 for an error the user can fix,
-# and 128 + n after signal n. The last command, `demo`, runs most of the others.
+# A command is a function, and its parameters are its flags: a flag's name, type and default
+# come from the parameter, its help from the comment beside it. (A parameter that is a dataclass
+# stands for its fields.) To add a command, write a function and add it to COMMANDS. The exit
+# status is 0 if all went well, 2 for an error the user can fix, and 128 + n after signal n.
 # ----------------------------------------------------------------------------------------
 
 import argparse
 import inspect
-import io
 import shlex
 import subprocess
-
-# Flags
-# -----
 
 # Numbers must be at least 0, and integers at least 1, except for these.
 MAY_BE_0 = ("vocab_size", "num_kv_heads", "warmup_steps", "shard_size", "seed", "eval_windows",
@@ -4248,25 +4226,20 @@ MAY_BE_0 = ("vocab_size", "num_kv_heads", "warmup_steps", "shard_size", "seed", 
 AT_MOST = {"beta1": 0.9999, "beta2": 0.99999, "top_p": 1.0}
 
 
-def check_ranges(values: dict) -> None:
-    """Raise UserError if a number among these flags is out of range."""
-    for name, value in values.items():
+def check_config(c: Any) -> None:
+    """Raise UserError if a number among flags or fields is out of range, or two contradict."""
+    for name, value in vars(c).items():
         if type(value) in (int, float):
             least = int(type(value) is int and name not in MAY_BE_0)
             most = AT_MOST.get(name, 2**32)
             if not least <= value <= most:
                 raise UserError(f"--{name} must be from {least} to {most}, not {value}")
-
-
-def check_config(c: Any) -> None:
-    """Raise UserError if a field of a dataclass is out of range, or two contradict."""
-    check_ranges(vars(c))
     if isinstance(c, OptimizerConfig):
         if c.min_lr > c.lr:
             raise UserError(f"--min_lr must be at most --lr: {c.min_lr} > {c.lr}")
         if (c.warmup_steps or 0) > c.max_steps:
             raise UserError(f"--warmup_steps {c.warmup_steps} exceed --max_steps {c.max_steps}")
-    if isinstance(c, ModelConfig):
+    if isinstance(c, LlamaConfig):
         if c.architecture != ModelConfig.architecture:
             raise UserError(f"architecture is {c.architecture!r}, unlike this file's model")
         if c.num_heads % c.num_kv_heads:
@@ -4274,18 +4247,16 @@ def check_config(c: Any) -> None:
                             f"{c.num_heads} / {c.num_kv_heads}")
         if c.d_model % (2 * c.num_heads):  # RoPE rotates pairs
             raise UserError(f"d_model / num_heads must be even: {c.d_model} / {c.num_heads}")
-        scaling = getattr(c, "rope_scaling", None)
+        scaling = c.rope_scaling
         if scaling and (len(scaling) != 4 or min(scaling) <= 0 or scaling[1] >= scaling[2]):
             raise UserError(f"rope_scaling is {scaling}, not four numbers a, b < c, d above 0")
 
 
 def config_from_dict(fields: dict) -> LlamaConfig:
     """The configuration that a file holds. Raises UserError if it isn't one of ours."""
-    try:
+    with file_errors("its configuration", "one for this model"):
         config = LlamaConfig(**fields)
         check_config(config)
-    except TypeError as error:  # an unknown field, or text where a number belongs
-        raise UserError(f"it isn't the configuration of such a model: {error}") from None
     return config
 
 
@@ -4318,21 +4289,20 @@ def add_flags(parser: Any, owner: Any) -> None:
         kind = kinds[name]
         if dataclasses.is_dataclass(kind):
             add_flags(parser.add_argument_group(kind.__doc__), kind)
-        if dataclasses.is_dataclass(kind) or name in ("given", "architecture"):
-            continue  # the last isn't for a user to choose
+            continue
+        if name in ("given", "architecture"):  # not for a user to choose
+            continue
         if parameter.annotation.endswith("| None"):
             kind = typing.get_args(kind)[0]
-        required = parameter.default is parameter.empty
-        help = comments[name].replace("%", "%%")
-        if required:
-            help += " (required)"
+        options: dict[str, Any] = {"help": comments[name]}
+        if parameter.default is parameter.empty:
+            options = {"help": comments[name] + " (required)", "required": True}
         elif parameter.default:
-            help += f" (default: {parameter.default})"
-        options: dict[str, Any] = {"required": required, "help": help}
+            options["help"] += f" (default: {parameter.default})"
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif name == "optimizer":
-            options["choices"] = list(OPTIMIZERS)
+            options["choices"] = OPTIMIZERS
         elif typing.get_origin(kind) is Literal:
             options["choices"] = typing.get_args(kind)
         else:
@@ -4344,46 +4314,34 @@ def add_flags(parser: Any, owner: Any) -> None:
 
 
 def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[dict, dict]:
-    """The flags in `argv`, by name; and from them the arguments for `command`.
-
-    A parameter `given` gets the flags themselves.
-
-    >>> given, arguments = parse_flags("bpe-train", bpe_train, [
-    ...     "--file_path", "a.txt", "b.txt", "--tokenizer_out_path", "t.json"])
-    >>> [str(path) for path in arguments["file_path"]]
-    ['a.txt', 'b.txt']
-    """
+    """The flags in `argv` by name, and the arguments for `command`, whose `given` they are."""
     parser = Parser(f"scratchformer {name}", "%(prog)s [flags]", command.__doc__,
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     add_flags(parser, command)
     parser.add_argument("--quiet", action="store_true", help="print errors and results only")
-    given = vars(parser.parse_args(argv))
-    check_ranges(given)
+    flags = parser.parse_args(argv)
+    check_config(flags)
+    given = vars(flags)
     kinds: dict[str, Any] = typing.get_type_hints(command)
-    arguments = {}
+    arguments = {key: x for key, x in {**given, "given": given}.items() if key in kinds}
     for key, kind in kinds.items():
         if hasattr(kind, "__dataclass_fields__"):
             fields = kind.__dataclass_fields__.keys() & given.keys()
             arguments[key] = kind(**{field: given[field] for field in fields})
             check_config(arguments[key])
-        elif key == "given":
-            arguments[key] = given
-        elif key in given:
-            arguments[key] = given[key]
     return given, arguments
 
 
-# bpe-train, bpe-encode
-# ---------------------
+# Commands
+# --------
 
 
 def bpe_train(
-    *,
     file_path: list[Path],  # text files, or directories of them
+    tokenizer_out_path: Path,  # where to write the tokenizer.json
     vocab_size: int = 50304,  # size of the vocabulary, bytes and special tokens included
     special_tokens_path: Path | None = None,  # file of special tokens, one per line
     pattern: str = "gpt2",  # how to split text: gpt2, gpt4, or a regular expression
-    tokenizer_out_path: Path,  # where to write the tokenizer.json
     num_workers: int | None = None,  # processes (default: one per core)
 ) -> None:
     """Learn a byte-level BPE vocabulary from text."""
@@ -4395,13 +4353,10 @@ def bpe_train(
     with atomic_write(tokenizer_out_path) as out:  # first: a bad path fails early
         vocab, merges = train_bpe(file_path, vocab_size, specials, num_workers, pattern)
         out.write(json_bytes(tokenizer_to_json(Tokenizer(vocab, merges, specials, pattern))))
-    longest = max(map(b"".join, merges), key=len, default=b"").decode(errors="replace")
-    log(f"{tokenizer_out_path}: {len(vocab)} entries, {len(merges)} merges, "
-        f"longest {longest!r}, {time.monotonic() - start:.1f} s")
+    log(f"{tokenizer_out_path}: {len(vocab)} entries, {time.monotonic() - start:.1f} s")
 
 
 def bpe_encode(
-    *,
     dataset_path: list[Path],  # text files, or directories of them
     tokenizer_path: Path,  # a tokenizer.json
     out_path: Path,  # where to write the token file and, next to it, its metadata
@@ -4417,11 +4372,7 @@ def bpe_encode(
         f"{seconds:.1f} s, {size / seconds / 1e6:.1f} MB/s")
 
 
-# eval, generate, export
-# ----------------------
-
-
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass
 class SavedModel:
     """Model"""
 
@@ -4464,22 +4415,9 @@ def evaluate_command(
         made_by = state.get("tokenizer_sha256") or (tokenizer and tokenizer.fingerprint())
         check_same_tokenizer({path: tokens.tokenizer_sha256, saved.checkpoint: made_by})
         valid = ValidationSet(tokens, model.config.context_length, eval_windows, tokenizer)
-        loss = valid.loss(model, batch_size, autocast)
-        report, text = valid.report(loss, compare=True)
+        report, text = valid.report(valid.loss(model, batch_size, autocast), compare=True)
     log(text)
     print(json_line(report))
-
-
-def read_prompts(prompt: str | None, prompt_path: Path | None) -> list[str]:
-    """From the flags: one, or one per line of a file. Else all of standard input is one."""
-    if prompt is not None and prompt_path:
-        raise UserError("give either --prompt or --prompt_path")
-    if prompt is not None:
-        return [prompt]
-    if prompt_path:
-        text = bytes_to_text(prompt_path.read_bytes()).replace("\r\n", "\n")
-        return text.removesuffix("\n").split("\n")
-    return [sys.stdin.read().removesuffix("\n")]  # `echo` adds a newline
 
 
 def generate_command(
@@ -4497,6 +4435,8 @@ def generate_command(
     seed: int | None = None,  # the same seed gives the same text; the next text uses seed + 1
 ) -> None:
     """Generate text with a trained model."""
+    if prompt is not None and prompt_path:
+        raise UserError("give either --prompt or --prompt_path")
     device = pick_device(devices.device)
     dtype = pick_dtype(devices.dtype, device)
     state, model, tokenizer = saved.load(device, dtype, context_length)
@@ -4506,7 +4446,12 @@ def generate_command(
     stop = state.get("special_ids", {}).get("eos_token_id", eot)  # a number, a list or None
     stop_ids = stop if isinstance(stop, list) else [stop]
     seed = torch.seed() % 2**32 if seed is None else seed
-    texts = [text for text in read_prompts(prompt, prompt_path) for _ in range(num_samples)]
+    if prompt_path:
+        lines = prompt_path.read_text("utf-8", "surrogateescape")  # any bytes pass through
+        prompts = lines.removesuffix("\n").split("\n")
+    else:  # `echo` adds a newline
+        prompts = [sys.stdin.read().removesuffix("\n") if prompt is None else prompt]
+    texts = [text for text in prompts for _ in range(num_samples)]
     rows = [tokenizer.encode(text) or [eot] for text in texts]
     if [None] in rows:
         raise UserError("a prompt is empty, and the tokenizer has no end-of-text token")
@@ -4515,11 +4460,9 @@ def generate_command(
         # Together: prompts in a row that have the same number of tokens.
         _, same = next(itertools.groupby(rows[first:], key=len))
         batch = list(itertools.islice(same, batch_size))
-        new = generate_texts(
-            model, torch.tensor(batch), max_new_tokens, seed + first, stop_ids,
-            temperature=temperature, top_k=top_k, top_p=top_p)
-        # A single text is printed token by token. Several are printed one after the other, when
-        # all are complete.
+        new = generate_texts(model, torch.tensor(batch), max_new_tokens, seed + first, stop_ids,
+                             temperature=temperature, top_k=top_k, top_p=top_p)
+        # One text is printed token by token; several one after another, when all are complete.
         columns: Any = zip(*new) if len(batch) > 1 else [(ids[0] for ids in new)]
         for number, ids in enumerate(columns, first):
             if len(texts) > 1:
@@ -4530,24 +4473,6 @@ def generate_command(
                 print(piece, end="", flush=True)
             print()
         first += len(batch)
-
-
-def export(
-    saved: SavedModel,
-    outdir: Path,  # directory for the files
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",  # type of the parameters
-) -> None:
-    """Write a directory that transformers loads with from_pretrained. Needs safetensors."""
-    if checkpoints_in(outdir) or outdir.resolve() == saved.checkpoint.resolve():
-        raise UserError(f"{outdir} holds a model that the export would hide: choose another "
-                        "--outdir")
-    state, _, tokenizer = saved.load()
-    save_hf_model(state, tokenizer, outdir, dtype)
-    log(f"{outdir}: load it with AutoModelForCausalLM.from_pretrained")
-
-
-# split, demo
-# -----------
 
 
 def split_documents(text: str, size: int) -> list[str]:
@@ -4575,15 +4500,14 @@ def split(
     counts = [0, 0]
     with (atomic_write(outdir / "train.txt") as train,
           atomic_write(outdir / "valid.txt") as valid):
-        texts = (bytes_to_text(path.read_bytes()) for path in files)
-        for document in (d for text in texts for d in split_documents(text, size)):
-            data = text_to_bytes(document)
-            side = hashlib.sha256(data).digest()[0] < 26  # of 256
-            (train, valid)[side].write(data + END_OF_TEXT.encode())
-            counts[side] += 1
+        for path in files:
+            for document in split_documents(bytes_to_text(path.read_bytes()), size):
+                data = text_to_bytes(document)
+                side = hashlib.sha256(data).digest()[0] < 26  # of 256
+                (train, valid)[side].write(data + END_OF_TEXT.encode())
+                counts[side] += 1
         if not all(counts):
-            raise UserError(f"too little text: {counts[0]} training documents and {counts[1]} "
-                            "validation documents")
+            raise UserError("too little text: no training or no validation documents")
         log(f"training: {counts[0]:,} documents, {train.tell() / 1e6:,.2f} MB; "
             f"validation: {counts[1]:,} documents, {valid.tell() / 1e6:,.2f} MB")
     (outdir / "special_tokens.txt").write_text(END_OF_TEXT + "\n")
@@ -4607,12 +4531,10 @@ def choose_size(megabytes: float, minutes: float, device: str) -> tuple[int, str
 
 
 def demo(
-    text_path: list[Path] | None = None,
-    # your own text, files or directories (default: the bundled stories)
+    text_path: list[Path] | None = None,  # files or directories (default: the bundled stories)
     minutes: float | None = None,  # with --text_path: how long to train, at most (default: 5)
     outdir: Path | None = None,  # directory for its files (default: out/demo, or out/text)
-    max_steps: int | None = None,
-    # optimizer steps (default: 720, or as many as --minutes allow)
+    max_steps: int | None = None,  # optimizer steps (default: 720, or all that --minutes allow)
 ) -> int:
     """Run the whole pipeline on the bundled stories or your own text, showing each command."""
     out = outdir or Path("out/text" if text_path else "out/demo")
@@ -4620,14 +4542,13 @@ def demo(
         raise UserError("--minutes needs --text_path")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} isn't empty: remove it, or give another --outdir")
-    quiet = ["--quiet"] * (not Progress.enabled)
     for command in demo_commands(text_path, minutes or 5.0, max_steps, out):
-        argv = shlex.split(command)
-        log("\n$ python scratchformer.py " + shlex.join(argv))
+        log(f"\n$ python scratchformer.py {command}")
+        argv = shlex.split(command) + ["--quiet"] * (not Progress.enabled)
         if argv[0].startswith("bpe-"):  # a process without PyTorch can fork (chapter 8)
-            status = subprocess.call([sys.executable, __file__, *argv, *quiet])
+            status = subprocess.call([sys.executable, __file__, *argv])
         else:
-            status = main(argv + quiet)
+            status = main(argv)
         if status:
             return status
     return 0
@@ -4687,7 +4608,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command in `argv`, without the program's name. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # any bytes pass through
+        if hasattr(stream, "reconfigure"):  # any bytes pass through
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
