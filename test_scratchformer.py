@@ -1640,10 +1640,12 @@ with open(sys.argv[1]) as tasks:
 
 
 def free_ports(count):
-    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in servers]
-    for server in servers:
-        server.close()
+    """Below those that the system gives to outgoing connections, which could take them first."""
+    ports = []
+    while len(ports) < count:
+        with contextlib.suppress(OSError), socket.socket() as server:
+            server.bind(("", port := random.SystemRandom().randrange(10_000, 32_000)))
+            ports.append(port)
     return ports
 
 
