@@ -1754,6 +1754,14 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
+    """Raise UserError if a file that will be written is one that is read."""
+    read = {os.path.realpath(path) for path in inputs if path}
+    for path in outputs:
+        if os.path.realpath(path) in read:
+            raise UserError(f"{path} is an input: choose another place for the output")
+
+
 def json_bytes(content: Any) -> bytes:
     """`content` as indented JSON."""
     return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
@@ -3751,9 +3759,12 @@ def load_start(run: RunConfig) -> dict:
     """What training starts from: a state to resume, a model's weights, or only a step, 0."""
     checkpoints = checkpoints_in(run.outdir)
     logs = [path for path in run.outdir.glob("metrics.jsonl") if path.stat().st_size]
-    if (checkpoints or logs) and not run.resume:
-        raise UserError(f"{run.outdir} holds {[*logs, *checkpoints][-1].name} of another run: "
-                        "continue it with --resume, or choose another --outdir")
+    others = [*run.outdir.glob(BEST), *logs, *checkpoints]
+    if (run.outdir / "config.json").exists():
+        raise UserError(f"{run.outdir} holds an exported model: choose another --outdir")
+    if others and not run.resume:
+        raise UserError(f"{run.outdir} holds {others[-1].name} of another run: choose another "
+                        "--outdir, or continue with --resume")
     if logs and not checkpoints:  # killed before the first, or somebody has moved them
         logs[0].rename(logs[0].with_name(f"metrics_{int(logs[0].stat().st_mtime)}.jsonl"))
     if checkpoints:
@@ -4350,6 +4361,7 @@ def bpe_train(
         with file_errors(special_tokens_path, "list of special tokens"):
             specials = special_tokens_path.read_text(encoding="utf-8").splitlines()
     pattern = {"gpt2": PRETOKEN_PATTERN, "gpt4": GPT4_PATTERN}.get(pattern, pattern)
+    check_outputs([tokenizer_out_path], [*input_files(file_path), special_tokens_path])
     with atomic_write(tokenizer_out_path) as out:  # first: a bad path fails early
         vocab, merges = train_bpe(file_path, vocab_size, specials, num_workers, pattern)
         out.write(json_bytes(tokenizer_to_json(Tokenizer(vocab, merges, specials, pattern))))
@@ -4365,6 +4377,7 @@ def bpe_encode(
 ) -> None:
     """Turn text into a file of token ids."""
     start, files = time.monotonic(), input_files(dataset_path)
+    check_outputs([out_path, Path(f"{out_path}.json")], [*files, tokenizer_path])
     tokens = encode_file(Tokenizer.load(tokenizer_path), files,
                          out_path, append_eot, num_workers)
     size, seconds = sum(path.stat().st_size for path in files), time.monotonic() - start
@@ -4496,6 +4509,7 @@ def split(
     of it are all on that side. Long documents, such as novels, are split into parts.
     """
     files = input_files(text_path)
+    check_outputs([outdir / "train.txt", outdir / "valid.txt"], files)
     size = min(1 << 14, sum(path.stat().st_size for path in files) // 40 + 1)
     counts = [0, 0]
     with (atomic_write(outdir / "train.txt") as train,

@@ -1640,7 +1640,7 @@ with open(sys.argv[1]) as tasks:
 
 
 def free_ports(count):
-    """Below those that the system gives to outgoing connections, which could take them first."""
+    """Below those that the system gives to outgoing connections."""
     ports = []
     while len(ports) < count:
         with contextlib.suppress(OSError), socket.socket() as server:
@@ -2827,6 +2827,13 @@ EVAL = "eval --device cpu --checkpoint "
     (TRAIN + "--train_tokens {toy}/train.txt --vocab_size 9", "is text, not a token file"),
     (EVAL + "{toy}/run --text_path {toy}/valid.bin", "valid.bin is a token file, not text"),
     (BPE + "{toy}/train.bin", "train.bin is a token file, not text"),
+    (BPE + "{tmp}/tiny --tokenizer_out_path {tmp}/tiny", "tiny is an input"),
+    (ENCODE + "{tmp}/tiny --tokenizer_path {toy}/tokenizer.json --out_path {tmp}/tiny",
+     "tiny is an input"),
+    (ENCODE + "{tmp}/tiny --tokenizer_path {tmp}/other.json --out_path {tmp}/other",
+     "other.json is an input"),
+    ("split --text_path {tmp}/text --outdir {tmp}/text", "train.txt is an input"),
+    (TRAIN + "--outdir {tmp}/llama", "holds an exported model"),
     ("split --text_path {tmp}/tiny --outdir {tmp}", "too little text"),
     ("demo --minutes 5", "--minutes needs --text_path"),
     (EVAL + "{toy}/run --valid_tokens {tmp}/high.bin", "id 300, outside the vocabulary"),
@@ -2841,6 +2848,10 @@ def test_bad_input_gets_one_line_and_writes_nothing(toy, tmp_path, capsys, argv,
     write(tmp_path / "blank", "<a>\n\n<b>\n")
     write(tmp_path / "latin1", b"<caf\xe9>\n")
     write(tmp_path / "tiny", b"x")
+    for name in ("text", "llama"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "text" / "train.txt", "A document.\n" * 99)
+    write(tmp_path / "llama" / "config.json", "{}")
     token_file(tmp_path / "high.bin", [300, *GOOD])
     token_file(tmp_path / "one.bin", [7])
     tokenizer_from("other text", 44).save(tmp_path / "other.json")
