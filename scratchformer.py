@@ -2781,7 +2781,6 @@ def stream_text(tokenizer: BPETokenizer | Tokenizer, ids: Iterable[int]) -> Iter
 # FSDP, fully sharded data parallel: each process also holds just a shard of every parameter,
 # gathers the rest when a matmul needs it, and drops it afterwards. A parameter costs 16 bytes
 # (4 itself, 4 its gradient, 8 AdamW's m and v), but a matmul only needs its value, 2 to 4.
-#
 # On eight GPUs: torchrun --nproc_per_node=8 scratchformer.py train ..., with --fsdp if a model
 # and its optimizer don't fit on one. (Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054, section
 # 5; Zhao et al. 2023, FSDP, arXiv 2304.11277)
@@ -2980,8 +2979,7 @@ def shard_model(
         # The last unit holds the head, which the backward pass needs at once: keep it gathered.
         sharded: Any = fully_shard(
             unit, mesh=mesh, mp_policy=policy, reshard_after_forward=unit is not model)
-        if device.type == "cpu":
-            # TRAP: asked for an average, gloo in torch 2.8 returns the sum.
+        if device.type == "cpu":  # TRAP: for an average, gloo in torch 2.8 returns the sum
             sharded.set_force_sum_reduction_for_comms(True)
 
 
@@ -3045,8 +3043,7 @@ class DistributedMuon(Muon):
             torch.distributed.all_gather_into_tensor(received, share)
             return received[:count]
         torch.distributed.all_to_all_single(received, updates, group=self.group)
-        # A part of our M layers has come from each process.
-        whole = received.unflatten(0, (n, -1))  # (n, M, size, columns)
+        whole = received.unflatten(0, (n, -1))  # (n, M, size, columns): from n processes
         whole = whole.transpose(0, 1).flatten(1, 2)[:, :rows]  # (M, rows, columns)
         whole = super().orthogonalize_all(whole, d_outs)
         whole = F.pad(whole, (0, 0, 0, n * size - rows))  # (M, n * size, columns)
@@ -3256,7 +3253,7 @@ def restore_optimizer(saved: dict, model: nn.Module, params: dict, optimizer: An
 
 # Exercises
 # 1. Start a run with --save_interval 100, kill it with `kill -9` after the first checkpoint,
-#    and resume it. On a CPU, each digit in metrics.jsonl is that of a run without a break.
+#    and resume it. On a CPU, the losses are those of an unbroken run, digit by digit.
 # 2. Let `restore_optimizer` return at once. A resumed run still learns, but its losses are not
 #    those of an unbroken one: a test fails.
 
@@ -3349,8 +3346,7 @@ class Trainer:
             inputs, targets = next(batches)  # (B, T) each
             set_gradient_sync(model, last=micro_batch == count - 1)
             with self.autocast:
-                # The mean over the step is the sum of these means, each divided by `count`.
-                loss = model(inputs, targets) / count
+                loss = model(inputs, targets) / count  # the sum of these is the step's mean
             (loss * scaler.loss_scale).backward()
             total_loss += loss.detach()
         average_gradients(model)
@@ -3380,9 +3376,9 @@ def run_training(
     batches = load_batches(
         tokens, trainer.model.config.context_length, range(first_step, max_steps),
         trainer.device, trainer.data, get_rank(), get_world_size())
-    # The losses of the steps since the last line of the log.
+    # Of each step since the last line of the log; the times without evaluation and saving.
     losses = [torch.tensor(loss, device=trainer.device) for loss in start["losses"]]
-    seconds: list[float] = []  # their times, without evaluation and saving
+    seconds: list[float] = []
     best_loss = start["best_loss"]
     for step in range(first_step + 1, max_steps + 1):
         began, first, last = time.monotonic(), step == first_step + 1, step == max_steps
