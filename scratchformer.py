@@ -866,7 +866,7 @@ def adamw_naive(
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """The hyperparameters of training."""
+    """The hyperparameters of training"""
 
     max_steps: int = 5000  # optimizer steps
     lr: float = 1e-3  # the peak learning rate
@@ -2789,10 +2789,9 @@ def stream_text(tokenizer: BPETokenizer | Tokenizer, ids: Iterable[int]) -> Iter
 # FSDP, fully sharded data parallel: each process also holds just a shard of every parameter,
 # gathers the rest when a matmul needs it, and drops it afterwards. A parameter costs 16 bytes
 # (4 itself, 4 its gradient, 8 AdamW's m and v), but a matmul only needs its value, 2 to 4.
-#
 # On eight GPUs: torchrun --nproc_per_node=8 scratchformer.py train ..., with --fsdp if a model
-# and its optimizer don't fit on one. --batch_size counts sequences per process. (Rajbhandari
-# et al. 2020, ZeRO, arXiv 1910.02054, section 5; Zhao et al. 2023, FSDP, arXiv 2304.11277)
+# and its optimizer don't fit on one. (Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054, section
+# 5; Zhao et al. 2023, FSDP, arXiv 2304.11277)
 # ----------------------------------------------------------------------------------------
 
 import gc
@@ -2802,8 +2801,7 @@ import traceback
 # environment variables: RANK, its number; WORLD_SIZE, how many there are; LOCAL_RANK and
 # LOCAL_WORLD_SIZE, the same on this machine alone. A *collective* is an operation that every
 # process must call, in the same order, or all wait forever: all_reduce gives every process the
-# sum of all their tensors, broadcast gives every process one process's tensor, and a barrier
-# waits until all are there. NCCL carries them out between GPUs, gloo between CPUs.
+# sum of all their tensors, and broadcast gives every process one process's tensor.
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -2850,16 +2848,12 @@ def pick_device(kind: str) -> torch.device:
         raise UserError("--device cuda: PyTorch finds no CUDA device here")
     if kind != "cuda":
         return torch.device(kind)
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if (local_size := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > gpus:
-        raise UserError(f"{local_size} processes on a machine with {gpus} CUDA devices: "
-                        "start at most one for each")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-# Communication
-# -------------
+    gpus, local_size = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if local_size > gpus:
+        raise UserError(f"{local_size} processes on a machine with {gpus} CUDA devices")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 @contextlib.contextmanager
@@ -2868,8 +2862,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     if "RANK" not in os.environ:
         yield
         return
-    # Two backends: gradients travel over NCCL. Small decisions travel over gloo, which doesn't
-    # make the host wait for the GPU. WHY an hour: all wait while process 0 writes a file.
+    # NCCL carries gradients between GPUs, gloo small decisions between CPUs: for those, the
+    # host doesn't wait for the GPU. WHY an hour: all wait while process 0 writes a file.
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=datetime.timedelta(hours=1))
@@ -2877,17 +2871,15 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     except BaseException as error:
         if get_rank() > 0:
-            # An error that all have is process 0's to tell: torchrun ends this sleep.
-            time.sleep(5)
+            time.sleep(5)  # process 0 tells an error that all have; torchrun ends this sleep
         expected = isinstance(error, (UserError, OSError))
         if not expected:
             traceback.print_exc()
         print_error(f"scratchformer: error: process {get_rank()}: {error_message(error)}\n")
         # WHY not leave cleanly: the others may be waiting for this process. torchrun ends them.
         os._exit(2 if expected else 1)
-    # TRAP: a plain destroy_process_group() aborts some CPU runs at exit ("terminate called
-    # without an active exception"). Whatever holds the group must be gone first, and nobody may
-    # leave while others still communicate.
+    # TRAP: while something holds the group, or others still communicate, leaving it aborts some
+    # CPU runs at exit: "terminate called without an active exception".
     gc.collect()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -2915,19 +2907,14 @@ def mean_over_processes(losses: list[Tensor]) -> list[float]:
     return (sums / get_world_size()).tolist()
 
 
-# Data parallel
-# -------------
-
-
 def load_batches(
     tokens: TokenFile, context_length: int, steps: range, device: torch.device,
     data: DataConfig, rank: int = 0, world_size: int = 1,
 ) -> Generator:
     """Yield this process's micro-batches of all `steps`, loaded ahead of time by a thread.
 
-    A step may have several *micro-batches*, whose gradients add up (chapter 14). All windows of
-    a run are numbered (chapter 4), and of every micro-batch each process takes the next
-    batch_size. For example, a step of eight windows, two at a time:
+    A step may have several *micro-batches*, whose gradients add up (chapter 14). Of each one,
+    every process takes the next batch_size windows. For example, eight windows, two at a time:
 
                          process 0    process 1
         micro-batch 0    0, 1         2, 3
@@ -2963,14 +2950,9 @@ def average_gradients(model: nn.Module) -> None:
     if get_world_size() == 1 or is_fsdp(model):
         return
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    # One long message is faster than many short ones.
-    flat = torch.nn.utils.parameters_to_vector(grads)
+    flat = torch.nn.utils.parameters_to_vector(grads)  # one message is faster than many
     torch.distributed.all_reduce(flat)
     torch.nn.utils.vector_to_parameters(flat / get_world_size(), grads)
-
-
-# FSDP
-# ----
 
 
 def is_fsdp(module: nn.Module) -> bool:
@@ -2985,23 +2967,19 @@ def shard_model(
     """Shard every weight over all processes, or over groups of `shard_size`.
 
     The latter is HSDP, hybrid sharded data parallel: the model is sharded within a group (the
-    GPUs of a node, say) and replicated across groups. The *mesh* arranges the processes in one
-    row, or for HSDP in one row per group.
+    GPUs of a node, say) and replicated across groups.
 
     A *unit* is what is gathered at once. The model as one unit is fastest: each unit costs the
     host some milliseconds per micro-batch. Block by block, only one block's weights are whole
     at any time, so N devices hold a model nearly N times as large as one device can.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    size, make_mesh = get_world_size(), torch.distributed.init_device_mesh
-    if shard_size in (0, size):
-        # TRAP: don't make this mesh two-dimensional with one dimension of size 1. That makes
-        # more process groups, which made some CPU runs crash at exit.
-        mesh = make_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    else:
-        grid = (size // shard_size, shard_size)
-        mesh = make_mesh(device.type, grid, mesh_dim_names=("replicate", "shard"))
+    shard_size = shard_size or get_world_size()
+    grid = {"replicate": get_world_size() // shard_size, "shard": shard_size}
+    if grid["replicate"] == 1:  # TRAP: a dimension of size 1 made some CPU runs crash at exit
+        del grid["replicate"]
+    mesh = torch.distributed.init_device_mesh(
+        device.type, tuple(grid.values()), mesh_dim_names=tuple(grid))
     # Weights are gathered in `dtype`, gradients summed in float32. TRAP: by default FSDP also
     # casts the inputs of a unit, and so the RoPE cache, which must stay float32.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -3009,16 +2987,12 @@ def shard_model(
         # The last unit holds the head, which the backward pass needs at once: keep it gathered.
         sharded: Any = fully_shard(
             unit, mesh=mesh, mp_policy=policy, reshard_after_forward=unit is not model)
-        if device.type == "cpu":
-            # TRAP: asked for an average, gloo in torch 2.8 returns the sum.
+        if device.type == "cpu":  # TRAP: for an average, gloo in torch 2.8 returns the sum
             sharded.set_force_sum_reduction_for_comms(True)
 
 
 def set_gradient_sync(model: Any, last: bool) -> None:
-    """Tell FSDP whether this is a step's last micro-batch, after which gradients are averaged.
-
-    Until then each process accumulates its own, which takes fewer messages and more memory.
-    """
+    """Let FSDP average gradients after the last micro-batch only: faster, but more memory."""
     if is_fsdp(model):
         model.set_requires_gradient_sync(last)
         if not is_fsdp(model.blocks[0]):
@@ -3034,9 +3008,8 @@ def local_shard(tensor: Any) -> Any:
 def local_params(model: nn.Module) -> dict[Any, Any]:
     """For each parameter that isn't frozen, what this process holds of it. Call after sharding.
 
-    TRAP: FSDP's parameters are DTensors, tensors that know of all their shards, and fused
-    AdamW leaks Python objects for each of them in each step (pytorch issue 188174). So the
-    optimizer gets these plain tensors instead.
+    TRAP: fused AdamW leaks Python objects in each step (pytorch issue 188174) for FSDP's
+    DTensors, tensors that know of all their shards. So the optimizer gets these plain ones.
     """
     return {p: local_shard(p) for p in model.parameters() if p.requires_grad}
 
@@ -3052,9 +3025,9 @@ class DistributedMuon(Muon):
 
     Without FSDP every process has all matrices: it takes its share of them, and an all-gather
     collects the results. Under FSDP a process holds some rows of every matrix, possibly none.
-    In an *all-to-all* every process sends different data to every other. One makes whole
-    matrices, a share of them for each process, and another one turns them back into rows. With
-    two processes and the matrices A and B, of which each process has one half of the rows:
+    An *all-to-all*, in which every process sends different data to every other, makes whole
+    matrices, a share of them for each process; a second one turns them back into rows. Here
+    each of two processes has one half of the rows of the matrices A and B:
 
                      before      after the first all-to-all
         process 0    A0, B0      A0, A1: all of A
@@ -3078,11 +3051,9 @@ class DistributedMuon(Muon):
             torch.distributed.all_gather_into_tensor(received, share)
             return received[:count]
         torch.distributed.all_to_all_single(received, updates, group=self.group)
-        # A part of our M layers has come from each process.
-        whole = received.unflatten(0, (n, -1))  # (n, M, size, columns)
+        whole = received.unflatten(0, (n, -1))  # (n, M, size, columns): from n processes
         whole = whole.transpose(0, 1).flatten(1, 2)[:, :rows]  # (M, rows, columns)
         whole = super().orthogonalize_all(whole, d_outs)
-        # And the same way back.
         whole = F.pad(whole, (0, 0, 0, n * size - rows))  # (M, n * size, columns)
         updates = whole.unflatten(1, (n, size)).transpose(0, 1)  # (n, M, size, columns)
         updates = updates.flatten(0, 1).contiguous()  # (n * M, size, columns)
@@ -3090,7 +3061,6 @@ class DistributedMuon(Muon):
         return received[:count, :held]
 
 
-@torch.no_grad()
 def take_local_gradients(params: dict[Any, Any]) -> None:
     """Hand the gradients of all parameters to the plain tensors of `local_params`."""
     for p, local in params.items():
@@ -3098,7 +3068,6 @@ def take_local_gradients(params: dict[Any, Any]) -> None:
         local.data, local.grad = local_shard(p), local_shard(p.grad)
 
 
-@torch.no_grad()
 def gradient_norm(params: dict[Any, Any]) -> Tensor:
     """The norm of all gradients of the model, a scalar, the same on every process."""
     norm = torch.nn.utils.get_total_norm(
@@ -3110,12 +3079,8 @@ def gradient_norm(params: dict[Any, Any]) -> Tensor:
     return norm
 
 
-@torch.no_grad()
 def distribute(whole: Tensor | None, like: Any) -> Tensor:
-    """Collective: what this process holds of a tensor that process 0 has; the others give None.
-
-    That's its shard if the parameter `like` is sharded, else all of it.
-    """
+    """Collective: what this process holds of process 0's tensor, which is sharded as `like`."""
     options = {"dtype": like.dtype, "device": like.device}
     whole = torch.empty(like.shape, **options) if whole is None else whole.to(**options)
     if get_world_size() > 1:
@@ -3133,8 +3098,8 @@ def build_model(
 ) -> TransformerWithLoss:
     """Collective: the model, ready to train on all processes. The order matters.
 
-    Process 0 has its `weights`, or draws them as chapter 5 does. So the model may be larger
-    than a device, and it's the same for any number of processes.
+    Process 0 has its `weights`, or draws them on the host: the same for any number of
+    processes, and the model may be larger than a device.
     """
     with torch.device("meta"):  # shapes without numbers
         model = TransformerWithLoss(config)
@@ -3146,8 +3111,7 @@ def build_model(
     if fsdp:
         shard_model(model, device, dtype, per_block, processes.shard_size)
     elif dtype != torch.float32:
-        # WHY: autocast would leave the embedding in float32, and with it the residual stream,
-        # which would take twice the memory. (FSDP casts it as well.)
+        # WHY: autocast would leave the embedding, and with it the residual stream, in float32.
         model.embedding.register_forward_hook(lambda module, args, x: x.to(dtype))
     model.to_empty(device=device)  # memory for what this process holds
     if config.tie_embeddings:  # TRAP: to_empty unties them
@@ -3157,16 +3121,14 @@ def build_model(
         weights = TransformerWithLoss(config).state_dict()
     # One parameter after the other: no process but 0 holds more than its shards and one whole.
     for name, p in model.named_parameters():
-        whole = weights[name] if weights is not None else None
-        local_shard(p.data).copy_(distribute(whole, p))
+        local_shard(p.data).copy_(distribute(None if weights is None else weights[name], p))
     model.rope = model.make_rope().to(device)
     return model
 
 
 # Exercises
 # 1. Run the demo's `train` command with `torchrun --nproc_per_node=2`, half the --batch_size,
-#    --device cpu and another --outdir. The losses are those of one process, with --fsdp and
-#    without.
+#    --device cpu and another --outdir. With --fsdp or without, the losses stay the same.
 # 2. Make `average_gradients` return at once. Each process now learns from its own rows alone,
 #    and the models drift apart: a test of this chapter fails.
 
@@ -3177,8 +3139,7 @@ def build_model(
 # What must be saved so that a run can resume as if it had never stopped? The parameters, the
 # optimizer's state (AdamW's m and v), and the step: batches are a function of the step (chapter
 # 4). A checkpoint holds whole tensors under the names of the plain model, so it can be loaded
-# on any number of processes; the loader shards them again. Training waits only for the copy to
-# host memory; files are written in the background.
+# on any number of processes. Files are written in the background, from a copy in host memory.
 # ----------------------------------------------------------------------------------------
 
 import tempfile
@@ -3200,8 +3161,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         with atomic_write(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # PyTorch's own for a full disk
-        raise UserError(f"{path} could not be written ({error}): is the disk full? Earlier "
-                        "checkpoints are complete") from None
+        raise UserError(f"{path} could not be written: {error}") from None
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
@@ -3211,10 +3171,7 @@ def checkpoints_in(directory: Path) -> list[Path]:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """The state saved in `path`. Raises UserError if the file is damaged or something else.
-
-    Verifies checksums, and never runs code from the file. Tensors are mapped: read when used.
-    """
+    """The state saved in `path`. Never runs code in it. Tensors are mapped: read when used."""
     with file_errors(path, "checkpoint"):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
@@ -3258,13 +3215,11 @@ def model_from_checkpoint(
     return model.eval()
 
 
-def gather_state(
-    model: nn.Module, params: dict[Any, Any], optimizer: Any, weights_only: bool = False
-) -> dict:
+def gather_state(model: nn.Module, params: dict, optimizer: Any) -> dict:
     """Collective: parameters and optimizer state, whole, on process 0; nothing elsewhere.
 
-    The optimizer's state is, by the name of the state (exp_avg, say) and of the parameter, a
-    tensor like the parameter or a number.
+    The state of the optimizer, unless that's None, is, by the name of the state (exp_avg, say)
+    and of the parameter, a tensor like the parameter or a number.
     """
     weights: dict[str, Tensor] = {}
     moments: dict[str, dict] = {}
@@ -3276,9 +3231,8 @@ def gather_state(
 
     for name, p in model.named_parameters():
         gather(weights, name, p.detach())
-        # A parameter that's frozen, or never got a gradient, has no optimizer state.
-        local: Any = params.get(p)
-        for key, value in ({} if weights_only else optimizer.state.get(local, {})).items():
+        local: Any = params.get(p)  # has no optimizer state if it's frozen or had no gradient
+        for key, value in (optimizer.state.get(local, {}) if optimizer else {}).items():
             into = moments.setdefault(key, {})
             if value.shape == local.shape:
                 moment = torch.empty_like(p)  # sharded as p is
@@ -3286,12 +3240,10 @@ def gather_state(
                 gather(into, name, moment)
             else:  # a count of steps
                 into[name] = value.item()
-    return {"model": weights} if weights_only else {"model": weights, "optimizer": moments}
+    return {"model": weights, "optimizer": moments} if optimizer else {"model": weights}
 
 
-def restore_optimizer(
-    saved: dict[str, dict], model: nn.Module, params: dict[Any, Any], optimizer: Any
-) -> None:
+def restore_optimizer(saved: dict, model: nn.Module, params: dict, optimizer: Any) -> None:
     """Collective: put `gather_state`'s optimizer state back. Only process 0 has `saved`."""
     numbers: dict = broadcast({key: {name: None if isinstance(x, Tensor) else x
                                      for name, x in by_name.items()}
@@ -3309,8 +3261,7 @@ def restore_optimizer(
 
 # Exercises
 # 1. Start a run with --save_interval 100, kill it with `kill -9` after the first checkpoint,
-#    and start it again with --resume. On a CPU the losses in metrics.jsonl are, digit by digit,
-#    those of a run that never stopped.
+#    and resume it. On a CPU, the losses are those of an unbroken run, digit by digit.
 # 2. Let `restore_optimizer` return at once. A resumed run still learns, but its losses are not
 #    those of an unbroken one: a test fails.
 
@@ -3319,13 +3270,11 @@ def restore_optimizer(
 # 14. The training run
 #
 # What does the loop of chapter 6 become with everything that chapters 9 to 13 add? The
-# training step is still one piece, `Trainer.step`: forward, backward, average, clip, update.
-# The loop, `run_training`, logs, evaluates, saves, and stops when asked to. The command
-# `train`, at the end, reads the files and builds what the loop needs.
-#
-# New here are *micro-batches*: gradients add up, so four small batches one after the other
-# are one large batch that wouldn't have fit into memory. (Goyal et al. 2017, arXiv
-# 1706.02677, section 3: what to average)
+# training step is still one piece, `Trainer.step`. The loop, `run_training`, logs, evaluates,
+# saves, and stops when asked to. The command `train`, at the end, reads the files and builds
+# what the loop needs. New here are *micro-batches*: gradients add up, so four small batches one
+# after the other are one large batch that wouldn't have fit into memory. (Goyal et al. 2017,
+# arXiv 1706.02677, section 3: what to average)
 # ----------------------------------------------------------------------------------------
 
 import lzma
@@ -3344,16 +3293,10 @@ class DataConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
-class RunOptimizerConfig(OptimizerConfig):
-    """Optimization"""
-
-    optimizer: str = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the rest
-
-
-@dataclasses.dataclass(kw_only=True)
 class RunConfig:
     """Run"""
 
+    optimizer: str = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the rest
     outdir: Path = Path("out/run")  # directory for checkpoints, metrics and tokenizer
     resume: bool = False
     # resume from the newest checkpoint in outdir, if there is one; data, learning and run flags
@@ -3364,8 +3307,7 @@ class RunConfig:
     save_interval: int = 1000  # steps between checkpoints
     keep_checkpoints: int = 3  # newest checkpoints kept; 0: all
     keep_best: bool = False  # keep the parameters with the lowest validation loss: best.pt
-    weights_only: bool = False
-    # last checkpoint without optimizer: a third of the size; can't be resumed
+    weights_only: bool = False  # last checkpoint without optimizer: smaller, but can't resume
     init_from: Path | None = None
     # start from the parameters and configuration of a model: a checkpoint, a run's directory,
     # or a Hugging Face Llama directory
@@ -3383,7 +3325,7 @@ class Trainer:
     """A model and what trains it, on one process or on several."""
 
     def __init__(
-        self, config: ModelConfig, data: DataConfig, optim: RunOptimizerConfig,
+        self, config: ModelConfig, data: DataConfig, optim: OptimizerConfig, optimizer: str,
         processes: ProcessConfig, device: torch.device, dtype: torch.dtype,
         weights: Mapping[str, Tensor] | None = None,
     ):
@@ -3391,7 +3333,7 @@ class Trainer:
         self.model = build_model(config, data.seed, device, dtype, processes, weights)
         self.params = local_params(self.model)
         precision = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        self.optimizer = OPTIMIZERS[optim.optimizer](
+        self.optimizer = OPTIMIZERS[optimizer](
             self.model, self.params, optim, precision, processes.compile)
         self.scaler = GradScaler(device, dtype)
         self.autocast = make_autocast(device, dtype, is_fsdp(self.model))
@@ -3412,8 +3354,7 @@ class Trainer:
             inputs, targets = next(batches)  # (B, T) each
             set_gradient_sync(model, last=micro_batch == count - 1)
             with self.autocast:
-                # The mean over the step is the sum of these means, each divided by `count`.
-                loss = model(inputs, targets) / count
+                loss = model(inputs, targets) / count  # the sum of these is the step's mean
             (loss * scaler.loss_scale).backward()
             total_loss += loss.detach()
         average_gradients(model)
@@ -3426,7 +3367,8 @@ class Trainer:
 
     def state(self, step: int, weights_only: bool) -> dict:
         """Collective: what to save. Whole tensors on process 0, none elsewhere."""
-        state = gather_state(self.model, self.params, self.optimizer, weights_only)
+        optimizer = None if weights_only else self.optimizer
+        state = gather_state(self.model, self.params, optimizer)
         return {**state, "model_config": vars(self.model.config), "step": step,
                 "scaler": self.scaler.state_dict()}
 
@@ -3442,9 +3384,9 @@ def run_training(
     batches = load_batches(
         tokens, trainer.model.config.context_length, range(first_step, max_steps),
         trainer.device, trainer.data, get_rank(), get_world_size())
-    # The losses of the steps since the last line of the log.
+    # Of each step since the last line of the log; the times without evaluation and saving.
     losses = [torch.tensor(loss, device=trainer.device) for loss in start["losses"]]
-    seconds: list[float] = []  # their times, without evaluation and saving
+    seconds: list[float] = []
     best_loss = start["best_loss"]
     for step in range(first_step + 1, max_steps + 1):
         began, first, last = time.monotonic(), step == first_step + 1, step == max_steps
@@ -3472,10 +3414,11 @@ def run_training(
             record |= report
             if run.keep_best and valid_loss < best_loss:
                 states[BEST] = {**trainer.state(step, weights_only=True), **report}
-            best_loss = min(best_loss, valid_loss)
+                best_loss = valid_loss
         if saving:
             state = trainer.state(step, weights_only=last and run.weights_only)
-            states[f"step_{step:06d}.pt"] = {**state, "losses": mean_over_processes(losses)}
+            state |= {"losses": mean_over_processes(losses), "best_loss": best_loss}
+            states[f"step_{step:06d}.pt"] = state
         if len(record) > 1 and get_rank() == 0:
             write_metrics(run.outdir, record)
         if writing and (states or writing.done()):
@@ -3488,8 +3431,7 @@ def run_training(
     if writing:
         writing.result()
     if failing:
-        raise UserError("loss or gradients have not been finite for many steps: try a smaller "
-                        "--lr or another --dtype")
+        raise UserError("gradients have not been finite: try a smaller --lr or another --dtype")
     return step
 
 
@@ -3503,10 +3445,6 @@ def write_checkpoints(run: RunConfig, states: dict[str, dict], about: dict) -> N
                 old.unlink()
 
 
-# Token files
-# -----------
-
-
 class TokenFile(typing.NamedTuple):
     """A file of token ids, and what is known about it."""
 
@@ -3514,26 +3452,18 @@ class TokenFile(typing.NamedTuple):
     ids: np.ndarray  # an np.memmap, as in chapter 4: it's read when used
     vocab_size: int
     tokenizer_sha256: str | None = None
-    # Entropy of generated text (chapter 8), in nats per byte. No model is expected to beat it.
-    floor: float | None = None
+    floor: float | None = None  # entropy of generated text (chapter 8), in nats per byte
 
     def check(self, ids: Any) -> None:
-        """Raise UserError if one of these ids is outside the vocabulary.
-
-        TRAP: on a GPU, such an id triggers a device-side assert that names neither the file nor
-        the id and kills the process.
-        """
+        """Refuse ids outside the vocabulary. TRAP: on a GPU they kill the process unnamed."""
         if ids.max() >= self.vocab_size:
             raise UserError(f"{self.path} holds the id {ids.max()}, outside the vocabulary of "
                             f"{self.vocab_size}: another tokenizer made it")
 
 
 def open_tokens(path: Path, vocab_size: int = 0) -> TokenFile:
-    """The token file at `path`, with its metadata. nanoGPT's files, which have none, work, too.
-
-    `vocab_size` 0 takes the metadata's; a larger one only costs memory.
-    """
-    metadata: dict[str, Any] = {"dtype": "uint16", "vocab_size": 0}
+    """The token file at `path`. `vocab_size` 0 takes the metadata's; a larger one is fine."""
+    metadata: dict[str, Any] = {"dtype": "uint16", "vocab_size": 0}  # nanoGPT's files have none
     description = Path(f"{path}.json")
     if not description.is_file() and not is_binary(path):
         raise UserError(f"{path} is text, not a token file: encode it with bpe-encode")
@@ -3554,26 +3484,15 @@ def open_tokens(path: Path, vocab_size: int = 0) -> TokenFile:
 
 
 def check_same_tokenizer(hashes: dict[Any, str | None]) -> None:
-    """Raise UserError if two of these hashes, by name, differ. None means unknown.
-
-    Ids of another tokenizer look like any others; the model would just predict them badly.
-    """
+    """Refuse hashes, by name, that differ: ids of another tokenizer look like any others."""
     known = [name for name, value in hashes.items() if value]
     for name in known:
         if hashes[name] != hashes[known[0]]:
             raise UserError(f"{name} was made with a different tokenizer from {known[0]}")
 
 
-# Evaluation
-# ----------
-
-
 class ValidationSet:
-    """Windows of tokens to evaluate models on, and what a loss on them means.
-
-    All windows, end to end, or `limit` of them, spread evenly. The last may be shorter, so that
-    all tokens but the first are predicted once.
-    """
+    """Windows to evaluate models on: all, end to end, or `limit` of them, spread evenly."""
 
     def __init__(
         self, tokens: TokenFile, context_length: int, limit: int = 0,
@@ -3582,7 +3501,7 @@ class ValidationSet:
         if len(tokens.ids) < 2:
             raise UserError(f"{tokens.path} holds only {len(tokens.ids)} token")
         self.tokens, self.T, self.text = tokens, min(context_length, len(tokens.ids) - 1), b""
-        self.starts = np.arange(0, len(tokens.ids) - 1, self.T)
+        self.starts = np.arange(0, len(tokens.ids) - 1, self.T)  # the last may be shorter
         if limit and limit < len(self.starts):
             at = np.linspace(0, len(self.starts) - 1, limit).round().astype(int)
             self.starts = self.starts[at]
@@ -3621,9 +3540,9 @@ class ValidationSet:
     def report(self, loss: float, compare: bool = False) -> tuple[dict[str, float], str]:
         """A loss per token in other units: as a dictionary, and as text for the log.
 
-        WHY per byte: a small vocabulary has short tokens that are easy to guess, so losses per
-        token can't be compared between tokenizers. Bytes are the same for all. If `compare`,
-        also what lzma makes of this text, by finding repetitions: a good model beats it.
+        WHY per byte: bytes are the same for all tokenizers, while a small vocabulary has short
+        tokens that are easy to guess. `compare` adds what lzma makes of this text, by finding
+        repetitions: a good model beats it.
         """
         result = {"valid_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         text = f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}"
@@ -3640,10 +3559,6 @@ class ValidationSet:
                 result["lzma_bits_per_byte"] = 8 * size / len(self.text)
                 text += f" (lzma: {result['lzma_bits_per_byte']:.4f} bits)"
         return result, text
-
-
-# Logging
-# -------
 
 
 def log_training(
@@ -3712,8 +3627,7 @@ def catch_signals() -> Iterator[list[int]]:
     def handle(number: int, frame: Any) -> None:
         nonlocal patience
         if not received:
-            # torchrun and the terminal may both pass on one Ctrl-C: hence one second.
-            patience = time.monotonic() + 1
+            patience = time.monotonic() + 1  # torchrun may pass on the terminal's Ctrl-C
             if get_rank() == 0:  # TRAP: a handler may interrupt a print, so it can't print
                 os.write(2, b"stopping after this step; Ctrl-C again to quit without saving\n")
         elif number == signal.SIGINT and time.monotonic() > patience:
@@ -3731,10 +3645,6 @@ def catch_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-# The command
-# -----------
-
-
 def load_any_checkpoint(path: Path) -> dict:
     """A checkpoint, a run's newest one, or the model in a Hugging Face Llama directory."""
     return load_hf_model(path) if (path / "config.json").is_file() else load_checkpoint(path)
@@ -3750,8 +3660,7 @@ def load_tokenizer(
     tokenizer = Tokenizer.load(path) if path else None
     check_same_tokenizer({**hashes, path: tokenizer.fingerprint() if tokenizer else None})
     if tokenizer and tokenizer.vocab_size > vocab_size:
-        raise UserError(f"{path} has more ids than the model: {tokenizer.vocab_size}, not "
-                        f"{vocab_size}")
+        raise UserError(f"{path} has {tokenizer.vocab_size} ids, the model only {vocab_size}")
     return tokenizer
 
 
@@ -3770,11 +3679,8 @@ def load_start(run: RunConfig) -> dict:
     if checkpoints:
         state = load_checkpoint(run.outdir)
         if "optimizer" not in state:
-            raise UserError(f"{state['path']} has no optimizer state (--weights_only): start "
-                            "from it with --init_from, or remove it")
-        best = run.outdir / BEST
-        best_loss = read_checkpoint(best)["valid_loss"] if best.is_file() else math.inf
-        return {**state, "best_loss": best_loss}
+            raise UserError(f"{state['path']} has no optimizer state: give it to --init_from")
+        return state
     if run.resume:
         log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
     state = load_any_checkpoint(run.init_from) if run.init_from else {}
@@ -3802,7 +3708,6 @@ def lock_outdir(outdir: Path) -> typing.TextIO:
     lock = open(outdir / ".lock", "w")
     try:
         import fcntl
-
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
     except BlockingIOError:
         raise UserError(f"another run is writing to {outdir}") from None
@@ -3821,8 +3726,7 @@ def open_data(
         raise UserError("--train_tokens is required: a token file to learn from")
     tokens = open_tokens(Path(data.train_tokens), config.vocab_size)
     if len(tokens.ids) < 2 * config.context_length:
-        raise UserError(f"{tokens.path} holds {len(tokens.ids)} tokens, fewer than two windows "
-                        f"of --context_length {config.context_length}")
+        raise UserError(f"{tokens.path} holds fewer than two windows of --context_length")
     valid_tokens, valid, tokenizer = tokens, None, None
     if data.valid_tokens:
         valid_tokens = open_tokens(Path(data.valid_tokens), tokens.vocab_size)
@@ -3838,15 +3742,14 @@ def open_data(
 
 
 def train(
-    given: dict, data: DataConfig, model: LlamaConfig, optim: RunOptimizerConfig,
+    given: dict, data: DataConfig, model: LlamaConfig, optim: OptimizerConfig,
     run: RunConfig, processes: ProcessConfig,
 ) -> int:
     """Train a Transformer on token files. Under torchrun, on many devices."""
     check_processes(processes)
     device = pick_device(processes.device)
     dtype = pick_dtype(processes.dtype, device)
-    # Process 0 alone reads and writes outdir, and reads init_from and the tokenizer. It tells
-    # the others what it found. Token files are read by all.
+    # Only process 0 needs outdir, init_from and the tokenizer: it tells the others about them.
     with contextlib.ExitStack() as stack:
         saved: dict = {}
         if get_rank() == 0:
@@ -3867,9 +3770,9 @@ def train(
             return 0
         tokens, valid, tokenizer = open_data(start, data, config, run)
         config.vocab_size = tokens.vocab_size
-        trainer = Trainer(
-            config, data, optim, processes, device, dtype, saved.get("model"))
-        if old_flags.get("optimizer") == optim.optimizer:  # another one starts anew
+        trainer = Trainer(config, data, optim, run.optimizer, processes, device, dtype,
+                          saved.get("model"))
+        if old_flags.get("optimizer") == run.optimizer:  # another one starts anew
             restore_optimizer(saved.get("optimizer", {}), trainer.model, trainer.params,
                               trainer.optimizer)
         if old_flags:
@@ -3893,15 +3796,13 @@ def train(
             f"{trainer.tokens_per_step:,} tokens per step, in {run.outdir}")
         if run_training(trainer, run, tokens, valid, start, signals) < optim.max_steps:
             log("stopped by a signal; continue with --resume")
-            # `signals` is empty if another process got the signal.
-            return 128 + (signals[0] if signals else signal.SIGTERM)
+            return 128 + (signals or [signal.SIGTERM])[0]  # empty if another process got it
         return 0
 
 
 # Exercises
 # 1. Leave out `/ count` in `step` and train with --grad_accum_steps 4. Loss and gradient norm
-#    are four times what they were, yet the model learns nearly as before, because clipping and
-#    AdamW both divide the factor out.
+#    are four times as large, but clipping and AdamW divide that out, so the model still learns.
 # 2. Log the norm of the parameters beside that of the gradients, in `log_training`. It grows
 #    while the model learns.
 
