@@ -2907,6 +2907,10 @@ def mean_over_processes(losses: list[Tensor]) -> list[float]:
     return (sums / get_world_size()).tolist()
 
 
+# Data parallel
+# -------------
+
+
 def load_batches(
     tokens: TokenFile, context_length: int, steps: range, device: torch.device,
     data: DataConfig, rank: int = 0, world_size: int = 1,
@@ -2953,6 +2957,10 @@ def average_gradients(model: nn.Module) -> None:
     flat = torch.nn.utils.parameters_to_vector(grads)  # one message is faster than many
     torch.distributed.all_reduce(flat)
     torch.nn.utils.vector_to_parameters(flat / get_world_size(), grads)
+
+
+# FSDP
+# ----
 
 
 def is_fsdp(module: nn.Module) -> bool:
@@ -3417,7 +3425,7 @@ def run_training(
                 best_loss = valid_loss
         if saving:
             state = trainer.state(step, weights_only=last and run.weights_only)
-            state |= {"losses": mean_over_processes(losses), "best_loss": best_loss}
+            state["losses"] = mean_over_processes(losses)
             states[f"step_{step:06d}.pt"] = state
         if len(record) > 1 and get_rank() == 0:
             write_metrics(run.outdir, record)
@@ -3443,6 +3451,10 @@ def write_checkpoints(run: RunConfig, states: dict[str, dict], about: dict) -> N
         for old in checkpoints_in(run.outdir)[: -run.keep_checkpoints]:
             if old.name not in states:  # a later step's may be left, damaged
                 old.unlink()
+
+
+# Token files
+# -----------
 
 
 class TokenFile(typing.NamedTuple):
@@ -3489,6 +3501,10 @@ def check_same_tokenizer(hashes: dict[Any, str | None]) -> None:
     for name in known:
         if hashes[name] != hashes[known[0]]:
             raise UserError(f"{name} was made with a different tokenizer from {known[0]}")
+
+
+# Evaluation
+# ----------
 
 
 class ValidationSet:
@@ -3559,6 +3575,10 @@ class ValidationSet:
                 result["lzma_bits_per_byte"] = 8 * size / len(self.text)
                 text += f" (lzma: {result['lzma_bits_per_byte']:.4f} bits)"
         return result, text
+
+
+# Logging, signals
+# ----------------
 
 
 def log_training(
@@ -3645,6 +3665,10 @@ def catch_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+# The command
+# -----------
+
+
 def load_any_checkpoint(path: Path) -> dict:
     """A checkpoint, a run's newest one, or the model in a Hugging Face Llama directory."""
     return load_hf_model(path) if (path / "config.json").is_file() else load_checkpoint(path)
@@ -3679,8 +3703,11 @@ def load_start(run: RunConfig) -> dict:
     if checkpoints:
         state = load_checkpoint(run.outdir)
         if "optimizer" not in state:
-            raise UserError(f"{state['path']} has no optimizer state: give it to --init_from")
-        return state
+            raise UserError(f"{state['path']} has no optimizer state: start from it with "
+                            "--init_from, or remove it")
+        best = run.outdir / BEST
+        best_loss = read_checkpoint(best)["valid_loss"] if best.is_file() else math.inf
+        return {**state, "best_loss": best_loss}
     if run.resume:
         log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
     state = load_any_checkpoint(run.init_from) if run.init_from else {}
@@ -3726,7 +3753,8 @@ def open_data(
         raise UserError("--train_tokens is required: a token file to learn from")
     tokens = open_tokens(Path(data.train_tokens), config.vocab_size)
     if len(tokens.ids) < 2 * config.context_length:
-        raise UserError(f"{tokens.path} holds fewer than two windows of --context_length")
+        raise UserError(f"{tokens.path} holds {len(tokens.ids)} tokens, fewer than two windows "
+                        f"of --context_length {config.context_length}")
     valid_tokens, valid, tokenizer = tokens, None, None
     if data.valid_tokens:
         valid_tokens = open_tokens(Path(data.valid_tokens), tokens.vocab_size)
