@@ -2277,12 +2277,9 @@ class SpeedConfig(DeviceConfig):
     activation_checkpointing: bool = False  # compute activations twice to save memory
 
 
-# Mixed precision
-# ---------------
 # float32 has 24 significant bits. bfloat16 has only 8, but the same range; float16 has 11 and
-# a small range, 6e-8 to 65,504. GPUs multiply half-precision matrices several times
-# faster. So parameters stay in float32, where a small update isn't rounded away, and
-# `torch.autocast` converts the inputs of matmuls on the fly.
+# a small range, 6e-8 to 65,504. So parameters stay in float32, where a small update isn't
+# rounded away, and `torch.autocast` converts the inputs of matmuls on the fly.
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -2312,8 +2309,7 @@ class GradScaler:
     it's doubled. For other dtypes the scale stays 1.
     WHY not `if grad_norm.isfinite(): optimizer.step()`: this `if` makes the host wait for the
     GPU. PyTorch's fused AdamW doesn't: it divides gradients by `optimizer.grad_scale`, and does
-    nothing if `optimizer.found_inf` is 1. So, in `step`, x * (1 - found_inf) means: 0 if the
-    step is skipped, else x.
+    nothing if `optimizer.found_inf` is 1.
     WHY not torch.amp.GradScaler: under FSDP (chapter 12) it sees one process's shards only, so
     one process would skip a step that the others take.
     """
@@ -2344,10 +2340,8 @@ class GradScaler:
         self.consecutive_skips = (self.consecutive_skips + 1) * found_inf  # a good step: 0
         if self.is_float16:
             self.good_steps = (self.good_steps + 1) * (1 - found_inf)  # a skipped step: 0
-            grow = (self.good_steps >= self.GROWTH_INTERVAL).float()
-            # Double it if `grow` is 1, halve it if found_inf is 1 (never both).
-            self.loss_scale = self.loss_scale * (1 + grow) * (1 - 0.5 * found_inf)
-            self.good_steps = self.good_steps * (1 - grow)
+            double = self.good_steps % self.GROWTH_INTERVAL == 0
+            self.loss_scale = self.loss_scale * torch.where(found_inf > 0, 0.5, 1.0 + double)
 
     def state_dict(self) -> dict[str, float]:
         return {name: x.item() for name, x in vars(self).items() if isinstance(x, Tensor)}
@@ -2355,10 +2349,6 @@ class GradScaler:
     def load_state_dict(self, state: dict[str, float]) -> None:
         for name, value in state.items():
             setattr(self, name, torch.full_like(self.loss_scale, value))
-
-
-# The loss in chunks
-# ------------------
 
 
 def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -2371,10 +2361,9 @@ def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class ChunkedLoss(torch.autograd.Function):
     """cross_entropy(compute_logits(x, weight), targets).mean(), with few logits at a time.
 
-    Computes the logits of R rows, differentiates their loss right away, and discards them.
-    `forward` does that and keeps the gradients; `backward` only has to scale them. (It's a
-    torch.autograd.Function, an operation that brings its own derivative. Hsu et al. 2024,
-    Liger, arXiv 2410.10989)
+    `forward` computes the logits of R rows, differentiates their loss right away, and discards
+    them. So `backward` only has to scale the gradients. (A torch.autograd.Function is an
+    operation that brings its own derivative. Hsu et al. 2024, Liger, arXiv 2410.10989)
 
     x [N, D], weight [V, D], targets int64 [N], where -100 is ignored; a float32 scalar.
 
@@ -2448,10 +2437,6 @@ class TransformerWithLoss(Transformer):
         return self.loss_function(x, self.lm_head.weight, targets)
 
 
-# Activation checkpointing and compilation
-# ----------------------------------------
-
-
 def has_compiler() -> bool:
     """Whether torch.compile will find a C or C++ compiler."""
     return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "gcc", "clang")))
@@ -2507,8 +2492,8 @@ def orthogonalize(x: Tensor) -> Tensor:
 
     If x = U @ diag(s) @ V.T, then x @ x.T @ x = U @ diag(s^3) @ V.T. So matmuls alone apply a
     polynomial to the singular values, here a * s + b * s^3 + c * s^5. With Jordan's a, b and c,
-    five rounds lift everything above 0.01 to about 0.7 to 1.2, and that is close enough. This
-    is a Newton-Schulz iteration, and bfloat16 is enough for it.
+    five rounds of this Newton-Schulz iteration lift everything above 0.01 to about 0.7 to 1.2.
+    bfloat16 is enough for it.
 
     This update stretches (1, 1) by 3.9 and (1, -1) by 0.1; afterwards both by roughly 1:
 
@@ -2539,8 +2524,7 @@ def muon_naive(
     WHY 0.2 * sqrt(max(rows, columns)): the entries of U @ V.T have a magnitude of about
     1 / sqrt(max(rows, columns)), and those of AdamW's updates, in practice, about 0.2 (not 1,
     because gradients change sign). With this factor, lr and weight_decay mean what they mean
-    for AdamW.
-    Source: Liu et al. 2025 (arXiv 2502.16982), section 2.2.
+    for AdamW. (Liu et al. 2025, arXiv 2502.16982, section 2.2)
     """
     momentum = decay * momentum + (1 - decay) * grad
     update = orthogonalize((decay * momentum + (1 - decay) * grad)[None])[0]
@@ -2613,8 +2597,7 @@ class Muon(torch.optim.AdamW):
         super().step()
 
     def update_momenta(
-        self, grads: list[Any], momenta: list[Tensor], decay: Tensor, divisor: Tensor,
-        found_inf: Tensor,
+        self, grads: list, momenta: list, decay: Tensor, divisor: Tensor, found_inf: Tensor
     ) -> Tensor:
         """Update the momentum buffers. Returns updates [N, rows, columns]."""
         updates = []
@@ -2634,8 +2617,7 @@ class Muon(torch.optim.AdamW):
         return torch.cat([orthogonalize(x) for x in updates.split(d_outs, dim=1)], dim=1)
 
     def apply_update(
-        self, weights: list[Tensor], updates: Tensor, scale: float, lr: Tensor,
-        weight_decay: float,
+        self, weights: list, updates: Tensor, scale: float, lr: Tensor, weight_decay: float
     ) -> None:
         """Move the weights; not at all if `lr` is 0."""
         for weight, update in zip(weights, updates):
@@ -2670,15 +2652,11 @@ class StaticCache(KVCache):
         c, weight = model.config, model.lm_head.weight
         # TRAP: zeros, not empty. A query gives the columns it doesn't see the weight 0, but 0
         # times the NaN that uninitialized memory may hold is NaN.
-        shape = (c.num_layers, batch_size, size, c.num_kv_heads, c.head_dim)
-        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.zeros_like(self.keys)
+        shape = (2, c.num_layers, batch_size, size, c.num_kv_heads, c.head_dim)
+        self.keys, self.values = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.all_tokens = torch.zeros(batch_size, size, dtype=torch.int64, device=weight.device)
         self.columns = torch.arange(size, device=weight.device)
         super().__init__()
-
-    def clear(self) -> None:
-        self.length = 0
 
     def extend(self, tokens: Tensor) -> None:
         S, self.length = self.length, self.length + tokens.shape[1]
@@ -3952,12 +3930,9 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
                          for token, i in specials.items()],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "ignore_merges": tokenizer.ignore_merges,
-            "vocab": vocab | specials,
-            "merges": [list(map(token_to_unicode, merge)) for merge in tokenizer.merges],
-        },
+        "model": {"type": "BPE", "ignore_merges": tokenizer.ignore_merges,
+                  "vocab": vocab | specials,
+                  "merges": [[*map(token_to_unicode, merge)] for merge in tokenizer.merges]},
     }
 
 
@@ -4011,18 +3986,13 @@ def pattern_from_json(pre_tokenizer: Any) -> str:
 
 # Models
 # ------
-
 # The Hugging Face matrices which, concatenated by rows, are our matrix of this name.
 HF_NAMES = {
-    "embedding": ["model.embed_tokens"],
-    "norm": ["model.norm"],
-    "lm_head": ["lm_head"],
-    "attention_norm": ["input_layernorm"],
+    "embedding": ["model.embed_tokens"], "norm": ["model.norm"], "lm_head": ["lm_head"],
+    "attention_norm": ["input_layernorm"], "mlp_norm": ["post_attention_layernorm"],
     "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "attention.output": ["self_attn.o_proj"],
-    "mlp_norm": ["post_attention_layernorm"],
-    "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
-    "mlp.down": ["mlp.down_proj"],
+    "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"],
 }
 ROTARY_WEIGHTS = ("q_proj.weight", "k_proj.weight")
 # Our fields and their names in config.json.
@@ -4113,19 +4083,6 @@ def from_hf(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor
             for name in model}
 
 
-def config_to_hf(config: LlamaConfig) -> dict:
-    """The config.json that makes `transformers` build our architecture."""
-    scaling = config.rope_scaling
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        **HF_REQUIRED,
-        **{theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()},
-        "rope_scaling": scaling and {
-            "rope_type": "llama3", **dict(zip(HF_ROPE_SCALING, scaling)),
-            "original_max_position_embeddings": int(scaling[3])},
-    }
-
-
 def config_from_hf(content: dict) -> LlamaConfig:
     """Our configuration for a config.json. Raises UserError for another architecture."""
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
@@ -4186,9 +4143,15 @@ def export(
     with atomic_write(outdir / "model.safetensors") as file:
         file.write(safetensors.torch.save(weights, {"format": "pt"}))
     tokenizer.save(outdir / "tokenizer.json")
-    special_ids = state.get("special_ids", dict.fromkeys(HF_SPECIAL_IDS, eot))
-    write_json(outdir / "config.json",
-               {**config_to_hf(config), **special_ids, "torch_dtype": dtype})
+    scaling = config.rope_scaling
+    write_json(outdir / "config.json", {
+        "architectures": ["LlamaForCausalLM"], "torch_dtype": dtype, **HF_REQUIRED,
+        **{theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()},
+        **state.get("special_ids", dict.fromkeys(HF_SPECIAL_IDS, eot)),
+        "rope_scaling": scaling and {
+            "rope_type": "llama3", **dict(zip(HF_ROPE_SCALING, scaling)),
+            "original_max_position_embeddings": int(scaling[3])},
+    })
     eot_token = None if eot is None else tokenizer.decode([eot])
     write_json(outdir / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -4223,7 +4186,6 @@ import subprocess
 # Numbers must be at least 0, and integers at least 1, except for these.
 MAY_BE_0 = ("vocab_size", "num_kv_heads", "warmup_steps", "shard_size", "seed", "eval_windows",
             "keep_checkpoints")
-AT_MOST = {"beta1": 0.9999, "beta2": 0.99999, "top_p": 1.0}
 
 
 def check_config(c: Any) -> None:
@@ -4231,7 +4193,7 @@ def check_config(c: Any) -> None:
     for name, value in vars(c).items():
         if type(value) in (int, float):
             least = int(type(value) is int and name not in MAY_BE_0)
-            most = AT_MOST.get(name, 2**32)
+            most = {"beta1": 0.9999, "beta2": 0.99999, "top_p": 1.0}.get(name, 2**32)
             if not least <= value <= most:
                 raise UserError(f"--{name} must be from {least} to {most}, not {value}")
     if isinstance(c, OptimizerConfig):
@@ -4261,11 +4223,7 @@ def config_from_dict(fields: dict) -> LlamaConfig:
 
 
 def flag_comments(owner: Any) -> dict[str, str]:
-    """The comment beside or below each parameter of a function or field of a dataclass.
-
-    >>> flag_comments(OptimizerConfig)["min_lr"]
-    'the learning rate at the end'
-    """
+    """The comment beside or below each parameter of a function or field of a dataclass."""
     source = Path(__file__).read_text(encoding="utf-8")  # inspect.getsource parses all of it
     comments = {}
     for part in reversed(getattr(owner, "__mro__", [owner, object])[:-1]):
@@ -4330,10 +4288,6 @@ def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[dict, di
             arguments[key] = kind(**{field: given[field] for field in fields})
             check_config(arguments[key])
     return given, arguments
-
-
-# Commands
-# --------
 
 
 def bpe_train(
@@ -4636,8 +4590,7 @@ def main(argv: list[str] | None = None) -> int:
 
 # Exercises
 # 1. Add a command that shows how a text is split: a function with the parameters tokenizer_path
-#    and text, of three lines that print `tokenizer.decode_bytes([i])` for each id, and an entry
-#    in COMMANDS. --help is there already.
+#    and text that prints `tokenizer.decode_bytes([i])` for each id, and an entry in COMMANDS.
 # 2. Run `demo --max_steps 400` with another --outdir. The whole schedule shrinks with it. How
 #    far above the floor does the model end, compared with the 720 steps of the demo?
 
