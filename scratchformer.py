@@ -2285,14 +2285,9 @@ class SpeedConfig(DeviceConfig):
     activation_checkpointing: bool = False  # compute activations twice to save memory
 
 
-# Mixed precision
-# ---------------
 # float32 has 24 significant bits. bfloat16 has only 8, but the same range; float16 has 11 and
-# a small range, 6e-8 to 65,504. GPUs multiply half-precision matrices several times
-# faster. So parameters stay in float32, where a small update isn't rounded away, and
-# `torch.autocast` converts the inputs of matmuls on the fly.
-
-
+# a small range, 6e-8 to 65,504. So parameters stay in float32, where a small update isn't
+# rounded away, and `torch.autocast` converts the inputs of matmuls on the fly.
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The precision of matmuls. "auto": bfloat16 where the GPU has it; float32 on a CPU."""
     cuda = device.type == "cuda"
@@ -2315,13 +2310,10 @@ class GradScaler:
     """Skips steps whose gradients are inf or NaN, and keeps those of float16 in range.
 
     Many gradients are below 6e-8, where float16 has no numbers left. So the loss is multiplied
-    by a large power of two before backward, and the gradients are divided by it afterwards. If
-    they overflow, the step is skipped and the scale halved; after 2,000 good steps in a row
-    it's doubled. For other dtypes the scale stays 1.
-    WHY not `if grad_norm.isfinite(): optimizer.step()`: this `if` makes the host wait for the
-    GPU. PyTorch's fused AdamW doesn't: it divides gradients by `optimizer.grad_scale`, and does
-    nothing if `optimizer.found_inf` is 1. So, in `step`, x * (1 - found_inf) means: 0 if the
-    step is skipped, else x.
+    by a large power of two, and the gradients are divided by it. If they overflow, the step is
+    skipped and the scale halved; 2,000 good steps in a row double it. For other dtypes it is 1.
+    WHY not `if grad_norm.isfinite(): optimizer.step()`: it makes the host wait for the GPU.
+    Fused AdamW doesn't: it divides gradients by `grad_scale`, and skips if `found_inf` is 1.
     WHY not torch.amp.GradScaler: under FSDP (chapter 12) it sees one process's shards only, so
     one process would skip a step that the others take.
     """
@@ -2352,10 +2344,8 @@ class GradScaler:
         self.consecutive_skips = (self.consecutive_skips + 1) * found_inf  # a good step: 0
         if self.is_float16:
             self.good_steps = (self.good_steps + 1) * (1 - found_inf)  # a skipped step: 0
-            grow = (self.good_steps >= self.GROWTH_INTERVAL).float()
-            # Double it if `grow` is 1, halve it if found_inf is 1 (never both).
-            self.loss_scale = self.loss_scale * (1 + grow) * (1 - 0.5 * found_inf)
-            self.good_steps = self.good_steps * (1 - grow)
+            double = self.good_steps % self.GROWTH_INTERVAL == 0
+            self.loss_scale = self.loss_scale * torch.where(found_inf > 0, 0.5, 1.0 + double)
 
     def state_dict(self) -> dict[str, float]:
         return {name: x.item() for name, x in vars(self).items() if isinstance(x, Tensor)}
@@ -2363,10 +2353,6 @@ class GradScaler:
     def load_state_dict(self, state: dict[str, float]) -> None:
         for name, value in state.items():
             setattr(self, name, torch.full_like(self.loss_scale, value))
-
-
-# The loss in chunks
-# ------------------
 
 
 def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -2379,11 +2365,9 @@ def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class ChunkedLoss(torch.autograd.Function):
     """cross_entropy(compute_logits(x, weight), targets).mean(), with few logits at a time.
 
-    Computes the logits of R rows, differentiates their loss right away, and discards them.
-    `forward` does that and keeps the gradients; `backward` only has to scale them. (It's a
-    torch.autograd.Function, an operation that brings its own derivative. Hsu et al. 2024,
-    Liger, arXiv 2410.10989)
-
+    `forward` computes the logits of R rows, differentiates their loss right away, and discards
+    them. So `backward` only has to scale the gradients. (A torch.autograd.Function is an
+    operation that brings its own derivative. Hsu et al. 2024, Liger, arXiv 2410.10989)
     x [N, D], weight [V, D], targets int64 [N], where -100 is ignored; a float32 scalar.
 
     >>> weight = torch.tensor([[0.0], [math.log(3)]], requires_grad=True)  # odds 1 : 3
@@ -2395,9 +2379,7 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, with_grad: bool
-    ) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_grad: bool) -> Tensor:
         matrix, total = weight.to(x.dtype), torch.zeros((), device=x.device)
         grad_x, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
         # Few enough rows for a CPU's caches, enough to keep a GPU busy; and at most 16 chunks,
@@ -2418,7 +2400,7 @@ class ChunkedLoss(torch.autograd.Function):
         return total * scale
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_x, grad_weight, scale = ctx.saved_tensors
         return grad_x * (grad_loss * scale), grad_weight * (grad_loss * scale), None, None
 
@@ -2446,7 +2428,7 @@ class TransformerWithLoss(Transformer):
         c = self.config
         frequencies = rope_frequencies(c.head_dim, c.rope_theta)
         if scaling := getattr(c, "rope_scaling", None):
-            frequencies = llama3_rope_scaling(frequencies, *scaling)  # chapter 15
+            frequencies = llama3_rope_scaling(frequencies, scaling)  # chapter 15
         return rope_table(torch.arange(c.context_length), frequencies)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -2454,10 +2436,6 @@ class TransformerWithLoss(Transformer):
         if targets is None:
             return compute_logits(x, self.lm_head.weight)  # (B, T, V)
         return self.loss_function(x, self.lm_head.weight, targets)
-
-
-# Activation checkpointing and compilation
-# ----------------------------------------
 
 
 def has_compiler() -> bool:
@@ -2469,7 +2447,6 @@ def make_faster(model: TransformerWithLoss, speed: SpeedConfig, per_block: bool)
     """Checkpoint activations and compile: the model as a whole, or each block on its own."""
     if speed.activation_checkpointing:
         from torch.utils.checkpoint import checkpoint
-
         # Each block keeps only its input, and the backward pass runs the block again. Saves
         # most of the memory for activations, for a third more computation.
         for block in model.blocks:
@@ -2514,9 +2491,8 @@ def orthogonalize(x: Tensor) -> Tensor:
     """The matrices x [N, rows, columns], with all singular values moved close to 1.
 
     If x = U @ diag(s) @ V.T, then x @ x.T @ x = U @ diag(s^3) @ V.T. So matmuls alone apply a
-    polynomial to the singular values, here a * s + b * s^3 + c * s^5. With Jordan's a, b and c,
-    five rounds lift everything above 0.01 to about 0.7 to 1.2, and that is close enough. This
-    is a Newton-Schulz iteration, and bfloat16 is enough for it.
+    polynomial to the singular values: a * s + b * s^3 + c * s^5. Five rounds with Jordan's a, b
+    and c, a Newton-Schulz iteration, lift all above 0.01 to about 0.7 to 1.2, even in bfloat16.
 
     This update stretches (1, 1) by 3.9 and (1, -1) by 0.1; afterwards both by roughly 1:
 
@@ -2537,8 +2513,7 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 
 def muon_naive(
-    weight: Tensor, grad: Tensor, momentum: Tensor, lr: float, weight_decay: float,
-    decay: float = 0.95,
+    weight: Tensor, grad: Tensor, momentum: Tensor, lr: float, weight_decay: float, decay: float
 ) -> tuple[Tensor, Tensor]:
     """One update of Muon for one matrix, written out: the new weight and the new momentum.
 
@@ -2547,8 +2522,7 @@ def muon_naive(
     WHY 0.2 * sqrt(max(rows, columns)): the entries of U @ V.T have a magnitude of about
     1 / sqrt(max(rows, columns)), and those of AdamW's updates, in practice, about 0.2 (not 1,
     because gradients change sign). With this factor, lr and weight_decay mean what they mean
-    for AdamW.
-    Source: Liu et al. 2025 (arXiv 2502.16982), section 2.2.
+    for AdamW. (Liu et al. 2025, arXiv 2502.16982, section 2.2)
     """
     momentum = decay * momentum + (1 - decay) * grad
     update = orthogonalize((decay * momentum + (1 - decay) * grad)[None])[0]
@@ -2571,8 +2545,7 @@ class Muon(torch.optim.AdamW):
     `params` maps each parameter to the tensor that the optimizer updates: the parameter itself,
     or, under FSDP, this process's shard of it (`local_params`, chapter 12). Layers of the same
     shape, such as all mlp.down, are one group of parameters, a *stack*: their matrices are
-    orthogonalized together, in the precision `dtype`. `grad_scale` and `found_inf`, which
-    GradScaler sets, mean what they mean for fused AdamW.
+    orthogonalized together, in the precision `dtype`.
     """
 
     def __init__(
@@ -2608,8 +2581,7 @@ class Muon(torch.optim.AdamW):
                 divisor = getattr(self, "grad_scale", weights[0].new_ones(()))
                 grads = [weight.grad for weight in weights]
                 momenta = [self.state[weight]["exp_avg"] for weight in weights]
-                # TRAP: a Python number would be compiled in as a constant, and each new value
-                # compiled again.
+                # TRAP: for a Python number, each new value would be compiled again.
                 decay = weights[0].new_full((), group["momentum"])
                 updates = self.update_momenta(grads, momenta, decay, divisor, found_inf)
                 updates = self.orthogonalize_all(updates, group["d_outs"])
@@ -2621,14 +2593,12 @@ class Muon(torch.optim.AdamW):
         super().step()
 
     def update_momenta(
-        self, grads: list[Any], momenta: list[Tensor], decay: Tensor, divisor: Tensor,
-        found_inf: Tensor,
+        self, grads: list, momenta: list, decay: Tensor, divisor: Tensor, found_inf: Tensor
     ) -> Tensor:
         """Update the momentum buffers. Returns updates [N, rows, columns]."""
         updates = []
         for grad, momentum in zip(grads, momenta):
-            # On overflow, use the momentum itself as the gradient: averaging it with itself
-            # leaves it unchanged.
+            # On overflow: averaging the momentum with itself leaves it unchanged.
             grad = torch.where(found_inf > 0, momentum, grad / divisor)
             momentum.lerp_(grad, 1 - decay)  # decay * momentum + (1 - decay) * grad
             updates.append(grad.lerp(momentum, decay).to(self.dtype))
@@ -2642,8 +2612,7 @@ class Muon(torch.optim.AdamW):
         return torch.cat([orthogonalize(x) for x in updates.split(d_outs, dim=1)], dim=1)
 
     def apply_update(
-        self, weights: list[Tensor], updates: Tensor, scale: float, lr: Tensor,
-        weight_decay: float,
+        self, weights: list, updates: Tensor, scale: float, lr: Tensor, weight_decay: float
     ) -> None:
         """Move the weights; not at all if `lr` is 0."""
         for weight, update in zip(weights, updates):
@@ -2669,24 +2638,16 @@ class Muon(torch.optim.AdamW):
 
 
 class StaticCache(KVCache):
-    """A `KVCache` for B texts whose memory is allocated once, for `size` tokens of each.
-
-    WHY: the plain one copies all keys and values whenever it appends some.
-    """
+    """A `KVCache` for B texts, allocated once: the plain one copies it all to append some."""
 
     def __init__(self, model: Transformer, batch_size: int, size: int):
         c, weight = model.config, model.lm_head.weight
-        # TRAP: zeros, not empty. A query gives the columns it doesn't see the weight 0, but 0
-        # times the NaN that uninitialized memory may hold is NaN.
-        shape = (c.num_layers, batch_size, size, c.num_kv_heads, c.head_dim)
-        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.zeros_like(self.keys)
+        # TRAP: empty memory may hold NaN; the weight 0 of an unseen column times NaN is NaN.
+        shape = (2, c.num_layers, batch_size, size, c.num_kv_heads, c.head_dim)
+        self.keys, self.values = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.all_tokens = torch.zeros(batch_size, size, dtype=torch.int64, device=weight.device)
         self.columns = torch.arange(size, device=weight.device)
         super().__init__()
-
-    def clear(self) -> None:
-        self.length = 0
 
     def extend(self, tokens: Tensor) -> None:
         S, self.length = self.length, self.length + tokens.shape[1]
@@ -2738,10 +2699,7 @@ def generate_texts(
     model: Transformer, prompts: Tensor, max_new_tokens: int, seed: int = 0,
     stop_ids: Collection[int] = (), **sampling: Any,
 ) -> Iterator[list[int | None]]:
-    """`generate` for prompts [B, T], with seed + n for text n: at each step, the new ids.
-
-    None means that the text has ended, with one of `stop_ids`.
-    """
+    """`generate` with seed + n for text n: each step's ids, None for texts that have ended."""
     B, device = len(prompts), model.rope.device
     size = min(model.config.context_length, prompts.shape[1] + max_new_tokens)
     runner: Any = CUDAGraphModel(model) if device.type == "cuda" else model
@@ -2758,9 +2716,7 @@ def generate_texts(
 
 
 def stream_text(tokenizer: BPETokenizer | Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of `ids`, piece by piece as they come, in whole characters.
-
-    The bytes of a character may be spread over several tokens: they wait in the decoder.
+    """The text of `ids`, piece by piece, in whole characters: their bytes may come one by one.
 
     >>> list(stream_text(BPETokenizer([]), [*"é!".encode()]))
     ['', 'é', '!', '']
@@ -2773,8 +2729,7 @@ def stream_text(tokenizer: BPETokenizer | Tokenizer, ids: Iterable[int]) -> Iter
 
 # Exercises
 # 1. On a GPU, compare --max_new_tokens 512 with `burst` 1 and 16 in `generate_texts`.
-# 2. Generate 1, 8 and 64 texts at the same time (--num_samples). How many tokens per second are
-#    that in all, and why is it so many more?
+# 2. Generate 1, 8 and 64 texts at once (--num_samples). Why do 64 take so much less time each?
 
 
 # ========================================================================================
@@ -3842,17 +3797,14 @@ def train(
 # ----------------------------------------------------------------------------------------
 # 15. Published models
 #
-# How do a tokenizer and a model trained here run in other tools, and how do we load those
-# trained elsewhere? Both are files of Hugging Face: tokenizer.json, and a directory with
-# config.json and model.safetensors. Our architecture is Llama's, so only names and the order of
-# some rows differ. We rotate pairs of neighbors (2i, 2i+1), as the RoPE paper does; Hugging
-# Face's Llama rotates (i, i + K/2). Reordering the rows of the query and key matrices makes up
-# for it: both are reordered alike, so their dot products stay the same.
+# We exchange tokenizers and models with other tools as files of Hugging Face: tokenizer.json,
+# and a directory with config.json and model.safetensors. Our architecture is Llama's, so only
+# names and the order of some rows differ. We rotate pairs of neighbors (2i, 2i+1), as the RoPE
+# paper does; Hugging Face's Llama rotates (i, i + K/2). Reordering the rows of the query and
+# key matrices makes up for it: both are reordered alike, so their dot products stay the same.
 # (transformers, modeling_llama.py: rotate_half, apply_rotary_pos_emb)
 # ----------------------------------------------------------------------------------------
 
-# Tokenizers
-# ----------
 # JSON can't hold arbitrary bytes, so GPT-2 writes each byte as a visible character (encoder.py,
 # bytes_to_unicode). Printable Latin-1 bytes stand for themselves. The others, such as the space
 # and control characters, take U+0100, U+0101, ... in order. A space becomes "Ġ".
@@ -3892,12 +3844,9 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
                          for token, i in specials.items()],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "ignore_merges": tokenizer.ignore_merges,
-            "vocab": vocab | specials,
-            "merges": [list(map(token_to_unicode, merge)) for merge in tokenizer.merges],
-        },
+        "model": {"type": "BPE", "ignore_merges": tokenizer.ignore_merges,
+                  "vocab": vocab | specials,
+                  "merges": [[*map(token_to_unicode, merge)] for merge in tokenizer.merges]},
     }
 
 
@@ -3949,20 +3898,13 @@ def pattern_from_json(pre_tokenizer: Any) -> str:
                     "Split on a regular expression or Digits")
 
 
-# Models
-# ------
-
 # The Hugging Face matrices which, concatenated by rows, are our matrix of this name.
 HF_NAMES = {
-    "embedding": ["model.embed_tokens"],
-    "norm": ["model.norm"],
-    "lm_head": ["lm_head"],
-    "attention_norm": ["input_layernorm"],
+    "embedding": ["model.embed_tokens"], "norm": ["model.norm"], "lm_head": ["lm_head"],
+    "attention_norm": ["input_layernorm"], "mlp_norm": ["post_attention_layernorm"],
     "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "attention.output": ["self_attn.o_proj"],
-    "mlp_norm": ["post_attention_layernorm"],
-    "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
-    "mlp.down": ["mlp.down_proj"],
+    "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"],
 }
 ROTARY_WEIGHTS = ("q_proj.weight", "k_proj.weight")
 # Our fields and their names in config.json.
@@ -3981,9 +3923,7 @@ HF_REQUIRED = {"model_type": "llama", "hidden_act": "silu",
                "attention_bias": False, "mlp_bias": False}
 
 
-def llama3_rope_scaling(
-    frequencies: Tensor, factor: float, low: float, high: float, original_context: float
-) -> Tensor:
+def llama3_rope_scaling(frequencies: Tensor, scaling: list[float]) -> Tensor:
     """Llama 3.1's way to a longer context: slow rotations become `factor` times slower.
 
     Pairs that turn fewer than `low` times within the original context saw few angles in
@@ -3991,17 +3931,14 @@ def llama3_rope_scaling(
     times stay as they are; in between, the two are blended.
     (github.com/meta-llama/llama-models, models/llama3/model.py: apply_scaling)
     """
+    factor, low, high, original_context = scaling
     turns = original_context * frequencies / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (keep + (1 - keep) / factor)
 
 
 def hf_names(name: str) -> list[str]:
-    """The Hugging Face names of our matrix `name`.
-
-    >>> hf_names("blocks.7.mlp.gate_up.weight")
-    ['model.layers.7.mlp.gate_proj.weight', 'model.layers.7.mlp.up_proj.weight']
-    """
+    """Hugging Face's names for a matrix of ours, such as "blocks.7.mlp.gate_up.weight"."""
     [(prefix, part)] = re.findall(r"(blocks\.\d+\.|)(.+)\.weight", name)
     prefix = prefix.replace("blocks", "model.layers")
     return [f"{prefix}{theirs}.weight" for theirs in HF_NAMES[part]]
@@ -4011,9 +3948,6 @@ def interleaved_to_half_split(weight: Tensor, head_dim: int, inverse: bool = Fal
     """Rows of a query or key matrix [H * K, D], reordered from our pairs to Hugging Face's.
 
     Within each head, row 2i goes to i, and row 2i + 1 to i + K/2. `inverse` undoes this.
-
-    >>> interleaved_to_half_split(torch.arange(4.0)[:, None], 4)[:, 0]
-    tensor([0., 2., 1., 3.])
     """
     pairs = (-1, 2, head_dim // 2) if inverse else (-1, head_dim // 2, 2)
     return weight.unflatten(0, pairs).transpose(1, 2).flatten(0, 2)
@@ -4057,8 +3991,7 @@ def config_to_hf(config: LlamaConfig) -> dict:
     """The config.json that makes `transformers` build our architecture."""
     scaling = config.rope_scaling
     return {
-        "architectures": ["LlamaForCausalLM"],
-        **HF_REQUIRED,
+        "architectures": ["LlamaForCausalLM"], **HF_REQUIRED,
         **{theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()},
         "rope_scaling": scaling and {
             "rope_type": "llama3", **dict(zip(HF_ROPE_SCALING, scaling)),
@@ -4070,9 +4003,8 @@ def config_from_hf(content: dict) -> LlamaConfig:
     """Our configuration for a config.json. Raises UserError for another architecture."""
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     found = {
-        "num_key_value_heads": content.get("num_attention_heads"),
-        "tie_word_embeddings": False, "rope_theta": 10000.0,
-        "rope_type": rope.get("type", "default"),
+        "num_key_value_heads": content.get("num_attention_heads"), "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "rope_type": rope.get("type", "default"),
         **{name: value for name, value in {**content, **rope}.items() if value is not None},
     }
     scaled = found["rope_type"] == "llama3"
@@ -4089,7 +4021,6 @@ def config_from_hf(content: dict) -> LlamaConfig:
 def load_hf_model(directory: Path) -> dict:
     """A model saved by `transformers`, as a checkpoint without optimizer state."""
     import safetensors.torch
-
     content = read_json(directory / "config.json", "config.json of a model")
     with file_errors(directory, "Llama model"):
         config = config_from_hf(content)
@@ -4114,7 +4045,6 @@ def export(
 ) -> None:
     """Write a directory that transformers loads with from_pretrained. Needs safetensors."""
     import safetensors.torch
-
     if checkpoints_in(outdir) or outdir.resolve() == saved.checkpoint.resolve():
         raise UserError(f"the export would hide the model in {outdir}: choose another --outdir")
     state, model, tokenizer = saved.load()
@@ -4131,9 +4061,8 @@ def export(
                {**config_to_hf(config), **special_ids, "torch_dtype": dtype})
     eot_token = None if eot is None else tokenizer.decode([eot])
     write_json(outdir / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context_length,
         "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": config.context_length,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), eot_token),
     })
     log(f"{outdir}: load it with AutoModelForCausalLM.from_pretrained")
@@ -4163,7 +4092,6 @@ import subprocess
 # Numbers must be at least 0, and integers at least 1, except for these.
 MAY_BE_0 = ("vocab_size", "num_kv_heads", "warmup_steps", "shard_size", "seed", "eval_windows",
             "keep_checkpoints")
-AT_MOST = {"beta1": 0.9999, "beta2": 0.99999, "top_p": 1.0}
 
 
 def check_config(c: Any) -> None:
@@ -4171,7 +4099,7 @@ def check_config(c: Any) -> None:
     for name, value in vars(c).items():
         if type(value) in (int, float):
             least = int(type(value) is int and name not in MAY_BE_0)
-            most = AT_MOST.get(name, 2**32)
+            most = {"beta1": 0.9999, "beta2": 0.99999, "top_p": 1.0}.get(name, 2**32)
             if not least <= value <= most:
                 raise UserError(f"--{name} must be from {least} to {most}, not {value}")
     if isinstance(c, OptimizerConfig):
@@ -4201,11 +4129,7 @@ def config_from_dict(fields: dict) -> LlamaConfig:
 
 
 def flag_comments(owner: Any) -> dict[str, str]:
-    """The comment beside or below each parameter of a function or field of a dataclass.
-
-    >>> flag_comments(OptimizerConfig)["min_lr"]
-    'the learning rate at the end'
-    """
+    """The comment beside or below each parameter of a function or field of a dataclass."""
     source = Path(__file__).read_text(encoding="utf-8")  # inspect.getsource parses all of it
     comments = {}
     for part in reversed(getattr(owner, "__mro__", [owner, object])[:-1]):
@@ -4270,10 +4194,6 @@ def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[dict, di
             arguments[key] = kind(**{field: given[field] for field in fields})
             check_config(arguments[key])
     return given, arguments
-
-
-# Commands
-# --------
 
 
 def bpe_train(
@@ -4418,11 +4338,7 @@ def generate_command(
 
 
 def split_documents(text: str, size: int) -> list[str]:
-    """The documents in `text`; where one is longer than `size`, parts of it, cut after lines.
-
-    >>> split_documents("one\\ntwo\\nthree<|endoftext|>four", 8)
-    ['one\\ntwo\\n', 'three', 'four']
-    """
+    """The documents in `text`; those longer than `size` are in parts, cut after lines."""
     part = re.compile(rf"(?s).{{1,{size}}}(?:(?<=\n)|\Z)|.{{1,{size}}}")
     return [found for document in text.split(END_OF_TEXT) if document.strip()
             for found in part.findall(document)]
@@ -4579,8 +4495,7 @@ def main(argv: list[str] | None = None) -> int:
 
 # Exercises
 # 1. Add a command that shows how a text is split: a function with the parameters tokenizer_path
-#    and text, of three lines that print `tokenizer.decode_bytes([i])` for each id, and an entry
-#    in COMMANDS. --help is there already.
+#    and text that prints `tokenizer.decode_bytes([i])` for each id, and an entry in COMMANDS.
 # 2. Run `demo --max_steps 400` with another --outdir. The whole schedule shrinks with it. How
 #    far above the floor does the model end, compared with the 720 steps of the demo?
 
