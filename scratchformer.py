@@ -2643,8 +2643,9 @@ class StaticCache(KVCache):
     def __init__(self, model: Transformer, batch_size: int, size: int):
         c, weight = model.config, model.lm_head.weight
         # TRAP: empty memory may hold NaN; the weight 0 of an unseen column times NaN is NaN.
-        shape = (2, c.num_layers, batch_size, size, c.num_kv_heads, c.head_dim)
-        self.keys, self.values = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        shape = (c.num_layers, batch_size, size, c.num_kv_heads, c.head_dim)
+        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.zeros_like(self.keys)
         self.all_tokens = torch.zeros(batch_size, size, dtype=torch.int64, device=weight.device)
         self.columns = torch.arange(size, device=weight.device)
         super().__init__()
