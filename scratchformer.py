@@ -1251,10 +1251,10 @@ def story_from_text(
 # 8. Tokenizing corpora
 #
 # How do chapters 1 to 3 work on gigabytes of text? Four ideas make them fast. Learn merges
-# without recounting: a merge changes only the words that contain the pair. Apply merges that
-# can't affect each other in one batch. Do the work once per *distinct* word, since text repeats
-# itself. And process a large piece at a time with numpy, not a word at a time in Python.
-# ("Word" means pre-token.) `Tokenizer` also takes any pattern, bytes and special tokens.
+# without recounting: a merge changes only the words (pre-tokens) that contain the pair. Apply
+# merges that can't affect each other in one batch. Do the work once per *distinct* word, since
+# text repeats itself. And process a large piece at a time with numpy, not a word at a time in
+# Python. `Tokenizer` also takes any pattern, bytes and special tokens.
 # ----------------------------------------------------------------------------------------
 
 import bisect
@@ -1315,14 +1315,6 @@ class PairIndex:
     Each distinct pair has a number: `pair_at[p]` is that of (token at p, token after p), or -1
     if one of them is a separator. Pair n is (left[n], right[n]) and occurs count[n] times;
     `positions[start[n] : start[n + 1]]` are the positions where it occurred when it was new.
-
-    >>> index = PairIndex([b"low", b"slow"], [5, 2])
-    >>> lo = int(index.pair_at[1])
-    >>> int(index.count[lo]), index.occurrences([lo])[0].tolist()
-    (7, [1, 6])
-    >>> _, created = index.merge([lo], 256)  # now s + 256 occurs twice, 256 + w seven times
-    >>> [(int(index.left[n]), int(index.right[n]), int(index.count[n])) for n in created]
-    [(115, 256, 2), (256, 119, 7)]
     """
 
     def __init__(self, words: Iterable[bytes], counts: Iterable[int]):
@@ -1334,9 +1326,8 @@ class PairIndex:
         self.prev = np.arange(-1, size - 1, dtype=np.int32)
         self.next = np.arange(1, size + 1, dtype=np.int32)
         self.weight = np.repeat(np.array([0, *counts]), lengths + 1)
-        # Preallocate for all pairs. There are fewer than `size` at first, and merging at one
-        # position creates at most two and unlinks one position. (np.zeros takes no memory
-        # until it is written.)
+        # At first there are fewer than `size` pairs. Merging at a position creates at most two,
+        # and unlinks one position. (np.zeros takes no memory until it is written.)
         self.left, self.right, self.count, self.start = np.zeros((4, 3 * size + 2), np.int64)
         self.positions = np.zeros(3 * size, np.int32)
         self.pair_at = np.full(size, -1, np.int32)
@@ -1375,19 +1366,17 @@ class PairIndex:
         """The sorted pairs of `new` tokens at `pos` and their neighbors, and where they are."""
         prev_pos = self.prev[pos]
         x, y = self.token[prev_pos], self.token[next_pos]
-        is_new = x >= new.min()  # new tokens have the highest ids
-        # A pair of two new tokens must be in the result only once.
-        is_left, is_right = (x >= 0) & ~is_new, y >= 0
+        # A new token has a higher id than all others. If x is new, (x, new) is in (new, y).
+        is_left, is_right = (x >= 0) & (x < new.min()), y >= 0
         pairs = np.concatenate([(x << 32 | new)[is_left], (new << 32 | y)[is_right]])
         order = pairs.argsort(kind="stable")
         return pairs[order], np.concatenate([prev_pos[is_left], pos[is_right]])[order]
 
     def select_independent(self, pairs: Sequence[int], new: int) -> TwoArrays:
-        """Where to merge pairs[0] into `new`, pairs[1] into `new` + 1, and so on.
+        """Positions where to merge pairs[i] into the token `new` + i, and the i of each.
 
         `pairs` have the highest counts, in descending order. As many are taken as can be merged
-        together with the result of merging one after the other. Returns positions, and for each
-        the index of its pair. The examples are chapter 2's.
+        together with the result of merging one after the other. The examples are chapter 2's.
         """
         # First: a pair may not begin with the token that an earlier one ends with, or the
         # reverse. Merging l + o would leave fewer occurrences of o + w.
@@ -1419,7 +1408,6 @@ class PairIndex:
         self.pair_at[right] = -1
         np.subtract.at(self.count, self.pair_at[self.prev[pos]], weight)
         self.count[pairs[:num_merged]] = 0
-        # Write the new tokens and unlink the right ones.
         self.token[pos], self.pair_at[pos] = tokens, -1
         self.next[pos] = self.next[right]
         self.prev[self.next[pos]] = pos
@@ -1457,7 +1445,7 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
     progress = Progress("merging", num_merges, "merges")
     while len(merges) < num_merges and (queue or threshold > 1):
         if not queue:
-            threshold = max(1, threshold // 2)
+            threshold //= 2
             frequent = np.flatnonzero(index.count[: index.num_pairs] >= threshold)
             queue = sorted(map(entry, frequent.tolist()))
         batch: list[int] = []
@@ -1483,9 +1471,8 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
 
 # Splitting without a regular expression
 # --------------------------------------
-# For GPT-2's pattern it is enough to know the class of each character: a pre-token starts
-# where the class changes, with three exceptions. N is the number of characters. (Any other
-# pattern goes through the regular expression, several times slower: see `find_pretokens`.)
+# With GPT-2's pattern, a pre-token starts where the class of character changes, with three
+# exceptions. (Any other pattern goes through the regular expression, several times slower.)
 
 # GPT-4's pattern, which Llama 3 uses, too, takes at most three digits at a time. A word may
 # start with any punctuation mark or space, and line breaks stay with the punctuation or
@@ -1607,8 +1594,7 @@ def find_pretokens(text: str, pattern: str, special_pattern: re.Pattern) -> Pret
 # ---------------------------------------
 # A Python dictionary from word to ids takes several times as long as everything else here.
 # Instead, a word of up to 15 bytes, with its length, is packed into two 64-bit integers, its
-# key, so that one numpy comparison compares all words of a chunk with those in a table. N is
-# the number of words.
+# key, so that one numpy comparison compares all N words of a chunk with those in a table.
 
 MAX_SHORT = 15
 # Row n masks the first n of 16 bytes, as two little-endian integers.
@@ -1618,9 +1604,8 @@ HASH_FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)  # 
 
 def word_keys(words: Pretokens) -> np.ndarray:
     """Bytes 0 to 7 of each word; bytes 8 to 14, with its length as top byte; uint64 [N, 2]."""
-    padded = words.data + bytes(16)
-    # A view of the same memory, with an item of 16 bytes starting at every byte.
-    items = np.ndarray(len(words.data) + 1, "V16", padded, strides=(1,))
+    # A view of the padded bytes, with an item of 16 bytes starting at every byte.
+    items = np.ndarray(len(words.data) + 1, "V16", words.data + bytes(16), strides=(1,))
     lengths = np.minimum(words.lengths, MAX_SHORT + 1)  # keys of longer words are never used
     keys = items[words.starts].view("<u8").reshape(-1, 2) & KEY_MASK.take(lengths, axis=0)
     keys[:, 1] |= lengths.astype(np.uint64) << np.uint64(56)
@@ -1630,10 +1615,9 @@ def word_keys(words: Pretokens) -> np.ndarray:
 class WordTable:
     """Gives each distinct word a number, the next free one when it is first seen.
 
-    A word's hash determines its slot. A word that is there already is evicted; when it
-    reappears, it gets another number. So a word can have several numbers, but a number always
-    means one word. Words longer than 15 bytes, which are rare, are kept in a dictionary, as are
-    the special tokens, which have the first numbers.
+    A word's hash determines its slot. A word already there is evicted and, when it reappears,
+    gets another number. So a word can have several numbers, but a number always means one word.
+    A dictionary keeps longer words, which are rare, and special tokens, which come first.
     """
 
     BITS = 18
@@ -1727,14 +1711,12 @@ class Progress:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Write a file that appears at `path` complete, or not at all: if the block raises.
-
-    A temporary file beside it is renamed at the end, which is atomic on POSIX.
-    """
+    """Write a file that appears at `path` complete, or not at all if the block raises."""
     path = Path(os.path.realpath(path))  # replace the target of a symbolic link
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file: choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Rename a temporary file beside it at the end: on POSIX that is atomic.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1805,8 +1787,7 @@ class Tokenizer:
     ):
         self.vocab, self.merges, self.pattern = dict(vocab), list(merges), pattern
         self.ignore_merges = ignore_merges
-        # Reversed, because the last entry of a dict wins: of two ids with the same bytes, use
-        # the first. (There are two only if a special token repeats an ordinary one.)
+        # Reversed, so that the first id wins if a special token repeats an ordinary one.
         self.id_of = {token: i for i, token in reversed(self.vocab.items())}
         known = {bytes([byte]) for byte in range(256)} & self.id_of.keys()
         for left, right in self.merges:
@@ -1818,8 +1799,7 @@ class Tokenizer:
         for token in special_tokens or []:
             data = text_to_bytes(token)
             if len(data) < 2 or token in self.special_tokens:
-                raise UserError(f"special token {token!r} must have at least two bytes and be "
-                                "listed once")
+                raise UserError(f"special token {token!r} is repeated or has only one byte")
             if data not in self.id_of:
                 self.id_of[data] = max(self.vocab) + 1
             self.special_tokens[token] = self.id_of[data]
@@ -1855,10 +1835,8 @@ class Tokenizer:
         return np.concatenate([self.encode_piece(piece) for piece in pieces]).tolist()
 
     def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
-        """Yields the ids of the joined chunks, holding only a little text in memory.
-
-        For a file, pass open(path, newline=""). (Otherwise Python turns \\r\\n into \\n.)
-        """
+        """Yields the ids of the joined chunks, holding only a little text in memory."""
+        # TRAP: open a file with newline="", or Python turns \r\n into \n.
         for text in safe_pieces(chunks, self, 1 << 13):
             yield from self.encode(text)
 
@@ -1866,8 +1844,8 @@ class Tokenizer:
         """The bytes of these tokens, joined."""
         try:
             return b"".join([self.vocab[i] for i in ids])
-        except KeyError as error:
-            raise UserError(f"id {error} is not in the vocabulary") from None
+        except KeyError as key:
+            raise UserError(f"id {key} is not in the vocabulary of {self.vocab_size}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD."""
@@ -1879,11 +1857,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json, ours or another library's byte-level BPE.
-
-        Tokens that some files add around each text, such as <s> (a "post-processor"), are left
-        out. Raises UserError for a file that needs something else this class lacks.
-        """
+        """Read a tokenizer.json, ours or another library's byte-level BPE."""
+        # Tokens that some files add around each text, such as <s>, are not added here.
         return tokenizer_from_json(read_json(path, "tokenizer.json"), path)  # chapter 15
 
     def fingerprint(self) -> str:
@@ -1962,7 +1937,7 @@ class Tokenizer:
 # Files are cut into spans that can be processed independently, so that memory stays small and
 # every CPU core can help. In GPT-2's and GPT-4's patterns, no pre-token contains a letter or
 # digit followed by something that is neither, and nothing before that point depends on what
-# comes after. So "one two|, three" may be cut after any word. For any other pattern only the
+# comes after. So a cut after any word is safe: "one two|, three". For other patterns, only the
 # end of a special token is safe.
 
 
@@ -2053,9 +2028,9 @@ def split_files(files: Sequence[Path], tokenizer: Tokenizer, label: str) -> Iter
 
 # Files on many cores
 # -------------------
-
-# On Linux, those that this process is allowed to use.
+# On Linux, count the cores that this process is allowed to use.
 NUM_CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+worker_function: Callable  # in a worker process, what to call for every task
 
 
 def bounded_map(pool: Executor, function: Callable, tasks: Iterable, limit: int) -> Iterator:
@@ -2067,9 +2042,6 @@ def bounded_map(pool: Executor, function: Callable, tasks: Iterable, limit: int)
             yield pending.pop(0).result()
     while pending:
         yield pending.pop(0).result()
-
-
-worker_function: Callable  # in a worker process, what to call for every task
 
 
 def start_worker(function: Callable) -> None:
@@ -2143,14 +2115,10 @@ def train_bpe(
     input_path: Paths, vocab_size: int, special_tokens: Sequence[str],
     num_workers: int | None = None, pattern: str = PRETOKEN_PATTERN,
 ) -> tuple[dict[int, bytes], list[Merge]]:
-    """A vocabulary of at most `vocab_size` tokens, and its merges in the order learned.
-
-    It does not depend on `num_workers` or on the order of the files.
-    """
+    """A vocabulary of at most `vocab_size` tokens, and its merges in the order learned."""
     num_fixed = 256 + len(special_tokens)
     if vocab_size < num_fixed:
-        raise UserError(f"vocab_size must be at least {num_fixed}: 256 bytes and "
-                        f"{len(special_tokens)} special tokens")
+        raise UserError(f"vocab_size must be at least {num_fixed}: bytes and special tokens")
     splitter = Tokenizer(build_vocab([], special_tokens), [], special_tokens, pattern)
     counts = count_files(input_path, splitter, num_workers)
     merges = learn_merges(counts, vocab_size - num_fixed)
@@ -2182,14 +2150,18 @@ def encode_file(
     total = sum(path.stat().st_size for path in files)
     spans = split_files(files, tokenizer, "encoding")
     encode = functools.partial(encode_span, tokenizer=tokenizer, append_eot=append_eot)
-    floor = entropy_floor(files)
+    # A .json file beside generated text may state its entropy, which no model should beat.
+    # (data/make_stories.py adds up -log p of the words it draws, without end-of-text tokens.)
+    floor, description = None, Path(f"{files[0]}.json")
+    if len(files) == 1 and description.is_file():
+        stated = read_json(description, "corpus description")
+        floor = stated.get("floor_nats_per_byte") if isinstance(stated, dict) else None
     with atomic_write(out_path) as out:
         for ids in map_on_cores(encode, spans, total, num_workers):
             out.write(ids)
         num_tokens = out.tell() // dtype.itemsize
-        # TRAP: the metadata must be in place before the token file, which appears at the end of
-        # this block. If we are killed in between, an old token file doesn't fit the metadata,
-        # and `train` says so.
+        # TRAP: write the metadata first; the token file appears at the end of this block. If we
+        # are killed in between, an old token file doesn't fit its metadata: `train` says so.
         write_json(f"{out_path}.json", {
             "dtype": dtype.name,
             "vocab_size": tokenizer.vocab_size,
@@ -2201,25 +2173,10 @@ def encode_file(
     return num_tokens
 
 
-def entropy_floor(files: Sequence[Path]) -> float | None:
-    """The entropy of generated text, in nats per byte, if a .json file beside it states it.
-
-    data/make_stories.py draws each word of the bundled stories with a known probability p and
-    adds up -log p, without end-of-text tokens. No model should do better on new stories.
-    """
-    description = Path(f"{files[0]}.json")
-    if len(files) > 1 or not description.is_file():
-        return None
-    stated = read_json(description, "corpus description")
-    return stated.get("floor_nats_per_byte") if isinstance(stated, dict) else None
-
-
 # Exercises
-# 1. Set WordTable.BITS to 4, so that words keep evicting each other. `bpe-encode` gets slower,
-#    and its result stays the same. Why?
+# 1. Set WordTable.BITS to 4. `bpe-encode` gets slower, and its result stays the same. Why?
 # 2. Let `entry` in `learn_merges` return -index.left[pair] and -index.right[pair] instead of
-#    the two tokens: of pairs of equal count, the one with the oldest tokens now wins. Predict
-#    the merges of chapter 2's example, then check.
+#    the two tokens. Predict the merges of chapter 2's example, then check.
 
 
 # ----------------------------------------------------------------------------------------
