@@ -1799,7 +1799,7 @@ class Tokenizer:
         for token in special_tokens or []:
             data = text_to_bytes(token)
             if len(data) < 2 or token in self.special_tokens:
-                raise UserError(f"special token {token!r} is repeated or has only one byte")
+                raise UserError(f"special token {token!r} must be unique, longer than a byte")
             if data not in self.id_of:
                 self.id_of[data] = max(self.vocab) + 1
             self.special_tokens[token] = self.id_of[data]
