@@ -1251,10 +1251,10 @@ def story_from_text(
 # 8. Tokenizing corpora
 #
 # How do chapters 1 to 3 work on gigabytes of text? Four ideas make them fast. Learn merges
-# without recounting: a merge changes only the words that contain the pair. Apply merges that
-# can't affect each other in one batch. Do the work once per *distinct* word, since text repeats
-# itself. And process a megabyte at a time with numpy, instead of a word at a time in Python.
-# ("Word" means pre-token.) `Tokenizer` also takes any pattern, bytes and special tokens.
+# without recounting: a merge changes only the words (pre-tokens) that contain the pair. Apply
+# merges that can't affect each other in one batch. Do the work once per *distinct* word, since
+# text repeats itself. And process a large piece at a time with numpy, not a word at a time in
+# Python. `Tokenizer` also takes any pattern, bytes and special tokens.
 # ----------------------------------------------------------------------------------------
 
 import bisect
@@ -1271,14 +1271,13 @@ import signal
 import threading
 import time
 import typing
-from collections import deque
 from collections.abc import Collection, Generator
 from concurrent import futures
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal, NoReturn
 
-CHUNK = 1 << 20  # bytes, or characters, processed at a time
+CHUNK = 1 << 19  # characters processed at a time
 TwoArrays = tuple[np.ndarray, np.ndarray]
 Paths = str | Path | Sequence[str | Path]  # a file or directory, or several
 
@@ -1303,12 +1302,11 @@ def ragged_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 class PairIndex:
     """Words as linked lists of tokens, and for each pair of neighbors: count and positions.
 
-    In plain Python one would keep a dictionary from pair to the set of words that contain it.
-    This is the same idea in arrays, so that many merges take a few numpy calls. Every byte
-    of every word has a position. `token[p]` is the token there, `prev[p]` and `next[p]` are the
-    positions of its neighbors. Merging a pair at p writes the new token to p and unlinks the
-    position after it. Here are "low" and "slow", and what merging l + o into token 256 leaves.
-    A token -1 separates words; x marks the positions that are unlinked.
+    In plain Python, this would be a dictionary from pair to the set of words that contain it.
+    With arrays, many merges take a few numpy calls. Every byte of every word has a position p:
+    `token[p]` is the token there, `prev[p]` and `next[p]` are the positions of its neighbors.
+    Merging a pair at p writes the new token to p and unlinks the position after it, marked x
+    here. These are "low" and "slow", separated by -1, before and after merging l + o into 256:
 
         p        0   1   2   3   4   5   6   7   8   9
         token   -1   l   o   w  -1   s   l   o   w  -1
@@ -1317,14 +1315,6 @@ class PairIndex:
     Each distinct pair has a number: `pair_at[p]` is that of (token at p, token after p), or -1
     if one of them is a separator. Pair n is (left[n], right[n]) and occurs count[n] times;
     `positions[start[n] : start[n + 1]]` are the positions where it occurred when it was new.
-
-    >>> index = PairIndex([b"low", b"slow"], [5, 2])
-    >>> lo = int(index.pair_at[1])
-    >>> int(index.count[lo]), index.occurrences([lo])[0].tolist()
-    (7, [1, 6])
-    >>> _, created = index.merge([lo], 256)  # now s + 256 occurs twice, 256 + w seven times
-    >>> [(int(index.left[n]), int(index.right[n]), int(index.count[n])) for n in created]
-    [(115, 256, 2), (256, 119, 7)]
     """
 
     def __init__(self, words: Iterable[bytes], counts: Iterable[int]):
@@ -1336,9 +1326,8 @@ class PairIndex:
         self.prev = np.arange(-1, size - 1, dtype=np.int32)
         self.next = np.arange(1, size + 1, dtype=np.int32)
         self.weight = np.repeat(np.array([0, *counts]), lengths + 1)
-        # Preallocate for all pairs. There are fewer than `size` at first, and merging at one
-        # position creates at most two pairs and unlinks one position. (The system supplies
-        # memory for np.zeros only when it is first written.)
+        # At first there are fewer than `size` pairs. Merging at a position creates at most two,
+        # and unlinks one position. (np.zeros takes no memory until it is written.)
         self.left, self.right, self.count, self.start = np.zeros((4, 3 * size + 2), np.int64)
         self.positions = np.zeros(3 * size, np.int32)
         self.pair_at = np.full(size, -1, np.int32)
@@ -1377,19 +1366,17 @@ class PairIndex:
         """The sorted pairs of `new` tokens at `pos` and their neighbors, and where they are."""
         prev_pos = self.prev[pos]
         x, y = self.token[prev_pos], self.token[next_pos]
-        is_new = x >= new.min()  # new tokens have the highest ids
-        # A pair of two new tokens must be in the result only once.
-        is_left, is_right = (x >= 0) & ~is_new, y >= 0
+        # A new token has a higher id than all others. If x is new, (x, new) is in (new, y).
+        is_left, is_right = (x >= 0) & (x < new.min()), y >= 0
         pairs = np.concatenate([(x << 32 | new)[is_left], (new << 32 | y)[is_right]])
         order = pairs.argsort(kind="stable")
         return pairs[order], np.concatenate([prev_pos[is_left], pos[is_right]])[order]
 
     def select_independent(self, pairs: Sequence[int], new: int) -> TwoArrays:
-        """Where to merge pairs[0] into the token `new`, pairs[1] into `new` + 1, and so on.
+        """Positions where to merge pairs[i] into the token `new` + i, and the i of each.
 
-        `pairs` are those with the highest counts, in descending order. Only as many are taken
-        as can be merged together with the result of merging one after the other. Returns
-        positions, and for each the index of its pair. The examples below are from chapter 2.
+        `pairs` have the highest counts, in descending order. As many are taken as can be merged
+        together with the result of merging one after the other. The examples are chapter 2's.
         """
         # First: a pair may not begin with the token that an earlier one ends with, or the
         # reverse. Merging l + o would leave fewer occurrences of o + w.
@@ -1398,9 +1385,8 @@ class PairIndex:
         shares_with_earlier = np.triu(shares, 1).any(axis=0)
         pairs = pairs[: int(np.append(shares_with_earlier, True).argmax())]
         # Second: earlier merges may not create a pair that occurs at least as often as the next
-        # one. s + t creates e + st, 9 times, and that comes before o + w, 8 times. The pairs
-        # that merge i creates, of the token new + i and a neighbor, occur at most highest[i]
-        # times: less often if the neighbor is merged as well.
+        # one. s + t creates e + st, 9 times, and that comes before o + w, 8 times. No pair that
+        # merge i creates occurs more than highest[i] times (less if a neighbor is merged, too).
         pos, pair_index = self.occurrences(pairs)
         created, positions = self.pairs_around(pos, self.next[self.next[pos]], new + pair_index)
         is_first, highest = run_starts(created), np.zeros(len(pairs))
@@ -1415,14 +1401,13 @@ class PairIndex:
         """Merge the first of `pairs` that are independent. Returns how many, and new pairs."""
         pos, pair_index = self.select_independent(pairs, new)
         num_merged, tokens = int(pair_index.max()) + 1, new + pair_index
-        # The pairs on both sides disappear. (In "abab" both are the same pair: count it
-        # once. At the end of a word the number is -1; count[-1] is never read.)
+        # The pairs on both sides disappear. (In "abab" both are the same pair: count it once.
+        # At the end of a word, its number is -1; count[-1] is never read.)
         right, weight = self.next[pos], self.weight[pos]
         np.subtract.at(self.count, self.pair_at[right], weight)
         self.pair_at[right] = -1
         np.subtract.at(self.count, self.pair_at[self.prev[pos]], weight)
         self.count[pairs[:num_merged]] = 0
-        # Write the new tokens and unlink the right ones.
         self.token[pos], self.pair_at[pos] = tokens, -1
         self.next[pos] = self.next[right]
         self.prev[self.next[pos]] = pos
@@ -1445,9 +1430,8 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
     equals the greatest pair. An entry goes stale when another merge consumes some of the pair's
     occurrences; then it is put back with its current count. (A count never grows: a pair
     contains the newest token when it is created, and later merges only take occurrences away.)
-    Most pairs are rare and are never merged. So the queue holds only pairs above a threshold,
-    which is halved whenever the queue is empty. The best pairs are merged together, as many as
-    are independent: often tens, on a large corpus.
+    Most pairs are never merged, so the queue holds only those above a threshold, which is
+    halved whenever the queue is empty. The best pairs are merged together, often tens.
     """
     index = PairIndex(pretoken_counts, pretoken_counts.values())
     tokens = [bytes([byte]) for byte in range(256)]
@@ -1461,7 +1445,7 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
     progress = Progress("merging", num_merges, "merges")
     while len(merges) < num_merges and (queue or threshold > 1):
         if not queue:
-            threshold = max(1, threshold // 2)
+            threshold //= 2
             frequent = np.flatnonzero(index.count[: index.num_pairs] >= threshold)
             queue = sorted(map(entry, frequent.tolist()))
         batch: list[int] = []
@@ -1487,13 +1471,12 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
 
 # Splitting without a regular expression
 # --------------------------------------
-# For GPT-2's pattern it is enough to know the class of each character: a pre-token starts
-# where the class changes, with three exceptions. N is the number of characters. (Any other
-# pattern goes through the regular expression, several times slower: see `find_pretokens`.)
+# With GPT-2's pattern, a pre-token starts where the class of character changes, with three
+# exceptions. (Any other pattern goes through the regular expression, several times slower.)
 
-# GPT-4's pattern, which Llama 3 uses, too, takes digits in groups of at most three. A word may
-# start with any one punctuation mark or space, not just a space, and line breaks stay with the
-# punctuation or whitespace in front of them. (As first published in OpenAI's tiktoken)
+# GPT-4's pattern, which Llama 3 uses, too, takes at most three digits at a time. A word may
+# start with any punctuation mark or space, and line breaks stay with the punctuation or
+# whitespace in front of them. (As first published in OpenAI's tiktoken)
 GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -1504,8 +1487,7 @@ CLASS_OF_CODE = np.full(0x110000, UNKNOWN, np.uint8)  # of every code point, onc
 
 
 def bytes_to_text(data: bytes) -> str:
-    """The text of UTF-8 `data`, which may contain invalid bytes."""
-    # Each invalid byte becomes a *surrogate*, U+DC80 to U+DCFF. Valid text doesn't use these.
+    """The text of UTF-8 `data`. Each invalid byte becomes a *surrogate*, U+DC80 to U+DCFF."""
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -1546,8 +1528,7 @@ def find_gpt2_pretokens(codes: np.ndarray, classes: np.ndarray) -> np.ndarray:
     start = np.ones(len(codes) + 3, bool)  # three more, for start[at + 3] below
     # 1. What follows a space doesn't start a pre-token, since the space has started it.
     start[1 : len(codes)] = changes & (space[1:] | (codes[:-1] != ord(" ")))
-    # 2. The last whitespace before a word starts one, even inside a run of whitespace. (The
-    #    classes below SPACE are letters, numbers and others.)
+    # 2. The last whitespace before a word starts one, even inside a run of whitespace.
     start[1 : max(1, len(codes) - 1)] |= space[1:-1] & space[:-2] & (classes[2:] < SPACE)
     # 3. An apostrophe that starts a pre-token may start a contraction: 's 't 'm 'd 'll 've 're.
     at = np.flatnonzero((codes == ord("'")) & start[: len(codes)])
@@ -1611,10 +1592,9 @@ def find_pretokens(text: str, pattern: str, special_pattern: re.Pattern) -> Pret
 
 # Looking up all words of a chunk at once
 # ---------------------------------------
-# A Python dictionary from word to ids would do, one word at a time; that takes several times
-# as long as everything else here. Instead, a word of up to 15 bytes, with its length, is packed
-# into two 64-bit integers, its key, so that one numpy comparison compares all words of a chunk
-# with those in a table. N is the number of words.
+# A Python dictionary from word to ids takes several times as long as everything else here.
+# Instead, a word of up to 15 bytes, with its length, is packed into two 64-bit integers, its
+# key, so that one numpy comparison compares all N words of a chunk with those in a table.
 
 MAX_SHORT = 15
 # Row n masks the first n of 16 bytes, as two little-endian integers.
@@ -1624,9 +1604,8 @@ HASH_FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)  # 
 
 def word_keys(words: Pretokens) -> np.ndarray:
     """Bytes 0 to 7 of each word; bytes 8 to 14, with its length as top byte; uint64 [N, 2]."""
-    padded = words.data + bytes(16)
-    # A view of the same memory, with an item of 16 bytes starting at every byte.
-    items = np.ndarray(len(words.data) + 1, "V16", padded, strides=(1,))
+    # A view of the padded bytes, with an item of 16 bytes starting at every byte.
+    items = np.ndarray(len(words.data) + 1, "V16", words.data + bytes(16), strides=(1,))
     lengths = np.minimum(words.lengths, MAX_SHORT + 1)  # keys of longer words are never used
     keys = items[words.starts].view("<u8").reshape(-1, 2) & KEY_MASK.take(lengths, axis=0)
     keys[:, 1] |= lengths.astype(np.uint64) << np.uint64(56)
@@ -1636,10 +1615,9 @@ def word_keys(words: Pretokens) -> np.ndarray:
 class WordTable:
     """Gives each distinct word a number, the next free one when it is first seen.
 
-    A word's hash determines the slot where it is stored. If another word is there, that one is
-    evicted; when it reappears, it gets another number. So a word can have several numbers, but
-    a number always means one word. Words longer than 15 bytes are rare: they're kept in a
-    dictionary. So are the special tokens, which have the first numbers.
+    A word's hash determines its slot. A word already there is evicted and, when it reappears,
+    gets another number. So a word can have several numbers, but a number always means one word.
+    A dictionary keeps longer words, which are rare, and special tokens, which come first.
     """
 
     BITS = 18
@@ -1659,8 +1637,8 @@ class WordTable:
         slots = (hashes >> np.uint64(64 - self.BITS)).astype(np.int64)
         numbers, equal = self.numbers.take(slots), self.keys.take(slots, axis=0) == keys
         missing = np.flatnonzero(~(equal[:, 0] & equal[:, 1]) & in_table)
-        # Sorting by hash puts equal words side by side; each group gets the next number. (If
-        # two words have the same hash, one may get two numbers: harmless.)
+        # Sorting by hash puts equal words side by side; each group gets the next number.
+        # (Where two words have the same hash, one may get two numbers, which is harmless.)
         missing = missing[hashes[missing].argsort()]
         is_first = run_starts(keys[missing, 0]) | run_starts(keys[missing, 1])
         numbers[missing] = self.size - 1 + np.cumsum(is_first)
@@ -1733,15 +1711,12 @@ class Progress:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Write a file that appears at `path` complete, or not at all.
-
-    The bytes go to a temporary file beside it, which is renamed at the end: on POSIX that is
-    atomic. If the block raises, what was at `path` stays. A symbolic link's target is replaced.
-    """
-    path = Path(os.path.realpath(path))
+    """Write a file that appears at `path` complete, or not at all if the block raises."""
+    path = Path(os.path.realpath(path))  # replace the target of a symbolic link
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file: choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Rename a temporary file beside it at the end: on POSIX that is atomic.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1806,15 +1781,9 @@ def build_vocab(merges: Sequence[Merge], special_tokens: Sequence[str]) -> dict[
 class Tokenizer:
     """The fast `BPETokenizer`: for any bytes and pattern, also for third-party tokenizers.
 
-    Special tokens may be in `vocab` already; the others get the next free ids. Raises UserError
-    if the arguments contradict each other. Two things exist only for third-party tokenizers.
-    With `ignore_merges`, as in Llama 3, a pre-token that is in the vocabulary takes its id
-    without any merges. And bytes that a vocabulary lacks are skipped; ours have all 256.
-
-    >>> merges = [(b"t", b"h"), (b"th", b"e"), (b"h", b"e")]
-    >>> tokenizer = Tokenizer(build_vocab(merges, []), merges, ["<a>", "<b>"])
-    >>> tokenizer.encode("then<b>he")
-    [257, 110, 260, 258]
+    Special tokens may be in `vocab` already; the others get the next free ids. Two things exist
+    only for third-party tokenizers: with `ignore_merges`, as in Llama 3, a pre-token that is in
+    the vocabulary takes its id without any merges; and bytes the vocabulary lacks are skipped.
     """
 
     MAX_IDS = 1 << 20  # when the cache of words holds more, it is emptied
@@ -1826,8 +1795,7 @@ class Tokenizer:
     ):
         self.vocab, self.merges, self.pattern = dict(vocab), list(merges), pattern
         self.ignore_merges = ignore_merges
-        # Reversed, because the last entry of a dict wins: of two ids with the same bytes, use
-        # the first. (There are two only if a special token repeats an ordinary one.)
+        # Reversed, so that the first id wins if a special token repeats an ordinary one.
         self.id_of = {token: i for i, token in reversed(self.vocab.items())}
         known = {bytes([byte]) for byte in range(256)} & self.id_of.keys()
         for left, right in self.merges:
@@ -1839,8 +1807,7 @@ class Tokenizer:
         for token in special_tokens or []:
             data = text_to_bytes(token)
             if len(data) < 2 or token in self.special_tokens:
-                raise UserError(f"special token {token!r} must have at least two bytes and be "
-                                "listed once")
+                raise UserError(f"special token {token!r} must be unique, longer than a byte")
             if data not in self.id_of:
                 self.id_of[data] = max(self.vocab) + 1
             self.special_tokens[token] = self.id_of[data]
@@ -1859,8 +1826,7 @@ class Tokenizer:
         pairs = [self.id_of[left] << 32 | self.id_of[right] for left, right in self.merges]
         pairs.append(np.iinfo(np.int64).max)
         self.rank_of_pair, self.pairs = np.argsort(pairs), np.sort(pairs)
-        self.merged_ids = np.array([self.id_of[left + right] for left, right in self.merges],
-                                   np.int64)
+        self.merged_ids = np.array([self.id_of[b"".join(pair)] for pair in merges], np.int64)
         self.no_merge = len(self.merges)  # the rank of a pair that has no merge
         self.byte_ids = np.array([self.id_of.get(bytes([byte]), -1) for byte in range(256)])
         self.forget_words()
@@ -1877,21 +1843,17 @@ class Tokenizer:
         return np.concatenate([self.encode_piece(piece) for piece in pieces]).tolist()
 
     def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
-        """Yields the ids of the joined chunks, holding only a little text in memory.
-
-        `for token_id in tokenizer.encode_iterable(open(path, newline="")): ...` reads a file of
-        any size. (Without newline="", Python turns \\r\\n into \\n.)
-        """
+        """Yields the ids of the joined chunks, holding only a little text in memory."""
+        # TRAP: open a file with newline="", or Python turns \r\n into \n.
         for text in safe_pieces(chunks, self, 1 << 13):
             yield from self.encode(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of these tokens, joined. Raises UserError for an unknown id."""
+        """The bytes of these tokens, joined."""
         try:
             return b"".join([self.vocab[i] for i in ids])
-        except KeyError as error:
-            size = self.vocab_size
-            raise UserError(f"id {error} is not in the vocabulary of {size} entries") from None
+        except KeyError as key:
+            raise UserError(f"id {key} is not in the vocabulary of {self.vocab_size}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD."""
@@ -1903,11 +1865,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json, ours or another library's byte-level BPE.
-
-        Some files name tokens to add around each text, such as <s> (a "post-processor"). Those
-        are not added here. Raises UserError for a file that needs something this class lacks.
-        """
+        """Read a tokenizer.json, ours or another library's byte-level BPE."""
+        # Tokens that some files add around each text, such as <s>, are not added here.
         return tokenizer_from_json(read_json(path, "tokenizer.json"), path)  # chapter 15
 
     def fingerprint(self) -> str:
@@ -1931,9 +1890,8 @@ class Tokenizer:
         """The ids of some words, concatenated, and how many each has.
 
         The ids of all words are in one flat array, and `word` tells which word each belongs to.
-        Every round applies the first merge of each word, in the order learned, wherever it
-        occurs there, as `encode_pretoken` does. A word without any merge left is done. With the
-        merges th, the, he:
+        Every round applies, in each word, the merge of lowest rank wherever it occurs, as
+        `encode_pretoken` does. A word without any merge left is done. With merges th, the, he:
 
             ids    t h e n t h      word    0 0 0 0 1 1      before the first round
                    th e n th                0 0 0 1          word 1 is done
@@ -1987,17 +1945,17 @@ class Tokenizer:
 # Files are cut into spans that can be processed independently, so that memory stays small and
 # every CPU core can help. In GPT-2's and GPT-4's patterns, no pre-token contains a letter or
 # digit followed by something that is neither, and nothing before that point depends on what
-# comes after. So "one two|, three" may be cut before any space or punctuation that follows a
-# word. For any other pattern only the end of a special token is safe.
+# comes after. So a cut after any word is safe: "one two|, three". For other patterns, only the
+# end of a special token is safe.
 
 
 def last_safe_split(text: str, tokenizer: Tokenizer) -> int:
     """The last position where `text`, which began at one, can be cut whatever follows, or 0."""
-    # At the end of `text` there may be a part of a special token, or of a character.
-    end = len(text) - max([4, *map(len, tokenizer.special_tokens)])
+    # At the end of `text` there may be a part of a special token.
+    end = len(text) - max(map(len, tokenizer.special_tokens), default=1)
     if tokenizer.pattern not in (PRETOKEN_PATTERN, GPT4_PATTERN):
         found = tokenizer.special_pattern.finditer(text)
-        return max([match.end() for match in found if match.start() <= end], default=0)
+        return max([match.end() for match in found if match.start() < end], default=0)
     after_word = r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])"  # (?r) searches backwards
     for match in regex.finditer(after_word, text, endpos=max(0, end)):
         cut = match.start()
@@ -2053,7 +2011,6 @@ class FileSpan(typing.NamedTuple):
     path: Path
     start: int
     end: int
-    ends_file: bool
 
     def read(self) -> str:
         with open(self.path, "rb") as file:
@@ -2062,45 +2019,37 @@ class FileSpan(typing.NamedTuple):
 
 
 def split_files(files: Sequence[Path], tokenizer: Tokenizer, label: str) -> Iterator[FileSpan]:
-    """Yields spans of about a megabyte that add up to the files, and shows progress."""
-    total, done = sum(path.stat().st_size for path in files), 0
+    """Yields spans of about CHUNK characters that add up to the files, and shows progress."""
+    done, total = 0, sum(path.stat().st_size for path in files)
     progress = Progress(label, total / 1e6, "MB")
     for path in files:
-        size, span = path.stat().st_size, FileSpan(path, 0, CHUNK, False)
-        while span.end < size:
-            text = span.read()
-            cut = len(text_to_bytes(text[: last_safe_split(text, tokenizer)]))
-            if cut:
-                yield span._replace(end=span.start + cut)
-            # Without a safe place to cut, try again with twice as much text.
-            length = CHUNK if cut else 2 * (span.end - span.start)
-            span = FileSpan(path, span.start + cut, span.start + cut + length, False)
-            progress.update((done + span.start) / 1e6)
-        yield FileSpan(path, span.start, size, True)
-        done += size
+        span = FileSpan(path, 0, 0)
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            chunks = iter(functools.partial(file.read, CHUNK), "")
+            for piece in safe_pieces(chunks, tokenizer, CHUNK):
+                span = FileSpan(path, span.end, span.end + len(text_to_bytes(piece)))
+                yield span
+                progress.update((done + span.end) / 1e6)
+        done += span.end
     progress.close()
 
 
 # Files on many cores
 # -------------------
-
-NUM_CORES = os.cpu_count() or 1
-if hasattr(os, "sched_getaffinity"):  # this process may be allowed to use only some of them
-    NUM_CORES = len(os.sched_getaffinity(0))
+# On Linux, count the cores that this process is allowed to use.
+NUM_CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+worker_function: Callable  # in a worker process, what to call for every task
 
 
 def bounded_map(pool: Executor, function: Callable, tasks: Iterable, limit: int) -> Iterator:
     """Yields `function(task)` in order, with at most `limit` tasks running or waiting."""
-    pending: deque[Future] = deque()
+    pending: list[Future] = []
     for task in tasks:
         pending.append(pool.submit(function, task))
         if len(pending) >= limit:
-            yield pending.popleft().result()
+            yield pending.pop(0).result()
     while pending:
-        yield pending.popleft().result()
-
-
-worker_function: Callable  # in a worker process, what to call for every task
+        yield pending.pop(0).result()
 
 
 def start_worker(function: Callable) -> None:
@@ -2122,9 +2071,8 @@ def map_on_cores(
 ) -> Iterator[Any]:
     """Yields `function(task)` for each task, in order, computed in several processes."""
     if num_workers is None:
-        # `size` is that of all tasks in bytes. Each process gets at least 4 MB, since less
-        # would be done before another process is ready.
-        num_workers = min(NUM_CORES, size // (4 * CHUNK))
+        # `size` is in bytes. Less than 4 MB would be done before another process is ready.
+        num_workers = min(NUM_CORES, size // (8 * CHUNK))
     if num_workers <= 1:
         yield from map(function, tasks)
         return
@@ -2151,10 +2099,9 @@ def count_spans(spans: Iterable[FileSpan], tokenizer: Tokenizer) -> Counter[byte
         counts = np.append(counts, np.zeros(len(new), np.int64))
         counts += np.bincount(numbers, minlength=len(counts))
     totals: Counter[bytes] = Counter()
-    for word, count in zip(seen, counts.tolist()):
+    ordinary = slice(len(tokenizer.special_tokens), None)
+    for word, count in zip(seen[ordinary], counts[ordinary].tolist()):
         totals[word] += count
-    for token in tokenizer.special_tokens:
-        del totals[text_to_bytes(token)]
     return totals
 
 
@@ -2164,7 +2111,7 @@ def count_files(paths: Paths, tokenizer: Tokenizer, num_workers: int | None) -> 
     total = sum(path.stat().st_size for path in files)
     spans = split_files(files, tokenizer, "counting")
     # Use few, large tasks, since most words are in the result of every task.
-    length = min(max(total // CHUNK // (num_workers or NUM_CORES) + 1, 4), 32)
+    length = min(max(total // CHUNK // (num_workers or NUM_CORES) + 1, 8), 64)
     tasks = iter(lambda: list(itertools.islice(spans, length)), [])
     count = functools.partial(count_spans, tokenizer=tokenizer)
     for result in map_on_cores(count, tasks, total, num_workers):
@@ -2176,15 +2123,10 @@ def train_bpe(
     input_path: Paths, vocab_size: int, special_tokens: Sequence[str],
     num_workers: int | None = None, pattern: str = PRETOKEN_PATTERN,
 ) -> tuple[dict[int, bytes], list[Merge]]:
-    """A vocabulary of at most `vocab_size` tokens, and its merges in the order learned.
-
-    The vocabulary is smaller if no pair is left to merge. The result does not depend on
-    `num_workers` or on the order of the files.
-    """
+    """A vocabulary of at most `vocab_size` tokens, and its merges in the order learned."""
     num_fixed = 256 + len(special_tokens)
     if vocab_size < num_fixed:
-        raise UserError(f"vocab_size must be at least {num_fixed}: 256 bytes and "
-                        f"{len(special_tokens)} special tokens")
+        raise UserError(f"vocab_size must be at least {num_fixed}: bytes and special tokens")
     splitter = Tokenizer(build_vocab([], special_tokens), [], special_tokens, pattern)
     counts = count_files(input_path, splitter, num_workers)
     merges = learn_merges(counts, vocab_size - num_fixed)
@@ -2194,7 +2136,8 @@ def train_bpe(
 def encode_span(span: FileSpan, tokenizer: Tokenizer, append_eot: bool) -> bytes:
     """The ids of a part of a file, as they are stored in a token file."""
     ids = tokenizer.encode_piece(span.read())
-    if append_eot and span.ends_file and ids[-1:].tolist() != [tokenizer.eot_id]:
+    ends_file = span.end == span.path.stat().st_size
+    if append_eot and ends_file and ids[-1:].tolist() != [tokenizer.eot_id]:
         ids = np.append(ids, np.array([tokenizer.eot_id]))
     return ids.astype(tokenizer.dtype).tobytes()
 
@@ -2206,8 +2149,8 @@ def encode_file(
     """Encode text files into the token file `out_path`; returns the number of tokens.
 
     A token file is raw ids without a header, little-endian uint16, or uint32 if the vocabulary
-    has more than 65,536 entries. Its metadata is written next to it, to `out_path`.json. With
-    `append_eot`, each input file that does not end with the end-of-text token gets one.
+    has more than 65,536 entries. Its metadata is in `out_path`.json. With `append_eot`, each
+    input file that does not end with the end-of-text token gets one.
     """
     files, dtype = input_files(dataset_path), np.dtype(tokenizer.dtype)
     if append_eot and tokenizer.eot_id is None:
@@ -2215,14 +2158,18 @@ def encode_file(
     total = sum(path.stat().st_size for path in files)
     spans = split_files(files, tokenizer, "encoding")
     encode = functools.partial(encode_span, tokenizer=tokenizer, append_eot=append_eot)
-    floor = entropy_floor(files)
+    # A .json file beside generated text may state its entropy, which no model should beat.
+    # (data/make_stories.py adds up -log p of the words it draws, without end-of-text tokens.)
+    floor, description = None, Path(f"{files[0]}.json")
+    if len(files) == 1 and description.is_file():
+        stated = read_json(description, "corpus description")
+        floor = stated.get("floor_nats_per_byte") if isinstance(stated, dict) else None
     with atomic_write(out_path) as out:
         for ids in map_on_cores(encode, spans, total, num_workers):
             out.write(ids)
         num_tokens = out.tell() // dtype.itemsize
-        # TRAP: the metadata must be in place before the token file, which is renamed at the
-        # end of this block. If we are killed in between, an old token file of another length
-        # no longer fits the metadata, and `train` says so.
+        # TRAP: write the metadata first; the token file appears at the end of this block. If we
+        # are killed in between, an old token file doesn't fit its metadata: `train` says so.
         write_json(f"{out_path}.json", {
             "dtype": dtype.name,
             "vocab_size": tokenizer.vocab_size,
@@ -2234,25 +2181,10 @@ def encode_file(
     return num_tokens
 
 
-def entropy_floor(files: Sequence[Path]) -> float | None:
-    """The entropy of generated text, in nats per byte, if a .json file beside it states it.
-
-    data/make_stories.py draws each word of the bundled stories with a known probability p and
-    adds up -log p, without end-of-text tokens. No model should do better on new stories.
-    """
-    description = Path(f"{files[0]}.json")
-    if len(files) > 1 or not description.is_file():
-        return None
-    stated = read_json(description, "corpus description")
-    return stated.get("floor_nats_per_byte") if isinstance(stated, dict) else None
-
-
 # Exercises
-# 1. Set WordTable.BITS to 4, so that words keep evicting each other. `bpe-encode` gets slower,
-#    and its result stays the same. Why?
+# 1. Set WordTable.BITS to 4. `bpe-encode` gets slower, and its result stays the same. Why?
 # 2. Let `entry` in `learn_merges` return -index.left[pair] and -index.right[pair] instead of
-#    the two tokens: of pairs of equal count, the one with the oldest tokens now wins. Predict
-#    the merges of chapter 2's example, then check.
+#    the two tokens. Predict the merges of chapter 2's example, then check.
 
 
 # ----------------------------------------------------------------------------------------
