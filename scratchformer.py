@@ -1243,8 +1243,7 @@ def story_from_text(
 # ========================================================================================
 # PART TWO: SPEED
 #
-# The same merges, ids, losses and texts as in Part One, up to rounding, many times faster. Each
-# fast form is tested to give the results of the plain one. (Muon is another optimizer.)
+# The same merges, ids, losses and texts as in Part One, up to rounding, many times faster.
 # ========================================================================================
 
 # ----------------------------------------------------------------------------------------
@@ -2398,11 +2397,8 @@ def without_compiling() -> Any:
     return torch.compiler.set_stance("force_eager")
 
 
-# Exercises
-# 1. Train with --dtype float16 on a CPU and with GROWTH_INTERVAL = 20. Print `loss_scale` in
-#    `step`: it doubles until something overflows, halves, and tries again.
-# 2. In `chunk_loss` and `ChunkedLoss` drop the 16 and train in float16 with a batch of 65,536
-#    tokens that are all alike: the gradient overflows, and a test of this chapter fails.
+# Exercise: Train with --dtype float16 on a CPU and with GROWTH_INTERVAL = 20. Print
+# `loss_scale` in `step`: it doubles until something overflows, halves, and tries again.
 
 
 # ----------------------------------------------------------------------------------------
@@ -2551,11 +2547,8 @@ class Muon(torch.optim.AdamW):
             weight.sub_(lr * (weight_decay * weight + scale * update))
 
 
-# Exercises
-# 1. Return `x` from `orthogonalize` at once and train the demo's model again: this is gradient
-#    descent with momentum, for matrices. How much of Muon's gain is left?
-# 2. Print `torch.linalg.svdvals` of one matrix's momentum and of its update, after 100 steps.
-#    How many of the momentum's singular values are above a tenth of the largest?
+# Exercise: Return `x` from `orthogonalize` at once and train the demo's model again: this is
+# gradient descent with momentum, for matrices. How much of Muon's gain is left?
 
 
 # ----------------------------------------------------------------------------------------
@@ -2660,9 +2653,7 @@ def stream_text(tokenizer: BPETokenizer | Tokenizer, ids: Iterable[int]) -> Iter
     yield decoder.decode(b"", final=True)
 
 
-# Exercises
-# 1. On a GPU, compare --max_new_tokens 512 with `burst` 1 and 16 in `generate_texts`.
-# 2. Generate 1, 8 and 64 texts at once (--num_samples). Why do 64 take so much less time each?
+# Exercise: On a GPU, compare --max_new_tokens 512 with `burst` 1 and 16 in `generate_texts`.
 
 
 # ========================================================================================
@@ -2793,10 +2784,6 @@ def mean_over_processes(losses: list[Tensor]) -> list[float]:
     """Collective: the mean over all processes of each of these numbers."""
     sums = sum_over_processes(torch.stack(losses)) if losses else torch.empty(0)
     return (sums / get_world_size()).tolist()
-
-
-# Data parallel
-# -------------
 
 
 def load_batches(
@@ -3022,11 +3009,9 @@ def build_model(
     return model
 
 
-# Exercises
-# 1. Run the demo's `train` command with `torchrun --nproc_per_node=2`, half the --batch_size,
-#    --device cpu and another --outdir. With --fsdp or without, the losses stay the same.
-# 2. Make `average_gradients` return at once. Each process now learns from its own rows alone,
-#    and the models drift apart: a test of this chapter fails.
+# Exercise: Run the demo's `train` command with `torchrun --nproc_per_node=2`, half the
+# --batch_size, --device cpu and another --outdir. With --fsdp or without, the losses stay the
+# same.
 
 
 # ----------------------------------------------------------------------------------------
@@ -3079,8 +3064,10 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The state in `path`, or in the newest checkpoint of that directory that isn't damaged."""
+    """The state in `path`; a directory's newest that isn't damaged; or a Hugging Face Llama."""
     path = Path(path)
+    if (path / "config.json").is_file():
+        return load_hf_model(path)  # chapter 15
     candidates = checkpoints_in(path) if path.is_dir() else [path]
     if not candidates:
         raise UserError(f"no checkpoint (step_NNNNNN.pt) in {path}")
@@ -3155,11 +3142,8 @@ def restore_optimizer(saved: dict, model: nn.Module, params: dict, optimizer: An
             optimizer.state[local][key] = value
 
 
-# Exercises
-# 1. Start a run with --save_interval 100, kill it with `kill -9` after the first checkpoint,
-#    and resume it. On a CPU, the losses are those of an unbroken run, digit by digit.
-# 2. Let `restore_optimizer` return at once. A resumed run still learns, but its losses are not
-#    those of an unbroken one: a test fails.
+# Exercise: Start a run with --save_interval 100, kill it with `kill -9` after the first
+# checkpoint, and resume it. On a CPU, the losses are those of an unbroken run, digit by digit.
 
 
 # ----------------------------------------------------------------------------------------
@@ -3194,9 +3178,7 @@ class RunConfig:
 
     optimizer: str = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the rest
     outdir: Path = Path("out/run")  # directory for checkpoints, metrics and tokenizer
-    resume: bool = False
-    # resume from the newest checkpoint in outdir, if there is one; data, learning and run flags
-    # that you don't give keep that run's values
+    resume: bool = False  # continue outdir's run, if any; flags not given keep its values
     log_interval: int = 10  # steps between lines of the log
     eval_interval: int = 250  # steps between evaluations on valid_tokens
     eval_windows: int = 1024  # windows of valid_tokens to evaluate on; 0: all
@@ -3204,9 +3186,7 @@ class RunConfig:
     keep_checkpoints: int = 3  # newest checkpoints kept; 0: all
     keep_best: bool = False  # keep the parameters with the lowest validation loss: best.pt
     weights_only: bool = False  # last checkpoint without optimizer: smaller, but can't resume
-    init_from: Path | None = None
-    # start from the parameters and configuration of a model: a checkpoint, a run's directory,
-    # or a Hugging Face Llama directory
+    init_from: Path | None = None  # model to start from: checkpoint, run, Hugging Face Llama
 
 
 # What --optimizer can be: functions of the model, the tensors to update (`local_params`), the
@@ -3458,15 +3438,10 @@ class ValidationSet:
                 result["floor_nats_per_byte"] = floor
                 text += f"; the floor is {floor:.4f} nats, this is {nats / floor - 1:+.1%}"
             if compare:
-                # Preset 9 is 6 with a larger dictionary: no gain below 8 MiB, and more memory.
                 size = len(lzma.compress(self.text, preset=6 | lzma.PRESET_EXTREME))
                 result["lzma_bits_per_byte"] = 8 * size / len(self.text)
                 text += f" (lzma: {result['lzma_bits_per_byte']:.4f} bits)"
         return result, text
-
-
-# Logging, signals
-# ----------------
 
 
 def log_training(
@@ -3557,11 +3532,6 @@ def catch_signals() -> Iterator[list[int]]:
 # -----------
 
 
-def load_any_checkpoint(path: Path) -> dict:
-    """A checkpoint, a run's newest one, or the model in a Hugging Face Llama directory."""
-    return load_hf_model(path) if (path / "config.json").is_file() else load_checkpoint(path)
-
-
 def load_tokenizer(
     path: Path | None, checkpoint: str | None, hashes: dict, vocab_size: int
 ) -> Tokenizer | None:
@@ -3598,7 +3568,7 @@ def load_start(run: RunConfig) -> dict:
         return {**state, "best_loss": best_loss}
     if run.resume:
         log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
-    state = load_any_checkpoint(run.init_from) if run.init_from else {}
+    state = load_checkpoint(run.init_from) if run.init_from else {}
     return {**state, "step": 0, "run": {}, "best_loss": math.inf, "losses": []}
 
 
@@ -3716,11 +3686,9 @@ def train(
         return 0
 
 
-# Exercises
-# 1. Leave out `/ count` in `step` and train with --grad_accum_steps 4. Loss and gradient norm
-#    are four times as large, but clipping and AdamW divide that out, so the model still learns.
-# 2. Log the norm of the parameters beside that of the gradients, in `log_training`. It grows
-#    while the model learns.
+# Exercise: Leave out `/ count` in `step` and train with --grad_accum_steps 4. Loss and gradient
+# norm are four times as large, but clipping and AdamW divide that out, so the model still
+# learns.
 
 
 # ========================================================================================
@@ -4001,11 +3969,8 @@ def export(
     log(f"{outdir}: load it with AutoModelForCausalLM.from_pretrained")
 
 
-# Exercises
-# 1. Make `interleaved_to_half_split` return its argument. transformers loads the model without
-#    complaint, and its logits are wrong: a test fails where no error message appears.
-# 2. Export with --dtype bfloat16 and compare the logits of some text with ours: they differ by
-#    about 1%, as one expects from 8 significant bits.
+# Exercise: Make `interleaved_to_half_split` return its argument. transformers loads the model
+# without complaint, and its logits are wrong: a test fails where no error message appears.
 
 
 # ----------------------------------------------------------------------------------------
@@ -4072,13 +4037,6 @@ def flag_comments(owner: Any) -> dict[str, str]:
     return comments
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors, and so one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def add_flags(parser: Any, owner: Any) -> None:
     """Make the parameters of a function, or the fields of a dataclass, flags of `parser`."""
     kinds, comments = typing.get_type_hints(owner), flag_comments(owner)
@@ -4112,8 +4070,13 @@ def add_flags(parser: Any, owner: Any) -> None:
 
 def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[dict, dict]:
     """The flags in `argv` by name, and the arguments for `command`, whose `given` they are."""
-    parser = Parser(f"scratchformer {name}", "%(prog)s [flags]", command.__doc__,
-                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    def error(message: str) -> NoReturn:  # one line
+        raise UserError(f"{message} (see --help)")
+
+    parser: Any = argparse.ArgumentParser(
+        f"scratchformer {name}", "%(prog)s [flags]", command.__doc__, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS)
+    parser.error = error
     add_flags(parser, command)
     parser.add_argument("--quiet", action="store_true", help="print errors and results only")
     flags = parser.parse_args(argv)
@@ -4176,7 +4139,7 @@ class SavedModel:
 
     def load(self, *options: Any, need_tokenizer: bool = True) -> tuple[dict, Any, Any]:
         """The checkpoint; its model, given `options`; and the tokenizer, perhaps None."""
-        state = load_any_checkpoint(self.checkpoint)
+        state = load_checkpoint(self.checkpoint)
         model = model_from_checkpoint(state, *options)
         hashes = {self.checkpoint: state.get("tokenizer_sha256")}
         tokenizer = load_tokenizer(
@@ -4426,11 +4389,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-# Exercises
-# 1. Add a command that shows how a text is split: a function with the parameters tokenizer_path
-#    and text that prints `tokenizer.decode_bytes([i])` for each id, and an entry in COMMANDS.
-# 2. Run `demo --max_steps 400` with another --outdir. The whole schedule shrinks with it. How
-#    far above the floor does the model end, compared with the 720 steps of the demo?
+# Exercise: Add a command that shows how a text is split: a function with the parameters
+# tokenizer_path and text that prints `tokenizer.decode_bytes([i])` for each id, and an entry in
+# COMMANDS.
 
 if __name__ == "__main__":
     sys.exit(main())
