@@ -4,9 +4,9 @@
     pytest -k merges        the tests whose names mention merges
     pytest -m "not slow"    without those that start several processes or train for long
 
-Within a chapter stand an example worked by hand, then properties of any input, then an
-independent oracle (tiktoken, tokenizers, torch.nn, transformers), then mistakes: one line
-on standard error, exit status 2, nothing written.
+Examples worked by hand stand in the docstrings. Within a chapter here stand properties of any
+input, then an independent oracle (tiktoken, tokenizers, torch.nn, transformers), then
+mistakes: one line on standard error, exit status 2, nothing written.
 """
 
 import ast
@@ -73,7 +73,6 @@ from scratchformer import (
     UserError,
     ValidationSet,
     adamw_naive,
-    apply_rope,
     atomic_write,
     attention_naive,
     build_vocab,
@@ -107,8 +106,6 @@ from scratchformer import (
     orthogonalize,
     pretokenize,
     random_numbers,
-    rope_frequencies,
-    rope_table,
     safe_pieces,
     sample,
     save_checkpoint,
@@ -137,7 +134,6 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck),
 )  # fmt: skip
 hypothesis.settings.load_profile("scratchformer")
-THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # tiny tensors: a second thread only gets in the way
 
 # Every kind of white space, what looks like it (U+001C to U+001F, U+200B, U+180E), the
@@ -335,12 +331,6 @@ def cl100k_pattern():
 # ======================================================================================
 
 
-def test_pretokens_by_hand():
-    assert pretokenize("It's 3 o'clock!\n\n  Don't") == [
-        "It", "'s", " 3", " o", "'", "clock", "!", "\n\n ", " Don", "'t",
-    ]  # fmt: skip
-
-
 @given(texts)
 def test_pretokens_are_tiktokens(text):
     assert pretokenize(text) == regex.findall(r50k_pat_str, text)
@@ -351,14 +341,10 @@ def test_pretokens_are_tiktokens(text):
     assert regex.findall(GPT4_PATTERN, text) == regex.findall(cl100k_pattern(), text)
 
 
-def test_special_tokens_only_separate():
-    assert count_pretokens("ab<|endoftext|>ab<|endoftext|> x") == {b"ab": 2, b" x": 1}
-
-
 # ======================================================================================
 # 2. LEARNING MERGES
 #
-# By hand, and against tokenizers where ties don't decide.
+# Against tokenizers where ties don't decide; chapter 8 compares the fast form with this one.
 # ======================================================================================
 
 
@@ -368,15 +354,6 @@ small_words = st.text("ab", min_size=1, max_size=12) | st.text(
 
 
 corpora = st.dictionaries(small_words.map(text_to_bytes), st.integers(1, 4), max_size=12)
-
-
-@pytest.mark.parametrize("learn", [learn_merges_naive, learn_merges])
-def test_merges_by_hand(learn):
-    # aab twice, ab once, bbb once. Pairs: aa 2, ab 3, bb 2: "ab" wins. Now a+ab twice,
-    # bb twice: a tie, and b"b" > b"a", so "bb" wins: from the left, bb+b. Then a+ab, then
-    # bb+b, which occurs once. Nothing is left after that.
-    assert learn({b"aab": 2, b"ab": 1, b"bbb": 1}, 99) == [
-        (b"a", b"b"), (b"b", b"b"), (b"a", b"ab"), (b"bb", b"b")]  # fmt: skip
 
 
 @given(corpora, st.randoms())
@@ -431,14 +408,6 @@ def tiktoken_of(tokenizer, specials):
     return tiktoken.Encoding(
         "ours", pat_str=tokenizer.pattern, mergeable_ranks=ranks, special_tokens=specials
     )
-
-
-def test_plain_encoding_by_hand():
-    # " the": h+e is merged first, then t+he. The rest of " the" finds no merge " "+"the".
-    tokenizer = BPETokenizer([(b"h", b"e"), (b"t", b"he"), (b" ", b"t"), (b" t", b"he")])
-    assert tokenizer.encode("the the<|endoftext|>t") == [257, 32, 257, 260, 116]
-    assert tokenizer.decode([257, 32, 257, 260, 116]) == "the the<|endoftext|>t"
-    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
 
 
 @given(texts)
@@ -558,15 +527,6 @@ def test_rmsnorm_is_torchs(dtype):
     assert torch.allclose(norm(x).float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_rope_rotates_pairs_as_complex_numbers_rotate():
-    x, positions = noise(2, 3, 9, 8), torch.arange(9) + 100
-    angles = positions[:, None] * 500.0 ** (-torch.arange(4) / 4)
-    rotated = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.exp(1j * angles)
-    rope = rope_table(positions, rope_frequencies(8, 500.0))
-    expected = torch.view_as_real(rotated).flatten(-2)
-    assert torch.allclose(apply_rope(x, rope), expected, atol=1e-4)
-
-
 @given(st.lists(st.floats(-80, 80), min_size=1, max_size=8))
 def test_softmax_is_torchs(numbers):
     x = torch.tensor(numbers)
@@ -592,38 +552,23 @@ def test_the_attention_formula_equals_the_fused_kernel(T, width, dtype, causal):
     torch.testing.assert_close(*results, rtol=0, atol=tolerance)
 
 
-def test_a_token_changes_the_logits_from_its_place_on_and_none_before():
-    model, tokens = tiny_model(), random_ids(2, 24)
-    for place in (0, 12, 23):
-        other = tokens.clone()
-        other[:, place] = (other[:, place] + 1) % 61
-        change = (model(tokens) - model(other)).abs().amax(dim=(0, 2))
-        assert not change[:place].any() and (change[place:] > 1e-3).all()
-
-
-def llama_of(model, **changes):
-    """transformers' Llama with the weights of our model."""
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_the_model_is_transformers_llama(kv_heads):
     import transformers
 
-    c = model.config
+    c = dataclasses.replace(
+        TINY_MODEL, num_kv_heads=kv_heads, rope_theta=500.0, norm_eps=1e-3)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff,
         num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
-        max_position_embeddings=c.context_length, rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **changes,
+        num_key_value_heads=kv_heads, max_position_embeddings=c.context_length,
+        rms_norm_eps=c.norm_eps, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
     ))  # fmt: skip
+    model, tokens = tiny_model(config=c), random_ids(2, 24)
     llama.load_state_dict(to_hf(model.state_dict(), c), strict=True)
-    return llama.eval()
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_the_model_is_transformers_llama(kv_heads):
-    changes = {"num_kv_heads": kv_heads, "rope_theta": 500.0, "norm_eps": 1e-3}
-    model = tiny_model(config=dataclasses.replace(TINY_MODEL, **changes))
-    theirs, tokens = llama_of(model, num_key_value_heads=kv_heads), random_ids(2, 24)
     with torch.no_grad():
-        assert torch.allclose(model(tokens), theirs(tokens).logits, atol=1e-4)
+        assert torch.allclose(model(tokens), llama.eval()(tokens).logits, atol=1e-4)
 
 
 def test_weights_are_drawn_with_the_stated_deviations():
@@ -633,19 +578,6 @@ def test_weights_are_drawn_with_the_stated_deviations():
         expected = 0.02 / (4 if writes else 1) if p.dim() == 2 else 0
         assert abs(p.std().item() - expected) <= 0.05 * expected, name
         assert p.dim() == 2 or torch.equal(p, torch.ones_like(p))
-
-
-def test_a_tied_model_has_one_matrix_that_learns_from_both_its_uses():
-    model = Transformer(dataclasses.replace(TINY_MODEL, tie_embeddings=True))
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (tiny_model(), model)]
-    assert sizes[0] - sizes[1] == 61 * 32
-    cross_entropy(model(torch.tensor([[1, 2]])), torch.tensor([[2, 3]])).sum().backward()
-    assert model.lm_head.weight.grad is model.embedding.weight.grad
-    logits = model(torch.tensor([[1, 2]]))
-    with torch.no_grad():
-        model.embedding.weight[60] *= 2  # a token that is not read, only scored
-    ratio = model(torch.tensor([[1, 2]])) / logits
-    assert torch.allclose(ratio[..., 60], torch.tensor(2.0)) and (ratio[..., :60] == 1).all()
 
 
 def test_more_tokens_than_the_context_are_refused():
@@ -721,12 +653,6 @@ def test_the_plain_loop_learns_and_gives_the_losses_of_the_train_command(toy, tm
 PROMPT = [5, 17, 3]
 
 
-def frequencies(logits, draws=20_000, **how):
-    u = random_numbers(1, 1, draws)[0]
-    ids = sample(torch.tensor([logits]).expand(draws, -1), u, **how)
-    return (torch.bincount(ids, minlength=len(logits)) / draws).tolist()
-
-
 @pytest.mark.parametrize("how, kept", [
     ({"top_k": 1}, [1]), ({"top_k": 3}, [1, 3, 0]), ({"top_k": 99}, [0, 1, 2, 3, 4]),
     ({"top_p": 0.0}, [1]), ({"top_p": 0.49}, [1]), ({"top_p": 0.6}, [1, 3]),
@@ -736,11 +662,12 @@ def frequencies(logits, draws=20_000, **how):
 def test_top_k_and_top_p_keep_exactly_the_likeliest(how, kept):
     odds = [0.15, 0.5, 0.1, 0.2, 0.05]
     expected = [p / sum(odds[i] for i in kept) if i in kept else 0 for i, p in enumerate(odds)]
-    got = frequencies([math.log(p) for p in odds], **how)
-    assert got == pytest.approx(expected, abs=0.015)
-    assert [i for i, share in enumerate(got) if share] == sorted(kept)
-    p = token_probabilities(torch.tensor([odds]).log(), **how)
+    logits = torch.tensor([odds]).log()
+    p = token_probabilities(logits, **how)
     assert p[0].tolist() == pytest.approx(expected, rel=1e-6)
+    ids = sample(logits.expand(20_000, -1), random_numbers(1, 1, 20_000)[0], **how)
+    assert (ids.bincount(minlength=5) / 20_000).tolist() == pytest.approx(expected, abs=0.015)
+    assert ids.unique().tolist() == sorted(kept)
 
 
 def test_the_lowest_temperature_is_the_likeliest_token():
@@ -767,9 +694,9 @@ def text_of(function, model, prompt, count, seed=0, **how):
 
 def test_naive_generation_is_the_argmax_loop():
     model, ids = tiny_model(), list(PROMPT)
-    for _ in range(21):
-        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-    assert [*PROMPT, *text_of(generate_naive, model, PROMPT, 21, temperature=0)] == ids
+    for _ in range(40):  # beyond the context, of 24
+        ids.append(model(torch.tensor([ids[-24:]]))[0, -1].argmax().item())
+    assert [*PROMPT, *text_of(generate_naive, model, PROMPT, 40, temperature=0)] == ids
     assert len(set(ids)) > 3
 
 
@@ -785,8 +712,6 @@ def test_text_with_a_cache_is_the_text_without(length, rows, context, seed, how)
     one, other = (torch.stack(list(function(model, prompts, u, **how)))
                   for function in (generate, generate_naive))  # fmt: skip
     assert torch.equal(one, other) and one.shape == (40, rows)
-    if "temperature" in how:  # the first id is the likeliest after the last `context` ids
-        assert torch.equal(one[0], model(prompts[:, -context:])[:, -1].argmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -835,15 +760,6 @@ def test_part_one_is_short_and_uses_nothing_defined_later():
     assert done.returncode == 0, done.stdout  # no undefined names
 
 
-def test_there_is_one_loop_over_the_blocks_and_one_attention():
-    """A change in one place changes training, evaluation and generation."""
-    tree = ast.parse(FILE.read_text(encoding="utf-8"))
-    calls = [ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)]
-    for call in ("F.scaled_dot_product_attention", "F.cross_entropy", "block"):
-        assert calls.count(call) == 1, call
-    assert not any(call.endswith(".lm_head") for call in calls)  # compute_logits makes logits
-
-
 @slow
 @STORIES
 def test_part_one_alone_tells_a_story(tmp_path):
@@ -872,11 +788,6 @@ print(story_from_text(open("text.txt").read(), vocab_size=900, max_steps=120, te
 # ======================================================================================
 
 
-@given(st.binary(max_size=30))
-def test_any_bytes_survive_as_text(data):
-    assert text_to_bytes(bytes_to_text(data)) == data
-
-
 @given(st.binary(max_size=60) | any_texts.map(text_to_bytes))
 def test_encoding_and_decoding_gives_back_any_bytes(data):
     assert OURS.decode_bytes(OURS.encode(bytes_to_text(data))) == data
@@ -898,20 +809,11 @@ def test_ids_are_tiktokens(text):
         assert ours.encode(text) == oracle.encode(text, allowed_special="all")
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """The library `tokenizers` with the files that we save."""
-    folder = tmp_path_factory.mktemp("theirs")
-    OURS.save(folder / "gpt2.json")
-    OURS_GPT4.save(folder / "gpt4.json")
-    load = tokenizers.Tokenizer.from_file
-    return load(str(folder / "gpt2.json")), load(str(folder / "gpt4.json"))
-
-
-@given(text=texts)
-def test_ids_are_those_of_tokenizers_on_our_file(theirs, text):
+@given(texts)
+def test_ids_are_those_of_tokenizers_on_our_file(text):
     # (tiktoken takes any one of special tokens that overlap, so it is no oracle for these.)
-    for ours, oracle in zip((OURS, OURS_GPT4), theirs):
+    for ours in (OURS, OURS_GPT4):
+        oracle = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_to_json(ours)))
         ids = oracle.encode(text).ids
         assert ours.encode(text) == ids
         assert ours.decode(ids) == oracle.decode(ids, skip_special_tokens=False)
@@ -1031,12 +933,6 @@ def test_a_stream_of_chunks_gives_the_ids_of_the_whole(one, other, size):
     text = bytes_to_text(text_to_bytes(text))
     chunks = (text[start : start + size] for start in range(0, len(text), size))
     assert list(OURS.encode_iterable(chunks)) == OURS.encode(text)
-
-
-def test_a_stream_is_read_no_further_than_needed():
-    read = []
-    ids = OURS.encode_iterable(read.append(i) or "so many words " * 1000 for i in range(100))
-    assert next(ids) == OURS.encode("so many")[0] and len(read) < 10
 
 
 def test_streaming_ordinary_text_takes_less_than_a_megabyte():
@@ -1159,28 +1055,17 @@ def test_ids_take_two_bytes_where_they_fit_and_four_elsewhere(tmp_path, size, wi
 @slow
 def test_killed_while_encoding_no_partial_file_and_no_process_is_left(tmp_path):
     # All words differ, which makes this slow enough to be killed.
-    text = write(tmp_path / "text", " ".join(map(str, range(10**7, 10**7 + 600_000))))
+    text = write(tmp_path / "text", " ".join(map(str, range(10**7, 10**7 + 3_000_000))))
     OURS.save(tmp_path / "tokenizer.json")
-    flags = [
-        f"bpe-encode --dataset_path {text} --tokenizer_path {tmp_path / 'tokenizer.json'} "
-        "--num_workers 2 --out_path"
-    ]
-    assert run(*flags, tmp_path / "whole").returncode == 0
-    whole = {name: (tmp_path / f"whole{name}").read_bytes() for name in ("", ".json")}
-    rng, killed = random.Random(5), 0
-    for trial in range(6):
-        out = tmp_path / f"out{trial}"
-        encoder = subprocess.Popen(**process(*flags, out), stderr=subprocess.PIPE)
-        time.sleep(rng.uniform(0.1, 0.8))
+    command = (f"bpe-encode --dataset_path {text} --tokenizer_path {tmp_path}/tokenizer.json "
+               f"--num_workers 2 --out_path {tmp_path}/out")  # fmt: skip
+    for delay in (0.1, 0.4, 0.7, 1.0):
+        encoder = subprocess.Popen(**process(command), stderr=subprocess.PIPE)
+        time.sleep(delay)
         encoder.kill()
         # Workers inherit standard error: it ends when the last of them has left.
         encoder.communicate(timeout=60)
-        killed += encoder.returncode == -signal.SIGKILL
-        for suffix, content in whole.items():
-            path = out.with_name(out.name + suffix)
-            assert not path.exists() or path.read_bytes() == content
-        assert out.with_name(out.name + ".json").exists() or not out.exists()
-    assert killed
+        assert encoder.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
 
 
 def test_directories_are_read_without_hidden_and_binary_files(tmp_path):
