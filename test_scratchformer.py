@@ -760,6 +760,15 @@ def test_part_one_is_short_and_uses_nothing_defined_later():
     assert done.returncode == 0, done.stdout  # no undefined names
 
 
+def test_there_is_one_loop_over_the_blocks_and_one_attention():
+    """A change in one place changes training, evaluation and generation."""
+    tree = ast.parse(FILE.read_text(encoding="utf-8"))
+    calls = [ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    for call in ("F.scaled_dot_product_attention", "F.cross_entropy", "block"):
+        assert calls.count(call) == 1, call
+    assert not any(call.endswith(".lm_head") for call in calls)  # compute_logits makes logits
+
+
 @slow
 @STORIES
 def test_part_one_alone_tells_a_story(tmp_path):
