@@ -1157,17 +1157,11 @@ def test_the_scaled_step_is_clip_grad_norm_and_plain_adamw(clip_grad, dtype):
         assert torch.allclose(one, other, atol=1e-5) and one.grad is None
 
 
-class NotFused(torch.optim.SGD):
-    """An optimizer that somebody has added."""
-
-    def __init__(self, model):
-        super().__init__(model.parameters(), lr=0.1, momentum=0.9)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("make_optimizer", [
     lambda model: make_adamw(model.parameters(), OptimizerConfig()),
-    lambda model: Muon(model, local_params(model), OptimizerConfig()), NotFused,
+    lambda model: Muon(model, local_params(model), OptimizerConfig()),
+    lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
 ], ids=["adamw", "muon", "another"])  # fmt: skip
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, make_optimizer):
     model, scaler = tiny_model(), GradScaler(CPU, torch.float32)
@@ -1310,8 +1304,7 @@ def test_recomputed_activations_give_the_same_run(toy, tmp_path, flags, more):
     assert again == [pytest.approx(row, rel=1e-5) for row in kept]
 
 
-@pytest.mark.parametrize("dtype, optimizer", [
-    ("bfloat16", "adamw"), ("float16", "adamw"), ("float16", "muon")])  # fmt: skip
+@pytest.mark.parametrize("dtype, optimizer", [("bfloat16", "adamw"), ("float16", "muon")])
 def test_lower_precision_learns_nearly_the_same(toy, tmp_path, dtype, optimizer):
     for name in ("float32", dtype):
         do("train", *training(toy, tmp_path / name), f"--max_steps 60 --dtype {name}",
@@ -1325,20 +1318,6 @@ def test_lower_precision_learns_nearly_the_same(toy, tmp_path, dtype, optimizer)
 #
 # The formula against torch's, and the optimizer against the formula.
 # ======================================================================================
-
-
-@given(st.integers(1, 3), st.integers(2, 9), st.integers(2, 9), st.integers(0, 99))
-def test_orthogonalized_matrices_keep_their_singular_vectors_alone(number, rows, columns, seed):
-    x = noise(number, rows, columns, seed=seed)
-    u, values, v_t = torch.linalg.svd(x.double(), full_matrices=False)
-    result = orthogonalize(x).double()
-    core = u.mT @ result @ v_t.mT  # diagonal, if the vectors are the same
-    diagonal = core.diagonal(dim1=1, dim2=2)
-    assert torch.allclose(core, torch.diag_embed(diagonal), atol=1e-3)
-    assert torch.allclose(u @ core @ v_t, result, atol=1e-3)
-    large = values > 0.02 * values.norm(dim=1, keepdim=True)
-    assert ((diagonal > 0.6) & (diagonal < 1.3))[large].all()
-    assert not orthogonalize(torch.zeros_like(x)).any()
 
 
 @pytest.mark.parametrize("clip_grad, dtype", [
@@ -1387,6 +1366,7 @@ def test_the_formula_of_muon_is_torchs(rows, columns, decay):
         optimizer.step()
         # Theirs orthogonalizes in bfloat16.
         assert (theirs - expected).norm() < 0.05 * (expected - before).norm()
+    assert not orthogonalize(torch.zeros(1, rows, columns)).any()
 
 
 # ======================================================================================
@@ -1501,11 +1481,7 @@ def peak_memory():
 
 def steps_of_fsdp():
     with process_group(CPU):
-        shape = 64, 16, 2, 32, 4, 64
-        model = build(*shape)
-        torch.manual_seed(1)
-        for p, plain in zip(model.parameters(), Transformer(ModelConfig(*shape)).parameters()):
-            assert torch.equal(p.full_tensor(), plain)  # the same weights, sharded or not
+        model = build(64, 16, 2, 32, 4, 64)
         params, scaler = local_params(model), GradScaler(CPU, torch.float32)
         optimizer = make_adamw(params.values(), OptimizerConfig())
         tokens = torch.ones(2, 16, dtype=torch.int64)
@@ -1519,7 +1495,7 @@ def steps_of_fsdp():
             if step in (29, 59):
                 gc.collect()
                 print(f"process {get_rank()} objects", len(gc.get_objects()))
-        del model, params, optimizer, p
+        del model, params, optimizer
 
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # each task meets at a port of its own
 with open(sys.argv[1]) as tasks:
@@ -1821,7 +1797,9 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(toy, tmp_path, capsys, dump
 
 @pytest.mark.parametrize("state", [
     {**SMALL_STATE, "model_config": dataclasses.asdict(TINY_MODEL)},  # other weights
-    {**SMALL_STATE, "model_config": {"layers": 3}}, [1, 2],
+    {**SMALL_STATE, "model_config": {"layers": 3}},
+    {**SMALL_STATE, "model_config": {**dataclasses.asdict(TINY_MODEL), "d_model": None}},
+    [1, 2],
 ])  # fmt: skip
 def test_a_checkpoint_of_another_kind_is_refused(toy, tmp_path, capsys, state):
     save_checkpoint(tmp_path / "step_000001.pt", state)
@@ -1849,13 +1827,6 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(toy, tmp_path, capsys):
 #
 # A run is its flags and its data: when it was interrupted leaves no trace.
 # ======================================================================================
-
-
-def test_a_file_as_nanogpt_writes_it_trains(tmp_path):
-    token_file(tmp_path / "train.bin", np.random.default_rng(1).integers(0, 50, 999))
-    do("train", *TINY, f"--train_tokens {tmp_path / 'train.bin'} --vocab_size 50 "
-       f"--max_steps 4 --outdir {tmp_path / 'run'}")  # fmt: skip
-    assert len(metrics(tmp_path / "run", "train_loss")) == 4
 
 
 GOOD = [i % 50 for i in range(99)]
@@ -2074,7 +2045,7 @@ def test_the_log_shows_the_mean_loss_since_the_last_line(toy, tmp_path):
 
 
 def test_the_best_weights_are_kept(tmp_path, capsys):
-    """Training on noise: the validation loss soon only rises."""
+    """Training on noise, in files as nanoGPT writes them: the loss soon only rises."""
     ids = np.random.default_rng(1).integers(0, 50, 700)
     train = token_file(tmp_path / "train.bin", ids[:200])
     valid = token_file(tmp_path / "valid.bin", ids[200:])
@@ -2125,17 +2096,6 @@ def test_bits_per_byte_by_hand(tmp_path):
     assert without_text.keys() == {"valid_loss", "perplexity"}
 
 
-def losses_of_windows(model, tokens, T):
-    """The loss of each window, one after the other, and how many tokens it has."""
-    ids, result = torch.from_numpy(tokens.ids.astype(np.int64)), []
-    with torch.no_grad():
-        for start in range(0, len(ids) - 1, T):
-            window = ids[start : start + T + 1]
-            loss = cross_entropy(model(window[None, :-1]), window[None, 1:]).mean().item()
-            result.append((loss, len(window) - 1))
-    return result
-
-
 def test_windows_to_evaluate_on_are_end_to_end_or_spread_evenly(tmp_path):
     tokens = open_tokens(token_file(tmp_path / "t.bin", range(12)), 12)
     assert ValidationSet(tokens, 2).starts.tolist() == [0, 2, 4, 6, 8, 10]
@@ -2149,12 +2109,13 @@ def test_the_loss_is_the_mean_over_all_tokens(toy, tmp_path, length, T):
     model = model_from_checkpoint(load_checkpoint(toy / "run"), context_length=T)
     ids = np.fromfile(toy / "valid.bin", "<u2")[:length]
     tokens = open_tokens(token_file(tmp_path / "t.bin", ids, {"vocab_size": 280}))
-    expected = losses_of_windows(model, tokens, T)
-    assert sum(count for _, count in expected) == len(ids) - 1
-    mean = sum(loss * count for loss, count in expected) / (len(ids) - 1)
+    total, ids = 0.0, torch.from_numpy(ids.astype(np.int64))
+    for start in range(0, len(ids) - 1, T):
+        window = ids[None, start : start + T + 1]
+        total += cross_entropy(model(window[:, :-1]), window[:, 1:]).sum().item()
     for batch_size in (1, 3, 16):
         found = ValidationSet(tokens, T).loss(model, batch_size)
-        assert found == pytest.approx(mean, rel=1e-5)
+        assert found == pytest.approx(total / (len(ids) - 1), rel=1e-5)
 
 
 def test_eval_gives_the_figures_that_training_gave_of_tokens_and_of_their_text(toy, capsys):
@@ -2280,9 +2241,6 @@ def changed(**changes):
     return json.dumps(content)
 
 
-METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-
-
 def split_on(pattern, behavior="Isolated"):
     split = {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -2292,10 +2250,8 @@ def split_on(pattern, behavior="Isolated"):
 @pytest.mark.parametrize("content, words", [
     ("{", "damaged"),
     (b"\xff\xfe", "damaged"),
-    ("[]", "damaged"),
     (changed(model__type="WordPiece"), "WordPiece"),
-    (changed(pre_tokenizer=METASPACE), "Metaspace"),
-    (changed(pre_tokenizer=None), "not ByteLevel"),
+    (changed(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
     (changed(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "not ByteLevel"),
     (changed(pre_tokenizer=split_on({"String": " "})), "not ByteLevel"),
     (changed(pre_tokenizer=split_on({"Regex": "a"}, "Removed")), "not ByteLevel"),
@@ -2327,13 +2283,6 @@ def exported(toy):
     return model_from_checkpoint(load_checkpoint(toy / "run")), theirs.eval(), tokenizer
 
 
-def test_transformers_gives_the_same_logits(exported):
-    ours, theirs, _ = exported
-    tokens = torch.randint(280, (3, 64), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert torch.allclose(ours(tokens), theirs(tokens).logits, atol=1e-4)
-
-
 def test_transformers_stops_at_the_end_of_text(exported, toy):
     _, theirs, tokenizer = exported
     prompt = tokenizer("The red", return_tensors="pt")
@@ -2358,11 +2307,7 @@ def test_what_is_exported_can_be_read_back_to_the_bit(exported, toy):
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0,
                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 64}  # fmt: skip
-
-
 LLAMAS = {
-    "grouped": {"num_key_value_heads": 2},
-    "tied": {"tie_word_embeddings": True},
     "like SmolLM2": {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "like Llama 3.2": {"num_key_value_heads": 2, "tie_word_embeddings": True,
                        "rope_parameters": LLAMA3_ROPE},
@@ -2463,10 +2408,8 @@ def test_eval_and_generate_read_a_llama_folder(toy, exported, capsys):
 
 @pytest.mark.parametrize("change, words", [
     ({"num_key_value_heads": 2}, "k_proj.weight has the shape (32, 32), but"),
-    ({"num_key_value_heads": 3}, "divisible by num_kv_heads: 4 / 3"),
     ({"num_hidden_layers": 2}, "model.layers.2"),
     ({"num_hidden_layers": 4}, "model.layers.3"),
-    ({"vocab_size": None}, "not a valid Llama model"),
     ({"vocab_size": "300"}, "not a valid Llama model"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "factor"),
@@ -2521,9 +2464,8 @@ def test_ids_that_the_tokenizer_lacks_are_not_written(toy, tmp_path, capsysbinar
 
 def test_a_shape_that_contradicts_init_from_is_refused(toy, exported, tmp_path, capsys):
     flags = f"--train_tokens {toy / 'train.bin'} --outdir {tmp_path / 'run'}"
-    for wrong, words in (("--num_layers 7", "--num_layers is 7"), ("--num_layers 4", "is 4")):
-        argv = f"train {flags} --init_from {toy / 'exported'} {wrong}"  # 4 is the default
-        assert words in refused(capsys, tmp_path, argv)
+    argv = f"train {flags} --init_from {toy / 'exported'} --num_layers 4"  # the default
+    assert "--num_layers is 4" in refused(capsys, tmp_path, argv)
 
 
 # ======================================================================================
@@ -2551,15 +2493,11 @@ def test_an_impossible_shape_is_refused(changes, words):
 @pytest.mark.parametrize("argv", [
     *(f"train --train_tokens x --vocab_size 9 {flag}" for flag in [
         "--lr nan", "--lr inf", "--lr -0.1", "--batch_size 0", "--lr", "--max_steps 1.5",
-        "--beta2 1", "--seed -1", "--weight_decay nan", "--lr 1 --min_lr 2",
-        "--max_steps 5 --warmup_steps 10", "--dtype float8", "--optimizer sgd", "--nothing 1"]),
+        "--beta2 1", "--seed -1", "--lr 1 --min_lr 2", "--max_steps 5 --warmup_steps 10",
+        "--dtype float8", "--nothing 1"]),
     "bpe-train --file_path x --tokenizer_out_path y --num_workers 0",
-    "bpe-train --vocab_size 300 --file_path x --tokenizer_out_path",
     "generate --checkpoint x --temperature -1",
-    "generate --checkpoint x --top_p nan",
     "generate --checkpoint x --seed 99999999999999999999999999",
-    "eval --checkpoint x --valid_tokens y --batch_size 0",
-    "export --outdir y --checkpoint",
 ])  # fmt: skip
 def test_a_flag_out_of_range_is_named(capsys, tmp_path, argv, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -2574,7 +2512,6 @@ def test_help_shows_every_flag_with_its_comment_in_80_columns(command, capsys, m
         main([*command.split(), "--help"])
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    assert command != "bpe-encode" or text.count("(required)") == 3
     if command == "train":
         shown = " ".join(text.split())
         assert "--lr FLOAT the peak learning rate (default: 0.001)" in shown
@@ -2623,12 +2560,6 @@ def test_a_lost_log_ends_no_command(tmp_path):
         assert done.returncode == 0 and out.is_file() and b"Traceback" not in done.stderr
 
 
-def test_importing_the_file_says_nothing():
-    done = subprocess.run([sys.executable, "-W", "error", "-c", "import scratchformer"],
-                          cwd=FILE.parent, capture_output=True)  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-
-
 def test_a_seed_writes_the_same_text_again(toy, capsysbinary):
     outputs = []
     for seed in (1, 1, 2):
@@ -2637,11 +2568,6 @@ def test_a_seed_writes_the_same_text_again(toy, capsysbinary):
         outputs.append(capsysbinary.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert outputs[0].count(b"---\nThe") == 3 and END_OF_TEXT.encode() not in outputs[0]
-
-
-def test_greedy_text_goes_on_as_the_corpus_does(toy, capsys):
-    do(f"generate --checkpoint {toy / 'run'} --prompt 'The red' --temperature 0 --device cpu")
-    assert re.fullmatch(r"The red \w+ (sees|likes|helps) the \w+\.\n+", capsys.readouterr().out)
 
 
 def test_prompts_of_a_file_are_continued_together_as_one_by_one(toy, tmp_path, capsys):
@@ -2690,34 +2616,21 @@ EVAL = "eval --device cpu --checkpoint "
 
 @pytest.mark.parametrize("argv, words", [
     (BPE + "{tmp}/missing", "missing"),
-    (EVAL + "{tmp}/unknown --valid_tokens {toy}/valid.bin", "'depth'"),
-    (EVAL + "{tmp}/null --valid_tokens {toy}/valid.bin", "valid checkpoint"),
     (BPE + "{toy}/train.txt --pattern (", "not a regular expression"),
     (BPE + "{tmp}/empty", "no text"),
     (BPE + "{toy}/train.txt --vocab_size 256 --special_tokens_path {toy}/special.txt", "257"),
     (BPE + "{toy}/train.txt --special_tokens_path {tmp}/twice", "special token '<a>' must"),
-    (BPE + "{toy}/train.txt --special_tokens_path {tmp}/blank", "special token '' must"),
     (BPE + "{toy}/train.txt --special_tokens_path {tmp}/latin1", "latin1"),
     (BPE + "{toy}/train.txt --tokenizer_out_path {tmp}", "{tmp}"),
-    (ENCODE + "{toy}/valid.txt --tokenizer_path {tmp}/missing", "missing"),
-    (TRAIN + "--train_tokens {tmp}/missing", "missing"),
     ("train --device cpu --train_tokens {tmp}/empty --vocab_size 9", "empty"),
-    (TRAIN + "--d_model 65", "must be even"),
-    (TRAIN + "--context_length 999999", "fewer than two windows"),
     (TRAIN + "--valid_tokens {tmp}/one.bin", "one.bin"),
     (TRAIN + "--vocab_size 279", "--vocab_size is 279"),
-    (TRAIN + "--tokenizer_path {tmp}/other.json", "different tokenizer"),
     (TRAIN + "--outdir {tmp}/empty/run", "empty"),
-    (TRAIN + "--outdir {tmp}/used", "--resume"),
-    (TRAIN + "--outdir {tmp}/used --resume --d_model 64", "but the model in"),
     (EVAL + "{tmp}/missing --valid_tokens {toy}/valid.bin", "missing"),
     (EVAL + "{tmp} --valid_tokens {toy}/valid.bin", "no checkpoint"),
-    (EVAL + "{tmp}/empty --valid_tokens {toy}/valid.bin", "valid checkpoint"),
     (EVAL + "{toy}/run", "--valid_tokens or --text_path"),
     (EVAL + "{toy}/run --valid_tokens {toy}/valid.txt", "valid.txt is text, not a token file"),
-    (TRAIN + "--train_tokens {toy}/train.txt --vocab_size 9", "is text, not a token file"),
     (EVAL + "{toy}/run --text_path {toy}/valid.bin", "valid.bin is a token file, not text"),
-    (BPE + "{toy}/train.bin", "train.bin is a token file, not text"),
     (BPE + "{tmp}/tiny --tokenizer_out_path {tmp}/tiny", "tiny is an input"),
     (ENCODE + "{tmp}/tiny --tokenizer_path {toy}/tokenizer.json --out_path {tmp}/tiny",
      "tiny is an input"),
@@ -2730,13 +2643,10 @@ EVAL = "eval --device cpu --checkpoint "
     (EVAL + "{toy}/run --valid_tokens {tmp}/high.bin", "id 300, outside the vocabulary"),
     ("generate --device cpu --prompt x --checkpoint {tmp}/lonely", "--tokenizer_path"),
     ("generate --device cpu --prompt x --prompt_path y --checkpoint {toy}/run", "either"),
-    ("generate --device cpu --prompt_path {tmp}/missing --checkpoint {toy}/run", "missing"),
-    ("export --outdir {tmp}/empty/x --checkpoint {toy}/run", "empty"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line_and_writes_nothing(toy, tmp_path, capsys, argv, words):
     write(tmp_path / "empty", b"")
     write(tmp_path / "twice", "<a>\n<b>\n<a>\n")
-    write(tmp_path / "blank", "<a>\n\n<b>\n")
     write(tmp_path / "latin1", b"<caf\xe9>\n")
     write(tmp_path / "tiny", b"x")
     for name in ("text", "llama"):
@@ -2746,12 +2656,6 @@ def test_bad_input_gets_one_line_and_writes_nothing(toy, tmp_path, capsys, argv,
     token_file(tmp_path / "high.bin", [300, *GOOD])
     token_file(tmp_path / "one.bin", [7])
     tokenizer_from("other text", 44).save(tmp_path / "other.json")
-    shutil.copytree(toy / "run", tmp_path / "used")
-    for name, changes in [("unknown", {"depth": 3}), ("null", {"d_model": None}), ("nan", {})]:
-        state = copy.deepcopy(load_checkpoint(toy / "run"))
-        state["model"]["norm.weight"] += math.nan if name == "nan" else 0
-        save_checkpoint(tmp_path / name / "step_000001.pt",
-                        {**state, "model_config": {**state["model_config"], **changes}})
     (tmp_path / "lonely").mkdir()
     shutil.copy(toy / "run" / "step_000150.pt", tmp_path / "lonely")
     words = words.format(tmp=tmp_path)
@@ -2784,7 +2688,7 @@ def test_the_parts_of_a_document_are_the_document(text, size):
 
 
 @slow
-def test_the_demo_on_your_own_text(tmp_path, capsys):
+def test_the_demo_on_your_own_text(tmp_path):
     """Every command that it shows works when typed, and gives the same model."""
     (tmp_path / "my text").mkdir()
     write(tmp_path / "my text" / "one.txt", toy_text(3, 400))
@@ -2796,8 +2700,6 @@ def test_the_demo_on_your_own_text(tmp_path, capsys):
         "split", "bpe-train", "bpe-encode", "bpe-encode", "train", "train", "eval", "generate"]
     result = json.loads(done.stdout.split(b"\n")[0])
     assert result["valid_loss"] > 0 and result["lzma_bits_per_byte"] > 0
-    argv = [f"demo --outdir {out} --text_path", tmp_path / "my text"]
-    assert "isn't empty" in refused(capsys, tmp_path, *argv)
     out.rename(tmp_path / "first")
     for line in shown:
         do(line)
@@ -2858,14 +2760,14 @@ def test_one_process_commands_are_refused_under_torchrun(toy, capsys, tmp_path, 
 
 @slow
 @STORIES
-def test_the_demo_runs_every_command_it_shows(tmp_path, capsys):
+def test_the_demo_on_the_bundled_stories(tmp_path):
     done = run(f"demo --outdir {tmp_path} --max_steps 20")
     assert done.returncode == 0, done.stderr
-    shown = re.findall(rb"^\$ .*scratchformer.py (\S+)", done.stderr, re.M)
-    assert shown == [b"bpe-train", b"bpe-encode", b"bpe-encode", b"train", b"eval", b"generate"]
     result, story = done.stdout.split(b"\n", 1)
     assert json.loads(result)["floor_nats_per_byte"] < json.loads(result)["nats_per_byte"]
     assert story.startswith(b"Once")
+
+
 def test_the_demo_leaves_alone_what_it_did_not_make(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     write(tmp_path / "run" / "step_000007.pt", "somebody's work")
@@ -2912,23 +2814,12 @@ def changed_model(module, name):
     return model.eval()
 
 
-def test_there_are_ten_changes_of_at_most_ten_lines_in_two_places():
+def test_there_are_ten_changes_of_at_most_ten_lines():
     assert len(CHANGES) == 10
-    source = FILE.read_text(encoding="utf-8").splitlines()
     for name in CHANGES:
         patch = (DATA / "changes" / f"{name}.patch").read_text(encoding="utf-8")
         lines = patch[patch.index("\n@@") :].splitlines()
         assert max(sum(line.startswith(sign) for line in lines) for sign in "+-") <= 10, name
-        # A place is a function or a class at the top level of the file.
-        places, at = set(), 0
-        for line in lines:
-            if hunk := re.match(r"@@ -(\d+)", line):
-                at = int(hunk[1]) - 1
-            if line[:1] in ("+", "-"):
-                top = re.compile(r"(def|class|[A-Z_]+:) ")
-                places.add(max(n for n in range(at + 1) if top.match(source[n])))
-            at += line[:1] in (" ", "-")
-        assert len(places) <= 2, (name, [source[n] for n in places])
 
 
 def recorded_logits(module, function, model, prompts, draws, *args):
@@ -3027,8 +2918,8 @@ def test_changed_files_learn_on_two_processes_as_on_one(
 # ======================================================================================
 # THE README AND THE CHAPTERS
 #
-# Commands in the README parse as they stand, its Python example runs, links point at what they
-# name, and all chapters open alike.
+# Commands in the README parse as they stand, its Python example runs, and links point at what
+# they name.
 # ======================================================================================
 
 
@@ -3087,14 +2978,6 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("Once there was")
     do("eval", "--checkpoint", "out/mine", "--text_path", "data/stories-valid.txt",
        "--eval_windows", 1)
-
-
-@pytest.mark.parametrize("number", HEADS)
-def test_every_chapter_has_a_short_header_an_example_and_exercises(number):
-    start, end = HEADS[number], HEADS.get(str(int(number) + 1), len(LINES))
-    assert LINES.index(RULE, start) - start <= 12
-    chapter = "\n".join(LINES[start:end])
-    assert re.search(r"\n# Exercise(s\n# 1\.|:) ", chapter) and ">>> " in chapter
 
 
 # Each test gets the mark of its chapter, so that `pytest -m chapter7` runs one chapter's tests.
