@@ -2283,6 +2283,13 @@ def exported(toy):
     return model_from_checkpoint(load_checkpoint(toy / "run")), theirs.eval(), tokenizer
 
 
+def test_transformers_gives_the_same_logits(exported):
+    ours, theirs, _ = exported
+    tokens = torch.randint(280, (3, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.allclose(ours(tokens), theirs(tokens).logits, atol=1e-4)
+
+
 def test_transformers_stops_at_the_end_of_text(exported, toy):
     _, theirs, tokenizer = exported
     prompt = tokenizer("The red", return_tensors="pt")
@@ -2814,12 +2821,13 @@ def changed_model(module, name):
     return model.eval()
 
 
-def test_there_are_ten_changes_of_at_most_ten_lines():
+def test_there_are_ten_changes_of_at_most_ten_lines_in_two_places():
     assert len(CHANGES) == 10
     for name in CHANGES:
         patch = (DATA / "changes" / f"{name}.patch").read_text(encoding="utf-8")
         lines = patch[patch.index("\n@@") :].splitlines()
         assert max(sum(line.startswith(sign) for line in lines) for sign in "+-") <= 10, name
+        assert len(set(re.findall(r"(?m)^@@ [^@]+@@ (.*)", patch))) <= 2, name
 
 
 def recorded_logits(module, function, model, prompts, draws, *args):
