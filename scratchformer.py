@@ -65,6 +65,7 @@ if __name__ != "scratchformer" and ("--help" in sys.argv or {*sys.argv[1:2]} & N
 #     riding with Pepper, a bold duck who enjoyed counting hats. She was rather afraid of dogs
 #     and often hid near the statue or by the bush or beside a bright chest.
 # ========================================================================================
+
 # ----------------------------------------------------------------------------------------
 # 1. Pre-tokenization
 #
@@ -77,6 +78,7 @@ if __name__ != "scratchformer" and ("--help" in sys.argv or {*sys.argv[1:2]} & N
 # crosses the boundary of a pre-token, so " dog", " dog." and " dog!" share the token " dog"
 # instead of becoming three unrelated ones. (Radford et al. 2019, GPT-2, section 2.2)
 # ----------------------------------------------------------------------------------------
+
 from collections import Counter
 
 import regex  # like Python's `re`, but it knows \p{L}, any letter, and \p{N}, any digit
@@ -1156,7 +1158,7 @@ class KVCache:
         return k, v
 
     def attention_in(self, layer: int, mask: Tensor | None = None) -> Attend:
-        """What replaces `attention` in block number `layer`. `mask` may hide more tokens."""
+        """What replaces `attention` in block `layer`. `mask` is the causal one, or yours."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = self.append(layer, k, v)  # (B, S + T, G, K)
@@ -1214,8 +1216,8 @@ def story_from_text(
         print(story_from_text(open("data/stories-train.txt").read()))
 
         1,900,568 characters are 552,382 tokens
-        step 100: loss 1.5696, validation loss 1.5538
-        step 200: loss 1.0131, validation loss 1.0103
+        step 100: loss 1.5696, validation loss 1.5537
+        step 200: loss 1.0131, validation loss 1.0102
         step 300: loss 0.8200, validation loss 0.8768
     """
     merges = learn_merges_naive(count_pretokens(text), vocab_size - 257)  # bytes, END_OF_TEXT
@@ -1243,7 +1245,8 @@ def story_from_text(
 # ========================================================================================
 # PART TWO: SPEED
 #
-# The same merges, ids, losses and texts as in Part One, up to rounding, many times faster.
+# The same merges, ids, losses and texts as in Part One, up to rounding, many times faster. Only
+# Muon does something else: it's another optimizer.
 # ========================================================================================
 
 # ----------------------------------------------------------------------------------------
@@ -1279,6 +1282,14 @@ from typing import BinaryIO, Literal, NoReturn
 CHUNK = 1 << 19  # characters processed at a time
 TwoArrays = tuple[np.ndarray, np.ndarray]
 Paths = str | Path | Sequence[str | Path]  # a file or directory, or several
+
+# GPT-4's pattern, which Llama 3 uses, too, takes at most three digits at a time. A word may
+# start with any punctuation mark or space, and line breaks stay with the punctuation or
+# whitespace in front of them. (As first published in OpenAI's tiktoken)
+GPT4_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def run_starts(values: np.ndarray) -> np.ndarray:
@@ -1473,14 +1484,6 @@ def learn_merges(pretoken_counts: dict[bytes, int], num_merges: int) -> list[Mer
 # With GPT-2's pattern, a pre-token starts where the class of character changes, with three
 # exceptions. (Any other pattern goes through the regular expression, several times slower.)
 
-# GPT-4's pattern, which Llama 3 uses, too, takes at most three digits at a time. A word may
-# start with any punctuation mark or space, and line breaks stay with the punctuation or
-# whitespace in front of them. (As first published in OpenAI's tiktoken)
-GPT4_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
 LETTER, NUMBER, OTHER, SPACE, SPECIAL, UNKNOWN = range(6)
 CLASS_OF_CODE = np.full(0x110000, UNKNOWN, np.uint8)  # of every code point, once it is known
 
@@ -1527,7 +1530,7 @@ def find_gpt2_pretokens(codes: np.ndarray, classes: np.ndarray) -> np.ndarray:
     start = np.ones(len(codes) + 3, bool)  # three more, for start[at + 3] below
     # 1. What follows a space doesn't start a pre-token, since the space has started it.
     start[1 : len(codes)] = changes & (space[1:] | (codes[:-1] != ord(" ")))
-    # 2. The last whitespace before a word starts one, even inside a run of whitespace.
+    # 2. The last whitespace before a visible character (a class below SPACE) starts one.
     start[1 : max(1, len(codes) - 1)] |= space[1:-1] & space[:-2] & (classes[2:] < SPACE)
     # 3. An apostrophe that starts a pre-token may start a contraction: 's 't 'm 'd 'll 've 're.
     at = np.flatnonzero((codes == ord("'")) & start[: len(codes)])
@@ -1765,8 +1768,8 @@ def read_json(path: str | Path, kind: str) -> Any:
         return json.loads(Path(path).read_bytes())
 
 
-# The tokenizer to import
-# -----------------------
+# The full tokenizer
+# ------------------
 
 
 def build_vocab(merges: Sequence[Merge], special_tokens: Sequence[str]) -> dict[int, bytes]:
@@ -3010,8 +3013,7 @@ def build_model(
 
 
 # Exercise: Run the demo's `train` command with `torchrun --nproc_per_node=2`, half the
-# --batch_size, --device cpu and another --outdir. With --fsdp or without, the losses stay the
-# same.
+# --batch_size, --device cpu and another --outdir. The losses stay the same, also with --fsdp.
 
 
 # ----------------------------------------------------------------------------------------
@@ -3564,8 +3566,8 @@ def load_start(run: RunConfig) -> dict:
             raise UserError(f"{state['path']} has no optimizer state: start from it with "
                             "--init_from, or remove it")
         best = run.outdir / BEST
-        best_loss = read_checkpoint(best)["valid_loss"] if best.is_file() else math.inf
-        return {**state, "best_loss": best_loss}
+        best_state = read_checkpoint(best) if best.is_file() else {}
+        return {**state, "best_loss": best_state.get("valid_loss", math.inf)}
     if run.resume:
         log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
     state = load_checkpoint(run.init_from) if run.init_from else {}
@@ -3687,8 +3689,7 @@ def train(
 
 
 # Exercise: Leave out `/ count` in `step` and train with --grad_accum_steps 4. Loss and gradient
-# norm are four times as large, but clipping and AdamW divide that out, so the model still
-# learns.
+# norm are four times as large. Why does the model learn nearly as before?
 
 
 # ========================================================================================
@@ -4343,7 +4344,7 @@ def demo_commands(
         last = json.loads((out / "trial" / "metrics.jsonl").read_text().splitlines()[-1])
         tokens = 60 * minutes * last["tokens_per_second"] * 0.9  # the rest is for evaluation
         # Up to about four epochs are as good as new text (Muennighoff et al. 2023, arXiv
-        # 2305.16264), and in our runs more than six gained nothing (README): take five.
+        # 2305.16264), and in our runs more than six gained nothing: take five.
         tokens = min(tokens, 5 * last["tokens_seen"] / last["epochs"])
         steps = max_steps or round(tokens * last["step"] / last["tokens_seen"]) or 1
         train += (f" --keep_best --eval_windows 128 --eval_interval {steps // 10 or 1} "
@@ -4389,9 +4390,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-# Exercise: Add a command that shows how a text is split: a function with the parameters
-# tokenizer_path and text that prints `tokenizer.decode_bytes([i])` for each id, and an entry in
-# COMMANDS.
+# Exercise: Add a command that shows how a text is split: a function of tokenizer_path and text
+# that prints `tokenizer.decode_bytes([i])` for each id, and an entry in COMMANDS.
 
 if __name__ == "__main__":
     sys.exit(main())
