@@ -578,6 +578,8 @@ class ModelConfig:
     num_heads: int = 4  # H: attention heads
     d_ff: int = 352  # F: the width inside SwiGLU, about 8/3 of d_model
     num_kv_heads: int = 0  # G: heads of keys and values; 0: as many as num_heads
+    head_dim: int = 0  # K: the width of one head; 0: d_model / num_heads
+    qk_norm: bool = False  # normalize queries and keys
     tie_embeddings: bool = False  # use one matrix for the embedding and the output
     rope_theta: float = 10000.0  # the base of RoPE: a larger one means slower rotations
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
@@ -585,11 +587,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         self.num_kv_heads = self.num_kv_heads or self.num_heads
-
-    @property
-    def head_dim(self) -> int:
-        """K: the width of one attention head."""
-        return self.d_model // self.num_heads
+        self.head_dim = self.head_dim or self.d_model // self.num_heads
 
 
 class Projection(nn.Linear):
@@ -616,9 +614,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     FlashAttention (Dao et al. 2022, arXiv 2205.14135) never stores the T x T scores. If k and v
     have fewer heads than q, G instead of H, each of them serves H / G heads of q.
     """
+    if k.shape[2] < q.shape[2]:
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
-    out = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] < q.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
     return out.transpose(1, 2)
 
 
@@ -628,14 +627,18 @@ class MultiHeadAttention(nn.Module):
         x (B, T, D) -> q, k, v (B, T, H, K) -> softmax(...) @ v (B, T, H, K) -> (B, T, D)
 
     To save memory, keys and values may have only G < H heads. (Ainslie et al. 2023, arXiv
-    2305.13245: grouped-query attention, GQA)
+    2305.13245: grouped-query attention, GQA) With `qk_norm`, large queries and keys can't make
+    large scores. (Henry et al. 2020, arXiv 2010.04245)
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         D, H, K, G = config.d_model, config.num_heads, config.head_dim, config.num_kv_heads
+        eps = config.norm_eps
         self.head_dim = K
         self.qkv = Projection(D, H * K, G * K, G * K)
+        norm = RMSNorm if config.qk_norm else nn.Identity  # which does nothing
+        self.query_norm, self.key_norm = norm(K, eps), norm(K, eps)
         self.output = Projection(H * K, D)
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend = attention) -> Tensor:
@@ -644,7 +647,8 @@ class MultiHeadAttention(nn.Module):
         q = q.unflatten(-1, (-1, self.head_dim))  # (B, T, H, K)
         k = k.unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
         v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q = apply_rope(self.query_norm(q), rope)
+        k = apply_rope(self.key_norm(k), rope)
         out = attend(q, k, v)  # (B, T, H, K)
         return self.output(out.flatten(2))  # (B, T, H * K) to (B, T, D)
 
@@ -1021,8 +1025,8 @@ def token_probabilities(
 
     A temperature below 1 makes likely tokens even more likely; 0 leaves only the most likely,
     which is called greedy decoding.
-    top_k keeps the k most likely tokens (including ties). top_p keeps the most likely tokens
-    that together reach probability p, at least one.
+    top_k keeps the k most likely tokens (including ties; 0: all). top_p keeps the most likely
+    tokens that together reach probability p, at least one.
 
     Worked example: at temperature 0.5 the ratio of any two probabilities is squared. At
     temperature 1 token 1 has 67%, so it alone reaches top_p=0.5.
@@ -1034,14 +1038,14 @@ def token_probabilities(
     (tensor([[0.0000, 0.7311, 0.2689]]), tensor([[0., 1., 0.]]))
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-9:  # or exactly 0
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     # Subtracting the maximum changes no probability, and a small temperature can't overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k is not None:
+    if top_k:
         smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < smallest, -math.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         ordered, ids = logits.sort(descending=True)  # (B, V) each
         p = ordered.softmax(-1)
         before = p.cumsum(-1) - p  # the probability of all more likely tokens
@@ -1273,9 +1277,10 @@ import signal
 import threading
 import time
 import typing
+import unicodedata
 from collections.abc import Collection, Generator
 from concurrent import futures
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal, NoReturn
 
@@ -1499,10 +1504,10 @@ def text_to_bytes(text: str) -> bytes:
 
 
 def special_token_pattern(special_tokens: Iterable[str]) -> re.Pattern:
-    """A pattern that finds special tokens, preferring the longest match."""
+    """A pattern that finds special tokens, preferring the longest match, as its group 1."""
     longest_first = sorted(special_tokens, key=len, reverse=True)
     # Without special tokens: a pattern that never matches. (\A makes it give up at once.)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"\A(?!)")
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or r"\A(?!)") + ")")
 
 
 def character_classes(codes: np.ndarray) -> np.ndarray:
@@ -1510,10 +1515,12 @@ def character_classes(codes: np.ndarray) -> np.ndarray:
     classes = CLASS_OF_CODE.take(codes)
     if (unknown := codes[classes == UNKNOWN]).size:
         # Ask the regex package, so that its patterns and we agree on Unicode.
-        characters = "".join(map(chr, set(unknown.tolist())))
-        CLASS_OF_CODE[unknown] = OTHER
+        unknown = np.unique(unknown)
+        characters = "".join(map(chr, unknown.tolist()))
+        kinds = np.full(len(unknown), OTHER)
         for pattern, kind in ((r"\p{L}", LETTER), (r"\p{N}", NUMBER), (r"\s", SPACE)):
-            CLASS_OF_CODE[list(map(ord, regex.findall(pattern, characters)))] = kind
+            kinds[[match.start() for match in regex.finditer(pattern, characters)]] = kind
+        CLASS_OF_CODE[unknown] = kinds  # at once: another thread may be reading
         classes = CLASS_OF_CODE.take(codes)
     return classes
 
@@ -1559,29 +1566,35 @@ class Pretokens(typing.NamedTuple):
         return [self.data[start : start + length] for start, length in spans]
 
 
-def find_pretokens(text: str, pattern: str, special_pattern: re.Pattern) -> Pretokens:
-    """All pre-tokens and special tokens of `text`."""
+def split_text(text: str, patterns: Iterable[str]) -> list[str]:
+    """The pre-tokens of `text`, and empty strings. Each pattern splits what the last one left.
+
+    What lies between matches is a pre-token, too: `split` returns both, for a group.
+    """
+    parts = [text]
+    for pattern in patterns:
+        parts = [x for part in parts for x in regex.split(f"({pattern})", part)]
+    return parts
+
+
+def find_pretokens(text: str, tokenizer: Tokenizer) -> Pretokens:
+    """All pre-tokens and special tokens of `text`, which is normalized first."""
+    pieces = tokenizer.normalized_pieces(text)  # text, special token, text, ..., text
+    text, ends = "".join(pieces), np.cumsum(list(map(len, pieces)))
+    special_starts, special_ends = ends[:-1:2], ends[1::2]
     data = text_to_bytes(text)
-    if text.isascii():  # one byte per character
-        codes = np.frombuffer(data, np.uint8)
-    else:
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    specials = [match.span() for match in special_pattern.finditer(text)]
-    special_starts, special_ends = np.array(specials, np.int64).reshape(-1, 2).T
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     is_start = np.zeros(len(text) + 1, bool)  # the last one is the end of the text
-    if pattern == PRETOKEN_PATTERN:
+    if tokenizer.patterns == (PRETOKEN_PATTERN,):
         # Inside special tokens nothing starts, and code points are ignored.
         codes_outside, classes = codes.copy(), character_classes(codes)
         inside = ragged_indices(special_starts, special_ends - special_starts)
         codes_outside[inside], classes[inside] = 0, SPECIAL
         is_start[:-1] = find_gpt2_pretokens(codes_outside, classes)
     else:
-        # A pattern may leave gaps between its matches: they are pre-tokens, too.
-        borders = [0]
-        for start, part in zip([0, *special_ends.tolist()], special_pattern.split(text)):
-            for match in regex.finditer(pattern, part):
-                borders += [start + match.start(), start + match.end()]
-        is_start[borders] = True
+        for start, piece in zip([0, *special_ends.tolist()], pieces[::2]):
+            parts = split_text(piece, tokenizer.patterns)
+            is_start[start + np.cumsum([0, *map(len, parts)])] = True
     is_start[special_starts] = is_start[special_ends] = True
     starts = np.flatnonzero(is_start[:-1])
     special_at = np.searchsorted(starts, special_starts)
@@ -1694,7 +1707,7 @@ class Progress:
 
     def __init__(self, label: str, total: float, unit: str):
         self.label, self.total, self.unit = label, total, unit
-        self.shown = self.enabled and sys.stderr.isatty()
+        self.shown = self.enabled and get_rank() == 0 and sys.stderr.isatty()
         self.start = self.last = time.monotonic()
 
     def update(self, done: float) -> None:
@@ -1731,12 +1744,22 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+OUR_DIRECTORY = ".scratchformer"  # a file that marks directories of outputs
+
+
+def new_directory(path: Path) -> None:
+    """Make a directory for outputs, which `input_files` skips, or raise UserError."""
+    if path.is_dir() and any(path.glob("[!.]*")):
+        raise UserError(f"{path} isn't empty: remove it, give another --outdir, or --resume")
+    path.mkdir(parents=True, exist_ok=True)
+    (path / OUR_DIRECTORY).touch()
+
+
 def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
     """Raise UserError if a file that will be written is one that is read."""
-    read = {os.path.realpath(path) for path in inputs if path}
-    for path in outputs:
-        if os.path.realpath(path) in read:
-            raise UserError(f"{path} is an input: choose another place for the output")
+    for output, path in itertools.product(outputs, inputs):
+        if path and output.exists() and output.samefile(path):
+            raise UserError(f"{output} is an input: choose another place for the output")
 
 
 def json_bytes(content: Any) -> bytes:
@@ -1780,56 +1803,106 @@ def build_vocab(merges: Sequence[Merge], special_tokens: Sequence[str]) -> dict[
     return dict(enumerate(tokens))
 
 
+# The syntax that means the same to the regex package and to the `tokenizers` library, and that
+# looks only forward, one character beyond a match. (What differs: \w, \b, \h, ^, $, (?s),
+# (?P<name>), sets inside sets, and + after {1,3}.)
+PATTERN_SYNTAX = regex.compile(r"""(?x)
+    (?: \\[pP]\{\^?\w+\} | \\[sSdDrnt] | \\\W                                # a character
+    | \[\^?(?:\\[pP]\{\^?\w+\}|\\[sSdDrnt]|\\\W|(?!&&)[^\\\[\]])+\]      # one of several
+    | \(\?[=!](?:\\[sSdD]|\[[^\\\[\]]+\]|[^\\()[\].?*+])\)               # one comes next
+    | \((?:\?i?:) | \) | \| | [*+?] | \{\d+(?:,\d*)?\}(?![+?]) | [^\\()[\]{}^$*+?|]
+    )*""")
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise UserError unless `pattern` means the same to us and to `tokenizers`."""
+    good = PATTERN_SYNTAX.match(pattern).end()  # type: ignore[union-attr]
+    if good < len(pattern):
+        raise UserError(f"{pattern[good:][:9]!r} in the pattern {pattern!r} may mean something "
+                        r"else to tokenizers: use [], (?:), (?i:), \p{..}, \s, |, * + ? {m,n}")
+    try:
+        if regex.fullmatch(pattern, ""):
+            raise UserError(f"the pattern {pattern!r} matches an empty string")
+    except regex.error as error:
+        raise UserError(f"{pattern!r} is not a regular expression: {error}") from None
+
+
+class Merges:
+    """Merges by ids: the merge of rank n makes the token new[n]."""
+
+    def __init__(self, merges: Sequence[Merge], id_of: Mapping[bytes, int]):
+        try:
+            ids = np.array([(id_of[left], id_of[right], id_of[left + right])
+                            for left, right in merges], np.int64).reshape(-1, 3)
+        except KeyError as token:
+            raise UserError(f"a merge needs {token}, which isn't in the vocabulary") from None
+        # Both ids of a pair in one integer, sorted for binary search. The last is a sentinel.
+        pairs = np.append(ids[:, 0] << 32 | ids[:, 1], np.iinfo(np.int64).max)
+        self.rank_of_pair, self.pairs = np.argsort(pairs), np.sort(pairs)
+        self.new, self.none = ids[:, 2], len(ids)  # `none`: the rank of a pair without a merge
+        # Llama 3's list has several merges for a token, in an order of its own. So a merge can
+        # create a pair of lower rank, which comes before the same merge further to the right.
+        first_use = np.full(max(id_of.values()) + 1, self.none)
+        np.minimum.at(first_use, ids[:, :2], np.arange(self.none)[:, None])
+        self.in_order = first_use[self.new] > np.arange(self.none)
+
+    def ranks(self, ids: np.ndarray, word: np.ndarray, pos: np.ndarray) -> np.ndarray:
+        """The rank of the pair at each `pos` and pos + 1; `none` if these are two words."""
+        next_pos = np.minimum(pos + 1, len(ids) - 1)
+        pairs = ids[pos] << 32 | ids[next_pos]
+        found = self.pairs.searchsorted(pairs)
+        one_word = (word[pos] == word[next_pos]) & (pos != next_pos)
+        has_rank = (self.pairs[found] == pairs) & one_word
+        return np.where(has_rank, self.rank_of_pair[found], self.none)
+
+
+encoding_lock = threading.Lock()  # a cache of words is for one thread at a time
+
+
 class Tokenizer:
     """The fast `BPETokenizer`: for any bytes and pattern, also for third-party tokenizers.
 
-    Special tokens may be in `vocab` already; the others get the next free ids. Two things exist
-    only for third-party tokenizers: with `ignore_merges`, as in Llama 3, a pre-token that is in
-    the vocabulary takes its id without any merges; and bytes the vocabulary lacks are skipped.
+    Special tokens may be in `vocab` already; the others get the next free ids. Each pattern of
+    a list splits the pieces that the last one made. For third-party tokenizers only: with
+    `ignore_merges`, as in Llama 3, a pre-token that is in the vocabulary takes its id without
+    any merges; `normalizer`, NFC or NFKC, replaces characters by equivalent ones first, so that
+    decoding doesn't give them back; bytes the vocabulary lacks are skipped.
     """
 
     MAX_IDS = 1 << 20  # when the cache of words holds more, it is emptied
 
     def __init__(
         self, vocab: dict[int, bytes], merges: Sequence[Merge],
-        special_tokens: Iterable[str] | None = None, pattern: str = PRETOKEN_PATTERN,
-        ignore_merges: bool = False,
+        special_tokens: Iterable[str] | None = None,
+        pattern: str | Sequence[str] = PRETOKEN_PATTERN, ignore_merges: bool = False,
+        normalizer: str | None = None,
     ):
-        self.vocab, self.merges, self.pattern = dict(vocab), list(merges), pattern
+        self.vocab, self.merges, self.normalizer = dict(vocab), list(merges), normalizer
+        self.patterns = (pattern,) if isinstance(pattern, str) else tuple(pattern)
         self.ignore_merges = ignore_merges
+        self.source = b""  # the file that `load` read, if any, which `save` writes again
+        self.start_ids: list[int] = []  # what the file puts in front of a text, such as <s>
         # Reversed, so that the first id wins if a special token repeats an ordinary one.
         self.id_of = {token: i for i, token in reversed(self.vocab.items())}
-        known = {bytes([byte]) for byte in range(256)} & self.id_of.keys()
-        for left, right in self.merges:
-            if not {left, right} <= known or left + right not in self.id_of:
-                raise UserError(f"merge {left!r} + {right!r} comes before its parts are made, "
-                                f"or the vocabulary lacks {left + right!r}")
-            known.add(left + right)
+        self.merge_table = Merges(self.merges, self.id_of)
         self.special_tokens: dict[str, int] = {}
         for token in special_tokens or []:
             data = text_to_bytes(token)
-            if len(data) < 2 or token in self.special_tokens:
-                raise UserError(f"special token {token!r} must be unique, longer than a byte")
+            if len(token) < 2 or token in self.special_tokens:
+                raise UserError(f"special token {token!r} must be unique, of two characters "
+                                "or more")
             if data not in self.id_of:
                 self.id_of[data] = max(self.vocab) + 1
             self.special_tokens[token] = self.id_of[data]
             self.vocab[self.id_of[data]] = data
-        try:
-            regex.compile(pattern)
-        except regex.error as error:
-            raise UserError(f"{pattern!r} is not a regular expression: {error}") from None
+        for pattern in self.patterns:
+            check_pattern(pattern)
         self.special_pattern = special_token_pattern(self.special_tokens)
         self.vocab_size = max(self.vocab) + 1
         # The id of the token that ends a text, as GPT-2 and as Llama 3 call it, if any.
         self.eot_id = self.special_tokens.get(
             END_OF_TEXT, self.special_tokens.get("<|end_of_text|>"))
         self.dtype = "<u2" if self.vocab_size <= 1 << 16 else "<u4"  # of ids in token files
-        # Both ids of a pair in one integer, sorted for binary search. The last is a sentinel.
-        pairs = [self.id_of[left] << 32 | self.id_of[right] for left, right in self.merges]
-        pairs.append(np.iinfo(np.int64).max)
-        self.rank_of_pair, self.pairs = np.argsort(pairs), np.sort(pairs)
-        self.merged_ids = np.array([self.id_of[b"".join(pair)] for pair in merges], np.int64)
-        self.no_merge = len(self.merges)  # the rank of a pair that has no merge
         self.byte_ids = np.array([self.id_of.get(bytes([byte]), -1) for byte in range(256)])
         self.forget_words()
 
@@ -1839,10 +1912,13 @@ class Tokenizer:
         self.pool = np.array([*self.special_tokens.values()], np.int32)
         self.start = np.arange(len(self.pool) + 1)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`. Special tokens in it become their own ids."""
-        pieces = safe_pieces([text], self, CHUNK)
-        return np.concatenate([self.encode_piece(piece) for piece in pieces]).tolist()
+    def encode(self, text: str, add_start: bool = False) -> list[int]:
+        """The ids of `text`. Special tokens in it become their own ids.
+
+        With `add_start`, the tokenizer's `start_ids` come first.
+        """
+        pieces = [self.encode_piece(piece) for piece in safe_pieces([text], self, CHUNK)]
+        return self.start_ids * add_start + np.concatenate(pieces).tolist()
 
     def encode_iterable(self, chunks: Iterable[str]) -> Iterator[int]:
         """Yields the ids of the joined chunks, holding only a little text in memory."""
@@ -1863,30 +1939,50 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json, which `tokenizers.Tokenizer.from_file` reads as well."""
-        write_json(path, tokenizer_to_json(self))  # chapter 15
+        with atomic_write(path) as file:
+            file.write(self.source or json_bytes(tokenizer_to_json(self)))  # chapter 15
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Read a tokenizer.json, ours or another library's byte-level BPE."""
-        # Tokens that some files add around each text, such as <s>, are not added here.
-        return tokenizer_from_json(read_json(path, "tokenizer.json"), path)  # chapter 15
+        return tokenizer_from_json(Path(path).read_bytes(), path)  # chapter 15
 
     def fingerprint(self) -> str:
         """A hash of everything that determines the ids: are two tokenizers the same?"""
-        return hashlib.sha256(json.dumps(tokenizer_to_json(self)).encode()).hexdigest()
+        content = [sorted(self.vocab.items()), self.merges, sorted(self.special_tokens.items()),
+                   self.patterns, self.ignore_merges, self.normalizer]
+        return hashlib.sha256(repr(content).encode()).hexdigest()
+
+    def normalized_pieces(self, text: str) -> list[str]:
+        """`text`, normalized, cut at special tokens, which are at the odd places."""
+        pieces = self.special_pattern.split(text)
+        if self.normalizer and not text.isascii():
+            form: Any = self.normalizer
+            pieces[::2] = [unicodedata.normalize(form, piece) for piece in pieces[::2]]
+        return pieces
+
+    def pretokenize(self, text: str) -> list[bytes]:
+        """The pre-tokens and special tokens of `text`, normalized."""
+        words = find_pretokens(text, self)
+        return words.cut(np.arange(len(words.starts)))
 
     def encode_piece(self, text: str) -> np.ndarray:
         """The ids of a text that is small enough to be processed at once; int32 [N]."""
-        if len(self.pool) > self.MAX_IDS:
-            self.forget_words()
-        words = find_pretokens(text, self.pattern, self.special_pattern)
-        numbers, new = self.table.lookup(words)
-        if len(new):
-            ids, lengths = self.encode_words(words, new)
-            self.start = np.append(self.start, len(self.pool) + np.cumsum(lengths))
-            self.pool = np.append(self.pool, ids.astype(np.int32))
-        starts, ends = self.start.take(numbers), self.start.take(numbers + 1)
-        return self.pool.take(ragged_indices(starts, ends - starts))
+        words = find_pretokens(text, self)
+        with encoding_lock:  # one thread at a time
+            try:
+                if len(self.pool) > self.MAX_IDS:
+                    self.forget_words()
+                numbers, new = self.table.lookup(words)
+                if len(new):
+                    ids, lengths = self.encode_words(words, new)
+                    self.start = np.append(self.start, len(self.pool) + np.cumsum(lengths))
+                    self.pool = np.append(self.pool, ids.astype(np.int32))
+                starts, ends = self.start.take(numbers), self.start.take(numbers + 1)
+                return self.pool.take(ragged_indices(starts, ends - starts))
+            except BaseException:  # Ctrl-C, say, between a word's number and its ids
+                self.forget_words()
+                raise
 
     def encode_words(self, words: Pretokens, indices: np.ndarray) -> TwoArrays:
         """The ids of some words, concatenated, and how many each has.
@@ -1911,61 +2007,51 @@ class Tokenizer:
         data = np.frombuffer(words.data, np.uint8)
         ids = self.byte_ids[data[ragged_indices(words.starts[indices], lengths)]]
         ids, word = ids[ids >= 0], word[ids >= 0]  # drop bytes that no token stands for
-        ranks = self.pair_ranks(ids, word, np.arange(len(ids)))
+        table = self.merge_table
+        ranks = table.ranks(ids, word, np.arange(len(ids)))
         while len(ids):
             starts = np.flatnonzero(run_starts(word))
             lowest = np.minimum.reduceat(ranks, starts)
             lowest = np.repeat(lowest, np.diff(starts, append=len(ids)))
-            is_done = lowest == self.no_merge
+            is_done = lowest == table.none
             done_ids.append(ids[is_done])
             done_words.append(word[is_done])
             pos = np.flatnonzero((ranks == lowest) & ~is_done)
             pos = pos[without_overlaps(pos, pos + 1)]
-            ids[pos] = self.merged_ids[ranks[pos]]
+            pos = pos[table.in_order[ranks[pos]] | run_starts(word[pos])]  # or only the first
+            ids[pos] = table.new[ranks[pos]]
             keep = ~is_done
             keep[pos + 1] = False
             new_pos = np.cumsum(keep)[pos] - 1  # where the merged tokens are after the removal
             ids, word, ranks = ids[keep], word[keep], ranks[keep]
             changed = np.append(new_pos[new_pos > 0] - 1, new_pos)
-            ranks[changed] = self.pair_ranks(ids, word, changed)
+            ranks[changed] = table.ranks(ids, word, changed)
         all_ids, all_words = np.concatenate(done_ids), np.concatenate(done_words)
         order = all_words.argsort(kind="stable")
         return all_ids[order], np.bincount(all_words, minlength=len(indices))
 
-    def pair_ranks(self, ids: np.ndarray, word: np.ndarray, pos: np.ndarray) -> np.ndarray:
-        """The rank of the pair at each `pos` and pos + 1; no rank if these are two words."""
-        next_pos = np.minimum(pos + 1, len(ids) - 1)
-        pairs = ids[pos] << 32 | ids[next_pos]
-        found = self.pairs.searchsorted(pairs)
-        one_word = (word[pos] == word[next_pos]) & (pos != next_pos)
-        has_rank = (self.pairs[found] == pairs) & one_word
-        return np.where(has_rank, self.rank_of_pair[found], self.no_merge)
-
 
 # Files larger than memory
 # ------------------------
-# Files are cut into spans that can be processed independently, so that memory stays small and
-# every CPU core can help. In GPT-2's and GPT-4's patterns, no pre-token contains a letter or
-# digit followed by something that is neither, and nothing before that point depends on what
-# comes after. So a cut after any word is safe: "one two|, three". For other patterns, only the
-# end of a special token is safe.
+# Files are cut into pieces that can be processed independently, so that memory stays small and
+# every CPU core can help. A cut is safe where the pre-tokens on both sides stay the same. In
+# most patterns, none contains a letter or digit followed by a space or punctuation mark, so a
+# cut after a word is safe: "one two|, three". We try a few words' ends, from the last one.
 
 
 def last_safe_split(text: str, tokenizer: Tokenizer) -> int:
     """The last position where `text`, which began at one, can be cut whatever follows, or 0."""
-    # At the end of `text` there may be a part of a special token.
-    end = len(text) - max(map(len, tokenizer.special_tokens), default=1)
-    if tokenizer.pattern not in (PRETOKEN_PATTERN, GPT4_PATTERN):
-        found = tokenizer.special_pattern.finditer(text)
-        return max([match.end() for match in found if match.start() < end], default=0)
-    after_word = r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])"  # (?r) searches backwards
-    for match in regex.finditer(after_word, text, endpos=max(0, end)):
+    near = max(64, *map(len, tokenizer.special_tokens), 0)
+    end = max(0, len(text) - near)
+    word_ends = r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}\p{M}])"  # (?r) searches backwards
+    for match in itertools.islice(regex.finditer(word_ends, text, endpos=end), 1000):
         cut = match.start()
-        # Does a special token begin before the cut and end after it?
-        if not any(text.find(token, max(0, cut - len(token) + 1), cut + len(token) - 1) >= 0
-                   for token in tokenizer.special_tokens):
+        left, right = text[max(0, cut - near) : cut], text[cut : cut + near]
+        parts = [tokenizer.pretokenize(part) for part in (left, right, left + right)]
+        if parts[0] + parts[1] == parts[2]:
             return cut
-    return 0
+    found = tokenizer.special_pattern.finditer(text)
+    return max([match.end() for match in found if match.start() < end], default=0)
 
 
 def safe_pieces(chunks: Iterable[str], tokenizer: Tokenizer, size: int) -> Iterator[str]:
@@ -1980,24 +2066,31 @@ def safe_pieces(chunks: Iterable[str], tokenizer: Tokenizer, size: int) -> Itera
                     yield text[:cut]
                 text = text[cut:]
                 wanted = max(size, 2 * len(text))  # doubling keeps the search time linear
+                if wanted > 1 << 26:
+                    raise UserError("32 million characters have no place to cut: put "
+                                    f"{END_OF_TEXT} between documents, or use another pattern")
     yield text
 
 
 def input_files(paths: Paths) -> list[Path]:
-    """The text files to read: in directories, those that aren't hidden (.git) or binary."""
+    """The text files to read: in directories, what isn't hidden, binary or made by us."""
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     files: list[Path] = []
     for path in map(Path, given):
-        if path.is_dir():
-            visible = [found for found in sorted(path.rglob("*"))
-                       if "/." not in f"/{found.relative_to(path).as_posix()}"]
-            files += [found for found in visible if found.is_file() and not is_binary(found)]
-        elif is_binary(path) and Path(f"{path}.json").is_file():
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        ours = {file.parent for file in found if file.name == OUR_DIRECTORY}
+        found = [file for file in found if not file.is_dir() and not ours & {*file.parents}
+                 and not any(part[0] == "." for part in file.parts[len(path.parts) :])]
+        binary = {file for file in found if is_binary(file)}
+        metadata = {Path(f"{file}.json") for file in binary}  # of those that are token files
+        if path in binary and min(metadata).is_file():
             raise UserError(f"{path} is a token file, not text")
-        else:
-            files.append(path)
+        if skipped := binary - {path}:  # what is named is read
+            log(f"skipping {len(skipped)} binary files, such as {min(skipped)}")
+        files += [file for file in found if file not in metadata | skipped]
     if not any(path.stat().st_size for path in files):
-        raise UserError(f"no text to read in {', '.join(map(str, given))}")
+        raise UserError(f"no text to read in {', '.join(map(str, given))} (hidden and binary "
+                        "files, and directories that we have made, are skipped)")
     return files
 
 
@@ -2007,32 +2100,21 @@ def is_binary(path: Path) -> bool:
         return b"\0" in file.read(8000)
 
 
-class FileSpan(typing.NamedTuple):
-    """A part of a text file, in bytes, that can be processed independently."""
-
-    path: Path
-    start: int
-    end: int
-
-    def read(self) -> str:
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            return bytes_to_text(file.read(self.end - self.start))
+Piece = tuple[str, bool]  # text, and whether it's the last of its file
 
 
-def split_files(files: Sequence[Path], tokenizer: Tokenizer, label: str) -> Iterator[FileSpan]:
-    """Yields spans of about CHUNK characters that add up to the files, and shows progress."""
+def split_files(files: Sequence[Path], tokenizer: Tokenizer, label: str) -> Iterator[Piece]:
+    """Yields pieces of about CHUNK characters that add up to the files, and shows progress."""
     done, total = 0, sum(path.stat().st_size for path in files)
     progress = Progress(label, total / 1e6, "MB")
     for path in files:
-        span = FileSpan(path, 0, 0)
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
             chunks = iter(functools.partial(file.read, CHUNK), "")
-            for piece in safe_pieces(chunks, tokenizer, CHUNK):
-                span = FileSpan(path, span.end, span.end + len(text_to_bytes(piece)))
-                yield span
-                progress.update((done + span.end) / 1e6)
-        done += span.end
+            texts: Any = itertools.chain(safe_pieces(chunks, tokenizer, CHUNK), [None])
+            for text, following in itertools.pairwise(texts):
+                yield text, following is None
+                progress.update((done + file.buffer.tell()) / 1e6)  # type: ignore[attr-defined]
+        done += path.stat().st_size
     progress.close()
 
 
@@ -2043,21 +2125,11 @@ NUM_CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_
 worker_function: Callable  # in a worker process, what to call for every task
 
 
-def bounded_map(pool: Executor, function: Callable, tasks: Iterable, limit: int) -> Iterator:
-    """Yields `function(task)` in order, with at most `limit` tasks running or waiting."""
-    pending: list[Future] = []
-    for task in tasks:
-        pending.append(pool.submit(function, task))
-        if len(pending) >= limit:
-            yield pending.pop(0).result()
-    while pending:
-        yield pending.pop(0).result()
-
-
 def start_worker(function: Callable) -> None:
     """What a worker process does first. It gets the function once, with all that it needs."""
-    global worker_function
+    global worker_function, encoding_lock
     worker_function = function
+    encoding_lock = threading.Lock()  # a thread of the parent may hold the other one
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     parent: Any = multiprocessing.parent_process()  # if it is killed, don't wait forever
     threading.Thread(target=lambda: [parent.join(), os._exit(1)], daemon=True).start()
@@ -2069,33 +2141,41 @@ def call_worker_function(task: Any) -> Any:
 
 
 def map_on_cores(
-    function: Callable, tasks: Iterable, size: int, num_workers: int | None
+    function: Callable, tasks: Iterable, files: list[Path], num_workers: int | None
 ) -> Iterator[Any]:
     """Yields `function(task)` for each task, in order, computed in several processes."""
+    # WHY fork: the new process starts at once and shares our memory. TRAP: forking is unsafe on
+    # macOS, and after PyTorch has started threads. "spawn" runs the main script again instead:
+    # if that isn't this file, do it only when asked (below `if __name__ == "__main__":`).
+    fork = sys.platform == "linux" and "torch._C" not in sys.modules
+    main_file = getattr(sys.modules["__main__"], "__file__", "")
     if num_workers is None:
-        # `size` is in bytes. Less than 4 MB would be done before another process is ready.
-        num_workers = min(NUM_CORES, size // (8 * CHUNK))
+        # Less than 4 MB would be done before another process is ready.
+        size = sum(path.stat().st_size for path in files)
+        num_workers = min(NUM_CORES, size // (8 * CHUNK)) * (fork or main_file == __file__)
     if num_workers <= 1:
         yield from map(function, tasks)
         return
-    # WHY fork: the new process starts at once and shares our memory. TRAP: forking is unsafe on
-    # macOS, and after PyTorch has started threads. Then "spawn" imports this file again.
-    fork = sys.platform == "linux" and "torch._C" not in sys.modules
     context = multiprocessing.get_context("fork" if fork else "spawn")
     try:
         with ProcessPoolExecutor(num_workers, context, start_worker, (function,)) as pool:
-            yield from bounded_map(pool, call_worker_function, tasks, num_workers + 1)
+            running: list[Future] = []  # or waiting
+            for task in tasks:
+                running.append(pool.submit(call_worker_function, task))
+                if len(running) > num_workers:
+                    yield running.pop(0).result()
+            yield from (future.result() for future in running)
     except futures.BrokenExecutor:
         raise UserError("a worker process died: is there enough memory?") from None
 
 
-def count_spans(spans: Iterable[FileSpan], tokenizer: Tokenizer) -> Counter[bytes]:
+def count_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Counter[bytes]:
     """How often each pre-token occurs in some parts of files."""
     table = WordTable(tokenizer.special_tokens)
     seen = list(table.others)  # seen[n] is the word with number n
     counts = np.zeros(len(seen), np.int64)
-    for span in spans:
-        words = find_pretokens(span.read(), tokenizer.pattern, tokenizer.special_pattern)
+    for text, _ in pieces:
+        words = find_pretokens(text, tokenizer)
         numbers, new = table.lookup(words)
         seen += words.cut(new)
         counts = np.append(counts, np.zeros(len(new), np.int64))
@@ -2110,13 +2190,11 @@ def count_spans(spans: Iterable[FileSpan], tokenizer: Tokenizer) -> Counter[byte
 def count_files(paths: Paths, tokenizer: Tokenizer, num_workers: int | None) -> Counter[bytes]:
     """`count_pretokens` of text files of any size."""
     files, counts = input_files(paths), Counter[bytes]()
-    total = sum(path.stat().st_size for path in files)
-    spans = split_files(files, tokenizer, "counting")
+    pieces = split_files(files, tokenizer, "counting")
     # Use few, large tasks, since most words are in the result of every task.
-    length = min(max(total // CHUNK // (num_workers or NUM_CORES) + 1, 8), 64)
-    tasks = iter(lambda: list(itertools.islice(spans, length)), [])
-    count = functools.partial(count_spans, tokenizer=tokenizer)
-    for result in map_on_cores(count, tasks, total, num_workers):
+    tasks = iter(lambda: list(itertools.islice(pieces, 10)), [])
+    count = functools.partial(count_pieces, tokenizer=tokenizer)
+    for result in map_on_cores(count, tasks, files, num_workers):
         counts.update(result)
     return counts
 
@@ -2135,11 +2213,11 @@ def train_bpe(
     return build_vocab(merges, special_tokens), merges
 
 
-def encode_span(span: FileSpan, tokenizer: Tokenizer, append_eot: bool) -> bytes:
+def encode_part(piece: Piece, tokenizer: Tokenizer, append_eot: bool) -> bytes:
     """The ids of a part of a file, as they are stored in a token file."""
-    ids = tokenizer.encode_piece(span.read())
-    ends_file = span.end == span.path.stat().st_size
-    if append_eot and ends_file and ids[-1:].tolist() != [tokenizer.eot_id]:
+    text, is_last = piece
+    ids = tokenizer.encode_piece(text)
+    if append_eot and is_last and ids[-1:].tolist() != [tokenizer.eot_id]:
         ids = np.append(ids, np.array([tokenizer.eot_id]))
     return ids.astype(tokenizer.dtype).tobytes()
 
@@ -2157,17 +2235,10 @@ def encode_file(
     files, dtype = input_files(dataset_path), np.dtype(tokenizer.dtype)
     if append_eot and tokenizer.eot_id is None:
         raise UserError(f"append_eot needs the special token {END_OF_TEXT} in the tokenizer")
-    total = sum(path.stat().st_size for path in files)
-    spans = split_files(files, tokenizer, "encoding")
-    encode = functools.partial(encode_span, tokenizer=tokenizer, append_eot=append_eot)
-    # A .json file beside generated text may state its entropy, which no model should beat.
-    # (data/make_stories.py adds up -log p of the words it draws, without end-of-text tokens.)
-    floor, description = None, Path(f"{files[0]}.json")
-    if len(files) == 1 and description.is_file():
-        stated = read_json(description, "corpus description")
-        floor = stated.get("floor_nats_per_byte") if isinstance(stated, dict) else None
+    pieces = split_files(files, tokenizer, "encoding")
+    encode = functools.partial(encode_part, tokenizer=tokenizer, append_eot=append_eot)
     with atomic_write(out_path) as out:
-        for ids in map_on_cores(encode, spans, total, num_workers):
+        for ids in map_on_cores(encode, pieces, files, num_workers):
             out.write(ids)
         num_tokens = out.tell() // dtype.itemsize
         # TRAP: write the metadata first; the token file appears at the end of this block. If we
@@ -2178,7 +2249,6 @@ def encode_file(
             "num_tokens": num_tokens,
             "end_of_text_id": tokenizer.eot_id,
             "tokenizer_sha256": tokenizer.fingerprint(),
-            "floor_nats_per_byte": floor,
         })
     return num_tokens
 
@@ -2207,16 +2277,8 @@ import shutil
 class DeviceConfig:
     """Devices"""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # device to compute on
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # device to compute on
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of matmuls
-
-
-@dataclasses.dataclass(kw_only=True)
-class SpeedConfig(DeviceConfig):
-    """Devices and speed"""
-
-    compile: bool = False  # fuse kernels with torch.compile: slower start, faster steps
-    activation_checkpointing: bool = False  # compute activations twice to save memory
 
 
 # float32 has 24 significant bits. bfloat16 has only 8, but the same range; float16 has 11 and
@@ -2245,7 +2307,7 @@ class GradScaler:
 
     Many gradients are below 6e-8, where float16 has no numbers left. So the loss is multiplied
     by a large power of two, and the gradients are divided by it. If they overflow, the step is
-    skipped and the scale halved; 2,000 good steps in a row double it. For other dtypes it is 1.
+    skipped and the scale halved; it doubles every 2,000 steps. For other dtypes it is 1.
     WHY not `if grad_norm.isfinite(): optimizer.step()`: it makes the host wait for the GPU.
     Fused AdamW doesn't: it divides gradients by `grad_scale`, and skips if `found_inf` is 1.
     WHY not torch.amp.GradScaler: under FSDP (chapter 12) it sees one process's shards only, so
@@ -2253,15 +2315,16 @@ class GradScaler:
     """
 
     GROWTH_INTERVAL = 2000
-    MAX_SKIPS = 10  # in a row: too many to be bad luck, so chapter 14 stops the run
 
-    def __init__(self, device: torch.device, dtype: torch.dtype):
+    def __init__(self, device: torch.device, dtype: torch.dtype, loss_scale: float = 1.0):
         self.is_float16 = dtype == torch.float16
-        self.loss_scale = torch.tensor(2.0**16 if self.is_float16 else 1.0, device=device)
-        self.good_steps, self.skipped, self.consecutive_skips = torch.zeros(3, device=device)
+        if self.is_float16 and loss_scale == 1:  # not from a checkpoint of a float16 run
+            loss_scale = 2.0**16
+        self.loss_scale = torch.tensor(loss_scale if self.is_float16 else 1.0, device=device)
+        self.skipped, self.consecutive_skips = torch.zeros(2, device=device)
 
     @torch.no_grad()
-    def step(self, optimizer: Any, grad_norm: Tensor, clip_grad: float) -> None:
+    def step(self, optimizer: Any, grad_norm: Tensor, clip_grad: float, step: int = 1) -> None:
         """Unscale and clip the gradients, then step. `grad_norm` is their unscaled norm."""
         found_inf, divisor = (~grad_norm.isfinite()).float(), self.loss_scale
         if clip_grad:
@@ -2277,16 +2340,8 @@ class GradScaler:
         self.skipped = self.skipped + found_inf
         self.consecutive_skips = (self.consecutive_skips + 1) * found_inf  # a good step: 0
         if self.is_float16:
-            self.good_steps = (self.good_steps + 1) * (1 - found_inf)  # a skipped step: 0
-            double = self.good_steps % self.GROWTH_INTERVAL == 0
-            self.loss_scale = self.loss_scale * torch.where(found_inf > 0, 0.5, 1.0 + double)
-
-    def state_dict(self) -> dict[str, float]:
-        return {name: x.item() for name, x in vars(self).items() if isinstance(x, Tensor)}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        for name, value in state.items():
-            setattr(self, name, torch.full_like(self.loss_scale, value))
+            factor = 1.0 if step % self.GROWTH_INTERVAL else 2.0
+            self.loss_scale = self.loss_scale * torch.where(found_inf > 0, 0.5, factor)
 
 
 def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -2377,7 +2432,7 @@ def has_compiler() -> bool:
     return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "gcc", "clang")))
 
 
-def make_faster(model: TransformerWithLoss, speed: SpeedConfig, per_block: bool) -> None:
+def make_faster(model: TransformerWithLoss, speed: ProcessConfig, per_block: bool) -> None:
     """Checkpoint activations and compile: the model as a whole, or each block on its own."""
     if speed.activation_checkpointing:
         from torch.utils.checkpoint import checkpoint
@@ -2464,8 +2519,8 @@ def muon_naive(
 def muon_momentum(step: int) -> float:
     """Muon's decay rate at `step` (from 0): rises from 0.85 to 0.95 in the first 300 steps.
 
-    WHY: early on the loss falls so fast that older gradients no longer point downhill.
-    Source: Jordan et al. 2024, github.com/KellerJordan/modded-nanogpt.
+    WHY: early on the loss falls so fast that older gradients no longer point downhill. (Jordan
+    et al. 2024, github.com/KellerJordan/modded-nanogpt)
     """
     return min(0.95, 0.85 + 0.1 * step / 300)
 
@@ -2644,13 +2699,13 @@ def generate_texts(
                 return
 
 
-def stream_text(tokenizer: BPETokenizer | Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of `ids`, piece by piece, in whole characters: their bytes may come one by one.
-
-    >>> list(stream_text(BPETokenizer([]), [*"é!".encode()]))
-    ['', 'é', '!', '']
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+def stream_text(
+    tokenizer: BPETokenizer | Tokenizer, ids: Iterable[int], prompt: str = ""
+) -> Iterator[str]:
+    """`prompt` and the text of `ids`, in whole characters: their bytes may come one by one."""
+    valid = bytes_to_text(text_to_bytes(prompt)).isprintable()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace" if valid else "surrogateescape")
+    yield decoder.decode(text_to_bytes(prompt))
     for token in ids:
         yield decoder.decode(tokenizer.vocab[token])
     yield decoder.decode(b"", final=True)
@@ -2687,9 +2742,11 @@ import traceback
 
 
 @dataclasses.dataclass(kw_only=True)
-class ProcessConfig(SpeedConfig):
+class ProcessConfig(DeviceConfig):
     """Devices, speed, and processes (start several with torchrun)"""
 
+    compile: bool = False  # fuse kernels with torch.compile: slower start, faster steps
+    activation_checkpointing: bool = False  # compute activations twice to save memory
     fsdp: bool = False  # shard parameters, gradients and optimizer state over the processes
     fsdp_unit: Literal["auto", "model", "block"] = "auto"
     # what FSDP gathers at once; auto: the model up to 10^9 parameters, else a block
@@ -2698,13 +2755,10 @@ class ProcessConfig(SpeedConfig):
 
 def check_processes(processes: ProcessConfig) -> None:
     """Raise UserError if these flags don't fit this machine or what torchrun started."""
-    shard_size, world_size = processes.shard_size, get_world_size()
-    if processes.fsdp and "RANK" not in os.environ:
-        raise UserError("--fsdp needs torchrun --nproc_per_node=N scratchformer.py ...")
-    if not processes.fsdp and (shard_size or processes.fsdp_unit != "auto"):
+    if not processes.fsdp and (processes.shard_size or processes.fsdp_unit != "auto"):
         raise UserError("each of --shard_size and --fsdp_unit needs --fsdp")
-    if shard_size and world_size % shard_size:
-        raise UserError(f"--shard_size {shard_size} doesn't divide {world_size} processes")
+    if processes.shard_size and get_world_size() % processes.shard_size:
+        raise UserError(f"--shard_size doesn't divide {get_world_size()} processes")
     if processes.compile and not has_compiler():
         raise UserError("--compile needs a C++ compiler, such as g++")
 
@@ -2720,16 +2774,12 @@ def get_world_size() -> int:
 
 
 def pick_device(kind: str) -> torch.device:
-    """This process's device: its own GPU if there is CUDA, else the CPU; "mps" if asked for."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if kind == "auto":
-        kind = "cuda" if cuda else "cpu"
-    if kind == "mps" and (not mps or "RANK" in os.environ):
-        raise UserError("--device mps: there is none here, or torchrun started this process")
+    """This process's device: its own GPU if there is CUDA, else the CPU."""
+    cuda = torch.cuda.is_available()
     if kind == "cuda" and not cuda:
         raise UserError("--device cuda: PyTorch finds no CUDA device here")
-    if kind != "cuda":
-        return torch.device(kind)
+    if kind == "cpu" or not cuda:  # WHY no "mps", a Mac's GPU: we couldn't test it
+        return torch.device("cpu")
     gpus, local_size = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if local_size > gpus:
         raise UserError(f"{local_size} processes on a machine with {gpus} CUDA devices")
@@ -2754,12 +2804,11 @@ def process_group(device: torch.device) -> Iterator[None]:
     except BaseException as error:
         if get_rank() > 0:
             time.sleep(5)  # process 0 tells an error that all have; torchrun ends this sleep
-        expected = isinstance(error, (UserError, OSError))
-        if not expected:
+        if not isinstance(error, (UserError, OSError)):
             traceback.print_exc()
         print_error(f"scratchformer: error: process {get_rank()}: {error_message(error)}\n")
         # WHY not leave cleanly: the others may be waiting for this process. torchrun ends them.
-        os._exit(2 if expected else 1)
+        os._exit(2)
     # TRAP: while something holds the group, or others still communicate, leaving it aborts some
     # CPU runs at exit: "terminate called without an active exception".
     gc.collect()
@@ -2783,17 +2832,11 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def mean_over_processes(losses: list[Tensor]) -> list[float]:
-    """Collective: the mean over all processes of each of these numbers."""
-    sums = sum_over_processes(torch.stack(losses)) if losses else torch.empty(0)
-    return (sums / get_world_size()).tolist()
-
-
 def load_batches(
     tokens: TokenFile, context_length: int, steps: range, device: torch.device,
-    data: DataConfig, rank: int = 0, world_size: int = 1,
+    data: DataConfig, rank: int = 0, world_size: int = 1, first_window: int = 0,
 ) -> Generator:
-    """Yield this process's micro-batches of all `steps`, loaded ahead of time by a thread.
+    """Yield this process's micro-batches of all `steps`.
 
     A step may have several *micro-batches*, whose gradients add up (chapter 14). Of each one,
     every process takes the next batch_size windows. For example, eight windows, two at a time:
@@ -2805,29 +2848,25 @@ def load_batches(
 
     def load(task: tuple[int, int]) -> list[Tensor]:
         step, micro_batch = task
-        number = (step * data.grad_accum_steps + micro_batch) * world_size + rank
-        indices = range(number * data.batch_size, (number + 1) * data.batch_size)
+        number = ((step - steps[0]) * data.grad_accum_steps + micro_batch) * world_size + rank
+        first = first_window + number * data.batch_size
+        indices = range(first, first + data.batch_size)
         batch = get_batch(tokens.ids, context_length, data.seed, indices)
         tokens.check(torch.stack(batch))
-        # Pinned memory lets the copy to a GPU run while the GPU computes.
+        # Pinned memory lets the copy to a GPU run while the GPU computes the step before.
         return [x.pin_memory() if device.type == "cuda" else x for x in batch]
 
     tasks = ((step, micro_batch) for step in steps  # itertools.product would store them all
              for micro_batch in range(data.grad_accum_steps))
-    with ThreadPoolExecutor(1) as executor:
-        for batch in bounded_map(executor, load, tasks, 3):
-            yield [x.to(device, non_blocking=True) for x in batch]
+    for batch in map(load, tasks):
+        yield [x.to(device, non_blocking=True) for x in batch]
 
 
 def average_gradients(model: nn.Module) -> None:
     """Replace every gradient by its mean over the processes. (FSDP has done so already.)
 
     WHY this makes many devices learn what one does: the mean over all rows is the mean of the
-    means over equal shares of them. For example, eight rows on two processes:
-
-    >>> loss_of_row = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8])
-    >>> [share.mean().item() for share in loss_of_row.chunk(2)], loss_of_row.mean().item()
-    ([2.5, 6.5], 4.5)
+    means over equal shares of them. The means of 1, 2, 3, 4 and 5, 6, 7, 8 are 2.5 and 6.5.
     """
     if get_world_size() == 1 or is_fsdp(model):
         return
@@ -2854,7 +2893,6 @@ def shard_model(
 
     The latter is HSDP, hybrid sharded data parallel: the model is sharded within a group (the
     GPUs of a node, say) and replicated across groups.
-
     A *unit* is what is gathered at once. The model as one unit is fastest: each unit costs the
     host some milliseconds per micro-batch. Block by block, only one block's weights are whole
     at any time, so N devices hold a model nearly N times as large as one device can.
@@ -2984,8 +3022,7 @@ def build_model(
 ) -> TransformerWithLoss:
     """Collective: the model, ready to train on all processes. The order matters.
 
-    Process 0 has its `weights`, or draws them on the host: the same for any number of
-    processes, and the model may be larger than a device.
+    Process 0 has its `weights`, or draws them on the host: the same for any number of them.
     """
     with torch.device("meta"):  # shapes without numbers
         model = TransformerWithLoss(config)
@@ -3020,26 +3057,18 @@ def build_model(
 # 13. Checkpoints
 #
 # What must be saved so that a run can resume as if it had never stopped? The parameters, the
-# optimizer's state (AdamW's m and v), and the step: batches are a function of the step (chapter
-# 4). A checkpoint holds whole tensors under the names of the plain model, so it can be loaded
-# on any number of processes. Files are written in the background, from a copy in host memory.
+# optimizer's state (AdamW's m and v), and how many windows it has seen (chapter 4). A
+# checkpoint holds whole tensors under the names of the plain model, so it can be loaded on any
+# number of processes.
 # ----------------------------------------------------------------------------------------
 
-import tempfile
 import zipfile
 
 BEST = "best.pt"  # what --keep_best keeps; not one of `checkpoints_in`, so it's never pruned
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Write `state`, tensors and plain types, to `path`: complete or not at all.
-
-    >>> with tempfile.TemporaryDirectory() as directory:
-    ...     state = {"model": {"w": torch.ones(2)}, "model_config": {}, "step": 7}
-    ...     save_checkpoint(f"{directory}/step_000007.pt", state)
-    ...     load_checkpoint(directory)["model"]["w"].tolist(), os.listdir(directory)
-    ([1.0, 1.0], ['step_000007.pt'])
-    """
+    """Write `state`, tensors and plain types, to `path`: complete or not at all."""
     try:
         with atomic_write(path) as file:
             torch.save(state, file)
@@ -3066,19 +3095,14 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The state in `path`; a directory's newest that isn't damaged; or a Hugging Face Llama."""
+    """The state in `path`; the newest in a directory; or a Hugging Face model."""
     path = Path(path)
     if (path / "config.json").is_file():
         return load_hf_model(path)  # chapter 15
     candidates = checkpoints_in(path) if path.is_dir() else [path]
     if not candidates:
         raise UserError(f"no checkpoint (step_NNNNNN.pt) in {path}")
-    for candidate in candidates[:0:-1]:  # the newest first, all but the oldest
-        try:
-            return read_checkpoint(candidate)
-        except UserError as error:
-            log(f"{error}: trying the checkpoint before it")
-    return read_checkpoint(candidates[0])
+    return read_checkpoint(candidates[-1])
 
 
 def model_from_checkpoint(
@@ -3091,9 +3115,7 @@ def model_from_checkpoint(
         config.context_length = context_length or config.context_length
         model = TransformerWithLoss(config)
         weights = {k: w.to(device, dtype) for k, w in state["model"].items()}
-        if config.tie_embeddings:
-            weights["lm_head.weight"] = weights["embedding.weight"]
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(weights, assign=True, strict=not config.tie_embeddings)
         if config.tie_embeddings:
             model.lm_head.weight = model.embedding.weight
     model.rope = model.make_rope().to(device)  # in float32, whatever `dtype` is
@@ -3104,7 +3126,7 @@ def gather_state(model: nn.Module, params: dict, optimizer: Any) -> dict:
     """Collective: parameters and optimizer state, whole, on process 0; nothing elsewhere.
 
     The state of the optimizer, unless that's None, is, by the name of the state (exp_avg, say)
-    and of the parameter, a tensor like the parameter or a number.
+    and of the parameter, a tensor like the parameter or of one number.
     """
     weights: dict[str, Tensor] = {}
     moments: dict[str, dict] = {}
@@ -3124,24 +3146,20 @@ def gather_state(model: nn.Module, params: dict, optimizer: Any) -> dict:
                 local_shard(moment).copy_(value)
                 gather(into, name, moment)
             else:  # a count of steps
-                into[name] = value.item()
+                into[name] = value.cpu()
     return {"model": weights, "optimizer": moments} if optimizer else {"model": weights}
 
 
 def restore_optimizer(saved: dict, model: nn.Module, params: dict, optimizer: Any) -> None:
     """Collective: put `gather_state`'s optimizer state back. Only process 0 has `saved`."""
-    numbers: dict = broadcast({key: {name: None if isinstance(x, Tensor) else x
-                                     for name, x in by_name.items()}
-                               for key, by_name in saved.items()})
+    dims: dict = broadcast({key: {name: x.dim() for name, x in by_name.items()}
+                            for key, by_name in saved.items()})
     for name, p in model.named_parameters():
         local = params.get(p)
-        for key in (key for key in numbers if local is not None and name in numbers[key]):
-            if (number := numbers[key][name]) is not None:
-                value = torch.full((), float(number), device=p.device)
-            else:
-                # TRAP: `saved` is mapped from a file, which may be deleted: hence clone.
-                value = distribute(saved.get(key, {}).get(name), p).clone()
-            optimizer.state[local][key] = value
+        for key in (key for key in dims if local is not None and name in dims[key]):
+            like = p if dims[key][name] else torch.zeros((), device=p.device)
+            # TRAP: `saved` is mapped from a file, which may be deleted: hence clone.
+            optimizer.state[local][key] = distribute(saved.get(key, {}).get(name), like).clone()
 
 
 # Exercise: Start a run with --save_interval 100, kill it with `kill -9` after the first
@@ -3169,6 +3187,7 @@ class DataConfig:
     train_tokens: Path | None = None  # token file to train on (required unless resuming)
     valid_tokens: Path | None = None  # token file to evaluate the loss on
     tokenizer_path: Path | None = None  # tokenizer of these files: copied to outdir
+    sequence_length: int = 0  # T: --context_length; that of a model may be larger
     batch_size: int = 16  # sequences per process and micro-batch
     grad_accum_steps: int = 1  # micro-batches per optimizer step
     seed: int = 1  # random seed of initial parameters and batches
@@ -3205,18 +3224,19 @@ class Trainer:
     def __init__(
         self, config: ModelConfig, data: DataConfig, optim: OptimizerConfig, optimizer: str,
         processes: ProcessConfig, device: torch.device, dtype: torch.dtype,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None, loss_scale: float = 1.0,
     ):
         self.data, self.optim, self.device = data, optim, device
+        self.T = data.sequence_length or config.context_length
         self.model = build_model(config, data.seed, device, dtype, processes, weights)
         self.params = local_params(self.model)
         precision = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self.optimizer = OPTIMIZERS[optimizer](
             self.model, self.params, optim, precision, processes.compile)
-        self.scaler = GradScaler(device, dtype)
+        self.scaler = GradScaler(device, dtype, loss_scale)
         self.autocast = make_autocast(device, dtype, is_fsdp(self.model))
-        rows = data.batch_size * data.grad_accum_steps * get_world_size()
-        self.tokens_per_step = rows * config.context_length
+        self.windows_per_step = data.batch_size * data.grad_accum_steps * get_world_size()
+        self.tokens_per_step = self.windows_per_step * self.T
 
     def step(self, step: int, batches: Iterator) -> tuple[Tensor, Tensor]:
         """One update of the parameters, step 1, 2, ...; the loss and the gradient norm."""
@@ -3238,17 +3258,16 @@ class Trainer:
         average_gradients(model)
         take_local_gradients(self.params)
         grad_norm = gradient_norm(self.params) / scaler.loss_scale
-        scaler.step(optimizer, grad_norm, optim.clip_grad)  # unscale, clip, update
+        scaler.step(optimizer, grad_norm, optim.clip_grad, step)  # unscale, clip, update
         optimizer.zero_grad()
         model.zero_grad()  # under FSDP these aren't the optimizer's
         return total_loss, grad_norm
 
-    def state(self, step: int, weights_only: bool) -> dict:
+    def state(self, weights_only: bool, **numbers: Any) -> dict:
         """Collective: what to save. Whole tensors on process 0, none elsewhere."""
-        optimizer = None if weights_only else self.optimizer
-        state = gather_state(self.model, self.params, optimizer)
-        return {**state, "model_config": vars(self.model.config), "step": step,
-                "scaler": self.scaler.state_dict()}
+        state = gather_state(self.model, self.params, None if weights_only else self.optimizer)
+        return {**state, "model_config": vars(self.model.config),
+                "loss_scale": self.scaler.loss_scale.item(), **numbers}
 
 
 def run_training(
@@ -3257,13 +3276,12 @@ def run_training(
 ) -> int:
     """Train from start["step"] to the last step or a signal. Returns the last step."""
     first_step, max_steps = start["step"], trainer.optim.max_steps
-    writer = ThreadPoolExecutor(1)  # writes checkpoints while training goes on
-    writing: Future | None = None
+    rows, first_window = trainer.windows_per_step, start["windows"]
     batches = load_batches(
-        tokens, trainer.model.config.context_length, range(first_step, max_steps),
-        trainer.device, trainer.data, get_rank(), get_world_size())
+        tokens, trainer.T, range(first_step, max_steps), trainer.device, trainer.data,
+        get_rank(), get_world_size(), first_window)
     # Of each step since the last line of the log; the times without evaluation and saving.
-    losses = [torch.tensor(loss, device=trainer.device) for loss in start["losses"]]
+    losses: list[Tensor] = []
     seconds: list[float] = []
     best_loss = start["best_loss"]
     for step in range(first_step + 1, max_steps + 1):
@@ -3271,56 +3289,44 @@ def run_training(
         loss, grad_norm = trainer.step(step, batches)
         losses.append(loss)
         logging = last or step <= 2 or step % run.log_interval == 0
-        failing = logging and trainer.scaler.consecutive_skips.item() >= GradScaler.MAX_SKIPS
         signaled = sum_over_processes(torch.tensor(len(signals))).item() > 0  # on any process
         evaluating = last or step % run.eval_interval == 0
-        saving = last or failing or signaled or step % run.save_interval == 0
+        saving = last or signaled or step % run.save_interval == 0
         if first or logging or evaluating or saving:
             loss.item()  # wait for the GPU before looking at the clock
         seconds.append(time.monotonic() - began)
         record: dict[str, Any] = {"step": step}
+        windows = first_window + (step - first_step) * rows
         states: dict[str, dict] = {}  # to be saved, by file name
         if logging:
-            record |= log_training(trainer, step, losses, grad_norm, seconds, len(tokens.ids))
+            record |= log_training(trainer, step, windows * trainer.T, losses, grad_norm,
+                                   seconds, len(tokens.ids))
             losses = []
         if logging or first:  # the first step compiles and allocates: leave it out
             seconds = []
         if valid and evaluating:
             valid_loss = valid.loss(trainer.model, trainer.data.batch_size, trainer.autocast)
-            report, text = valid.report(valid_loss, compare=last and get_rank() == 0)
-            log(f"step {step}: valid {text}")
+            report = valid.report(valid_loss, compare=last and get_rank() == 0)
+            log(f"step {step}: {show_numbers(report)}")
             record |= report
             if run.keep_best and valid_loss < best_loss:
-                states[BEST] = {**trainer.state(step, weights_only=True), **report}
+                states[BEST] = trainer.state(True, step=step, **report)
                 best_loss = valid_loss
         if saving:
-            state = trainer.state(step, weights_only=last and run.weights_only)
-            state["losses"] = mean_over_processes(losses)
-            states[f"step_{step:06d}.pt"] = state
-        if len(record) > 1 and get_rank() == 0:
-            write_metrics(run.outdir, record)
-        if writing and (states or writing.done()):
-            writing.result()  # or its error; at most one copy of the state waits for the disk
-        if states and get_rank() == 0:
-            writing = writer.submit(write_checkpoints, run, states, start["about"])
-        if failing or signaled:
-            break
-    batches.close()
-    if writing:
-        writing.result()
-    if failing:
-        raise UserError("gradients have not been finite: try a smaller --lr or another --dtype")
-    return step
-
-
-def write_checkpoints(run: RunConfig, states: dict[str, dict], about: dict) -> None:
-    """Write these states, each with `about`, under their names. Then delete old ones."""
-    for name, state in states.items():
-        save_checkpoint(run.outdir / name, {**state, **about})
-    if run.keep_checkpoints:
-        for old in checkpoints_in(run.outdir)[: -run.keep_checkpoints]:
-            if old.name not in states:  # a later step's may be left, damaged
+            states[f"step_{step:06d}.pt"] = trainer.state(
+                last and run.weights_only, step=step, windows=windows)
+        if get_rank() == 0:
+            if len(record) > 1:
+                # After a run was killed and resumed, some steps occur twice: the last counts.
+                with open(run.outdir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json_line(record) + "\n")
+            for name, state in states.items():
+                save_checkpoint(run.outdir / name, {**state, **start["about"]})
+            for old in checkpoints_in(run.outdir)[: -run.keep_checkpoints]:
                 old.unlink()
+        if signaled:
+            break
+    return step
 
 
 # Token files
@@ -3334,7 +3340,6 @@ class TokenFile(typing.NamedTuple):
     ids: np.ndarray  # an np.memmap, as in chapter 4: it's read when used
     vocab_size: int
     tokenizer_sha256: str | None = None
-    floor: float | None = None  # entropy of generated text (chapter 8), in nats per byte
 
     def check(self, ids: Any) -> None:
         """Refuse ids outside the vocabulary. TRAP: on a GPU they kill the process unnamed."""
@@ -3345,32 +3350,21 @@ class TokenFile(typing.NamedTuple):
 
 def open_tokens(path: Path, vocab_size: int = 0) -> TokenFile:
     """The token file at `path`. `vocab_size` 0 takes the metadata's; a larger one is fine."""
-    metadata: dict[str, Any] = {"dtype": "uint16", "vocab_size": 0}  # nanoGPT's files have none
-    description = Path(f"{path}.json")
+    description = Path(f"{path}.json")  # which nanoGPT's files don't have
     if not description.is_file() and not is_binary(path):
         raise UserError(f"{path} is text, not a token file: encode it with bpe-encode")
     with file_errors(path, "token file"):
-        if description.is_file():
-            metadata |= read_json(description, "metadata file")
-        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[metadata["dtype"]])
+        metadata = read_json(description, "metadata file") if description.is_file() else {}
+        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[metadata.get("dtype", "uint16")])
         ids = np.memmap(path, dtype, mode="r")
         if metadata.get("num_tokens", len(ids)) != len(ids):
             raise UserError(f"it has {len(ids)} tokens, not {metadata['num_tokens']}")
-        needed = metadata["vocab_size"]
-        if not (vocab_size or needed):
-            raise UserError("it has no metadata: give --vocab_size")
-        if vocab_size and vocab_size < needed:
-            raise UserError(f"--vocab_size is {vocab_size}, but it needs {needed}")
-    return TokenFile(path, ids, vocab_size or needed, metadata.get("tokenizer_sha256"),
-                     metadata.get("floor_nats_per_byte"))
-
-
-def check_same_tokenizer(hashes: dict[Any, str | None]) -> None:
-    """Refuse hashes, by name, that differ: ids of another tokenizer look like any others."""
-    known = [name for name, value in hashes.items() if value]
-    for name in known:
-        if hashes[name] != hashes[known[0]]:
-            raise UserError(f"{name} was made with a different tokenizer from {known[0]}")
+        if not metadata and len(ids) > 99 and not ids[1:10000:2].max() >> 4:
+            raise UserError("it looks like uint32, which needs metadata beside it")
+        needed = metadata.get("vocab_size", 0)
+        if not vocab_size and not needed or vocab_size and vocab_size < needed:
+            raise UserError(f"--vocab_size is {vocab_size}, but it must be {needed or 'given'}")
+    return TokenFile(path, ids, vocab_size or needed, metadata.get("tokenizer_sha256"))
 
 
 # Evaluation
@@ -3386,16 +3380,29 @@ class ValidationSet:
     ):
         if len(tokens.ids) < 2:
             raise UserError(f"{tokens.path} holds only {len(tokens.ids)} token")
-        self.tokens, self.T, self.text = tokens, min(context_length, len(tokens.ids) - 1), b""
+        self.tokens, self.tokenizer = tokens, tokenizer
+        self.T = min(context_length, len(tokens.ids) - 1)
         self.starts = np.arange(0, len(tokens.ids) - 1, self.T)  # the last may be shorter
         if limit and limit < len(self.starts):
             at = np.linspace(0, len(self.starts) - 1, limit).round().astype(int)
             self.starts = self.starts[at]
-        ids = np.concatenate([tokens.ids[i + 1 : i + self.T + 1] for i in self.starts])
-        tokens.check(np.append(ids, tokens.ids[self.starts]))
-        if tokenizer:
-            self.text = tokenizer.decode_bytes(ids[ids != tokenizer.eot_id].tolist())
-        self.bytes_per_token = len(self.text) / len(ids)  # 0 if unknown
+        self.num_tokens = sum(len(window) - 1 for window in self.windows())
+        self.num_bytes = sum(map(len, self.texts()))  # 0 if unknown
+
+    def windows(self) -> Iterator[np.ndarray]:
+        """Yields int64 [T + 1], or less at the end, with ids that are in the vocabulary."""
+        for start in self.starts:
+            window = self.tokens.ids[start : start + self.T + 1].astype(np.int64)
+            self.tokens.check(window)
+            yield window
+
+    def texts(self) -> Iterator[bytes]:
+        """Yields the text of the targets of each window, without end-of-text tokens."""
+        if self.tokenizer:
+            no_text = {self.tokenizer.eot_id, *self.tokenizer.start_ids}
+            for window in self.windows():
+                ids = [i for i in window[1:].tolist() if i not in no_text]
+                yield self.tokenizer.decode_bytes(ids)
 
     @torch.no_grad()
     def loss(self, model: Any, batch_size: int, autocast: Any = None) -> float:
@@ -3403,131 +3410,103 @@ class ValidationSet:
         rank, world_size, training = get_rank(), get_world_size(), model.training
         sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
         model.eval()  # switches off dropout, if somebody adds it
-        for first in range(0, len(self.starts), batch_size * world_size):
-            # Every process must take part in every forward pass, with tensors of the same
-            # shape. Unfilled positions stay -100, which the loss skips.
-            windows = torch.full((batch_size, self.T + 1), -100)
-            mine = self.starts[first + rank : first + batch_size * world_size : world_size]
-            for row, start in zip(windows, mine):
-                ids = self.tokens.ids[start : start + self.T + 1].astype(np.int64)
-                row[: len(ids)] = torch.from_numpy(ids)
-            windows = windows.to(model.rope.device)
-            inputs, targets = windows[:, :-1].clamp(min=0), windows[:, 1:]  # (B, T) each
+        progress, windows = Progress("evaluating", self.num_tokens, "tokens"), self.windows()
+        while rows := list(itertools.islice(windows, batch_size * world_size)):
+            # Every process must take part in every forward pass: without a row, with a fake.
+            mine = rows[rank::world_size]
+            batch = [torch.from_numpy(row) for row in mine or rows[:1]]
+            padded = nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-100)
+            padded = padded.to(model.rope.device)
+            inputs, targets = padded[:, :-1].clamp(min=0), padded[:, 1:]  # (B, T) each
             with autocast or contextlib.nullcontext(), without_compiling():
-                loss = model(inputs, targets)
-            count = int((targets >= 0).sum())
-            sums += torch.tensor([loss.item() * count, count])
+                loss = model(inputs, targets).item()  # of all targets but -100
+            sums += torch.tensor([loss, 1.0]) * sum(len(row) - 1 for row in mine)
+            progress.label = f"evaluating: loss {sums[0] / sums[1]:.3f} so far, "
+            progress.update(sums[1].item() * world_size)
+        progress.close()
         if is_fsdp(model):  # without a backward pass, the last unit has stayed gathered
             model.reshard()
         model.train(training)
         nats, count = sum_over_processes(sums).tolist()
         return nats / count
 
-    def report(self, loss: float, compare: bool = False) -> tuple[dict[str, float], str]:
-        """A loss per token in other units: as a dictionary, and as text for the log.
+    def report(
+        self, loss: float, compare: bool = False, floor: float | None = None
+    ) -> dict[str, float]:
+        """A loss per token in other units.
 
         WHY per byte: bytes are the same for all tokenizers, while a small vocabulary has short
         tokens that are easy to guess. `compare` adds what lzma makes of this text, by finding
-        repetitions: a good model beats it.
+        repetitions: a good model beats it. `floor` is the entropy of a synthetic text.
         """
         result = {"valid_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        text = f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}"
-        if self.text:
-            nats = loss / self.bytes_per_token
+        if self.num_bytes:
+            nats = loss * self.num_tokens / self.num_bytes
             result |= {"nats_per_byte": nats, "bits_per_byte": nats / math.log(2)}
-            text += f", {nats:.4f} nats = {nats / math.log(2):.4f} bits per byte"
-            if floor := self.tokens.floor:
-                result["floor_nats_per_byte"] = floor
-                text += f"; the floor is {floor:.4f} nats, this is {nats / floor - 1:+.1%}"
+            if floor:
+                result["percent_above_floor"] = 100 * (nats / floor - 1)
             if compare:
-                size = len(lzma.compress(self.text, preset=6 | lzma.PRESET_EXTREME))
-                result["lzma_bits_per_byte"] = 8 * size / len(self.text)
-                text += f" (lzma: {result['lzma_bits_per_byte']:.4f} bits)"
-        return result, text
+                xz = lzma.LZMACompressor(preset=6 | lzma.PRESET_EXTREME)
+                size = sum(len(xz.compress(part)) for part in self.texts()) + len(xz.flush())
+                result["lzma_bits_per_byte"] = 8 * size / self.num_bytes
+        return result
 
 
 def log_training(
-    trainer: Trainer, step: int, losses: list, grad_norm: Tensor, seconds: list[float],
-    num_tokens: int,
+    trainer: Trainer, step: int, seen: int, losses: list, grad_norm: Tensor,
+    seconds: list[float], num_tokens: int,
 ) -> dict:
     """Collective: log a line about the last steps. Returns it as a row of metrics.jsonl."""
-    max_steps, seen = trainer.optim.max_steps, step * trainer.tokens_per_step
-    seconds_per_step = sum(seconds) / len(seconds)
-    loss = torch.tensor(mean_over_processes(losses)).mean().item()
+    max_steps, seconds_per_step = trainer.optim.max_steps, sum(seconds) / len(seconds)
+    loss = sum_over_processes(torch.stack(losses).mean()).item() / get_world_size()
     record = {"tokens_seen": seen, "epochs": seen / num_tokens, "train_loss": loss,
               "lr": trainer.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
-              "tokens_per_second": round(trainer.tokens_per_step / seconds_per_step, 1),
+              "tokens_per_second": round(trainer.tokens_per_step / seconds_per_step),
               "skipped_steps": int(trainer.scaler.skipped)}
-    line = (f"step {step:>6}/{max_steps}  {seen / 1e6:,.1f}M tokens, "
-            f"{record['epochs']:.2f} epochs  loss {loss:.4f}  lr {record['lr']:.2e}  "
-            f"norm {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tok/s")
+    if trainer.scaler.consecutive_skips >= 10:  # too many to be bad luck
+        raise UserError(f"step {step}: gradients have not been finite for some time: try a "
+                        "smaller --lr or another --dtype")
     if trainer.device.type == "cuda":
-        record["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        line += f"  {record['memory_gib']:.1f} GiB"
-    if record["skipped_steps"]:
-        line += f"  {record['skipped_steps']} skipped"
-    if step > 1:  # the first step says nothing about the others
+        record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    line = f"step {step:>6}/{max_steps}  {show_numbers(record)}"
+    if len(seconds) > 2:  # the first steps say little about the others
         left = datetime.timedelta(seconds=round(seconds_per_step * (max_steps - step)))
         line += f"  {left} left"
     log(line)
     return record
 
 
-def json_line(record: dict) -> str:
-    """`record` as one line. JSON has no NaN and no infinity: they become null.
+def show_numbers(record: dict) -> str:
+    """`record` as text for people."""
+    return "  ".join(f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}"
+                     for name, x in record.items())
 
-    >>> json_line({"step": 7, "train_loss": math.nan})
-    '{"step": 7, "train_loss": null}'
-    """
+
+def json_line(record: dict) -> str:
+    """`record` as one line. JSON has no NaN and no infinity: they become null."""
     return json.dumps({name: None if isinstance(x, float) and not math.isfinite(x) else x
                        for name, x in record.items()})
 
 
-def write_metrics(outdir: Path, record: dict) -> None:
-    """Append a line to metrics.jsonl. A full disk, which may have room again, isn't fatal."""
-    try:
-        with open(outdir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json_line(record) + "\n")
-    except OSError as error:
-        log(error_message(error))
-
-
-def trim_metrics(outdir: Path, last_step: int) -> None:
-    """Drop what an interrupted run wrote to metrics.jsonl after `last_step`."""
-    path = outdir / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    with atomic_write(path) as file:
-        for line in lines:
-            with contextlib.suppress(Exception):  # a killed run's last line is cut short
-                if json.loads(line)["step"] <= last_step:
-                    file.write(line)
-
-
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """The numbers of signals received: Ctrl-C, SIGTERM, SIGHUP. A second Ctrl-C exits."""
+    """The numbers of signals received: Ctrl-C, SIGTERM, SIGHUP. The third one exits."""
     received: list[int] = []
-    patience = 0.0
 
     def handle(number: int, frame: Any) -> None:
-        nonlocal patience
-        if not received:
-            patience = time.monotonic() + 1  # torchrun may pass on the terminal's Ctrl-C
-            if get_rank() == 0:  # TRAP: a handler may interrupt a print, so it can't print
-                os.write(2, b"stopping after this step; Ctrl-C again to quit without saving\n")
-        elif number == signal.SIGINT and time.monotonic() > patience:
-            os._exit(128 + number)
+        if not received and get_rank() == 0:  # TRAP: while the handler interrupts a print, no
+            os.write(2, b"stopping after this step; Ctrl-C twice to quit without saving\n")
         received.append(number)
+        if len(received) > 2:  # torchrun may pass on the terminal's first Ctrl-C
+            os._exit(128 + number)
 
     # Windows has no SIGHUP. Signals that are ignored stay ignored: that's how nohup works.
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    before = {number: signal.signal(number, handle) for number in numbers
-              if signal.getsignal(number) != signal.SIG_IGN}
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                stack.callback(signal.signal, number, signal.signal(number, handle))
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # The command
@@ -3537,12 +3516,19 @@ def catch_signals() -> Iterator[list[int]]:
 def load_tokenizer(
     path: Path | None, checkpoint: str | None, hashes: dict, vocab_size: int
 ) -> Tokenizer | None:
-    """The tokenizer at `path`, or the copy that training left beside `checkpoint`, if any."""
+    """The tokenizer at `path`, or the copy that training left beside `checkpoint`, if any.
+
+    Raises UserError if `hashes` differ: ids of another tokenizer look like any others.
+    """
     if not path and checkpoint:
         folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
         path = next(folder.glob("tokenizer.json"), None)
     tokenizer = Tokenizer.load(path) if path else None
-    check_same_tokenizer({**hashes, path: tokenizer.fingerprint() if tokenizer else None})
+    hashes = {**hashes, path: tokenizer.fingerprint() if tokenizer else None}
+    known = [name for name, value in hashes.items() if value]
+    for name in known:
+        if hashes[name] != hashes[known[0]]:
+            raise UserError(f"{name} was made with a different tokenizer from {known[0]}")
     if tokenizer and tokenizer.vocab_size > vocab_size:
         raise UserError(f"{path} has {tokenizer.vocab_size} ids, the model only {vocab_size}")
     return tokenizer
@@ -3550,28 +3536,19 @@ def load_tokenizer(
 
 def load_start(run: RunConfig) -> dict:
     """What training starts from: a state to resume, a model's weights, or only a step, 0."""
-    checkpoints = checkpoints_in(run.outdir)
-    logs = [path for path in run.outdir.glob("metrics.jsonl") if path.stat().st_size]
-    others = [*run.outdir.glob(BEST), *logs, *checkpoints]
-    if (run.outdir / "config.json").exists():
-        raise UserError(f"{run.outdir} holds an exported model: choose another --outdir")
-    if others and not run.resume:
-        raise UserError(f"{run.outdir} holds {others[-1].name} of another run: choose another "
-                        "--outdir, or continue with --resume")
-    if logs and not checkpoints:  # killed before the first, or somebody has moved them
-        logs[0].rename(logs[0].with_name(f"metrics_{int(logs[0].stat().st_mtime)}.jsonl"))
-    if checkpoints:
-        state = load_checkpoint(run.outdir)
+    if not run.resume:
+        new_directory(run.outdir)
+    if checkpoints_in(run.outdir):
+        state = read_checkpoint(checkpoints_in(run.outdir)[-1])
         if "optimizer" not in state:
             raise UserError(f"{state['path']} has no optimizer state: start from it with "
                             "--init_from, or remove it")
-        best = run.outdir / BEST
-        best_state = read_checkpoint(best) if best.is_file() else {}
-        return {**state, "best_loss": best_state.get("valid_loss", math.inf)}
+        best = read_checkpoint(run.outdir / BEST) if (run.outdir / BEST).is_file() else {}
+        return {**state, "best_loss": best.get("valid_loss", math.inf)}
     if run.resume:
         log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
     state = load_checkpoint(run.init_from) if run.init_from else {}
-    return {**state, "step": 0, "run": {}, "best_loss": math.inf, "losses": []}
+    return {**state, "step": 0, "windows": 0, "run": {}, "best_loss": math.inf}
 
 
 def resolve_model_config(given: dict, model: LlamaConfig, start: dict) -> LlamaConfig:
@@ -3579,12 +3556,9 @@ def resolve_model_config(given: dict, model: LlamaConfig, start: dict) -> LlamaC
     if "model_config" not in start:
         return model
     config = config_from_dict(start["model_config"])
-    if "context_length" in given and not start["step"]:  # no parameter depends on it
-        config.context_length = model.context_length
-    for name in vars(config).keys() & given.keys():
-        value, auto = getattr(model, name), name in ("vocab_size", "num_kv_heads")
-        if value != getattr(config, name) and not (auto and given[name] == 0):
-            raise UserError(f"--{name} is {value}, but the model in {start['path']} has "
+    for name in vars(config).keys() & given.keys() - {"context_length"}:
+        if given[name] not in (getattr(config, name), 0):
+            raise UserError(f"--{name} is {given[name]}, but the model in {start['path']} has "
                             f"{getattr(config, name)}")
     return config
 
@@ -3592,7 +3566,7 @@ def resolve_model_config(given: dict, model: LlamaConfig, start: dict) -> LlamaC
 def lock_outdir(outdir: Path) -> typing.TextIO:
     """Make outdir, and refuse it if another run is writing to it. Returns the locked file."""
     outdir.mkdir(parents=True, exist_ok=True)
-    lock = open(outdir / ".lock", "w")
+    lock = open(outdir / OUR_DIRECTORY, "w")
     try:
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
@@ -3600,8 +3574,6 @@ def lock_outdir(outdir: Path) -> typing.TextIO:
         raise UserError(f"another run is writing to {outdir}") from None
     except (ImportError, OSError):  # Windows, or a file system without locks
         pass
-    for leftover in outdir.glob(".*.pt.*.tmp"):  # by a process that was killed
-        leftover.unlink()
     return lock
 
 
@@ -3612,20 +3584,20 @@ def open_data(
     if not data.train_tokens:
         raise UserError("--train_tokens is required: a token file to learn from")
     tokens = open_tokens(Path(data.train_tokens), config.vocab_size)
-    if len(tokens.ids) < 2 * config.context_length:
+    T = data.sequence_length
+    if len(tokens.ids) < 2 * T:
         raise UserError(f"{tokens.path} holds {len(tokens.ids)} tokens, fewer than two windows "
-                        f"of --context_length {config.context_length}")
+                        f"of --context_length {T}: bring more text")
     valid_tokens, valid, tokenizer = tokens, None, None
     if data.valid_tokens:
         valid_tokens = open_tokens(Path(data.valid_tokens), tokens.vocab_size)
     if get_rank() == 0:  # it alone reads the tokenizer
-        hashes = {tokens.path: tokens.tokenizer_sha256,
-                  valid_tokens.path: valid_tokens.tokenizer_sha256,
-                  start.get("path"): start.get("tokenizer_sha256")}
+        hashes: dict = {file.path: file.tokenizer_sha256 for file in (tokens, valid_tokens)}
+        hashes[start.get("path")] = start.get("tokenizer_sha256")
         tokenizer = load_tokenizer(
             data.tokenizer_path, start.get("path"), hashes, tokens.vocab_size)
     if data.valid_tokens:
-        valid = ValidationSet(valid_tokens, config.context_length, run.eval_windows, tokenizer)
+        valid = ValidationSet(valid_tokens, T, run.eval_windows, tokenizer)
     return tokens, valid, tokenizer
 
 
@@ -3652,6 +3624,10 @@ def train(
                 setattr(flags, name, old_flags[name])
             check_config(flags)
         config = resolve_model_config(given, model, start)
+        T = given.get("context_length", data.sequence_length or config.context_length)
+        if data.sequence_length not in (0, T):
+            raise UserError(f"this run has --context_length {data.sequence_length}")
+        data.sequence_length, config.context_length = T, max(T, config.context_length)
         if start["step"] >= optim.max_steps:
             log(f"nothing left to do: {run.outdir} holds a checkpoint of step {start['step']}, "
                 f"and --max_steps is {optim.max_steps}")
@@ -3659,26 +3635,22 @@ def train(
         tokens, valid, tokenizer = open_data(start, data, config, run)
         config.vocab_size = tokens.vocab_size
         trainer = Trainer(config, data, optim, run.optimizer, processes, device, dtype,
-                          saved.get("model"))
+                          saved.get("model"), start.get("loss_scale", 1.0))
         if old_flags.get("optimizer") == run.optimizer:  # another one starts anew
             restore_optimizer(saved.get("optimizer", {}), trainer.model, trainer.params,
                               trainer.optimizer)
-        if old_flags:
-            trainer.scaler.load_state_dict(start["scaler"])
         saved.clear()  # frees its tensors
         new_flags = {name: str(value.absolute()) if isinstance(value, Path) else value
                      for flags in (data, optim, run) for name, value in vars(flags).items()
                      if name not in ("outdir", "resume", "init_from", "tokenizer_path")}
-        new_flags["tokens_per_step"] = trainer.tokens_per_step
         for name in old_flags.keys() & new_flags.keys():
             if (old := old_flags[name]) != new_flags[name]:
                 log(f"changed since the checkpoint: {name} {old} -> {new_flags[name]}")
-        start["about"] = {"run": new_flags, "tokenizer_sha256": (
-            tokens.tokenizer_sha256 or tokenizer and tokenizer.fingerprint())}
-        if get_rank() == 0:
-            trim_metrics(run.outdir, start["step"])
-            if tokenizer:
-                tokenizer.save(run.outdir / "tokenizer.json")
+        start["about"] = {"run": new_flags, "hf_files": start.get("hf_files", {}),
+                          "tokenizer_sha256": (tokens.tokenizer_sha256
+                                               or tokenizer and tokenizer.fingerprint())}
+        if tokenizer:  # only process 0 has it
+            tokenizer.save(run.outdir / "tokenizer.json")
         num_parameters = sum(p.numel() for p in trainer.model.parameters())
         log(f"{device}, {dtype}, processes: {get_world_size()}, {num_parameters:,} parameters, "
             f"{trainer.tokens_per_step:,} tokens per step, in {run.outdir}")
@@ -3713,21 +3685,17 @@ def train(
 BYTE_TO_UNICODE = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
 UNPRINTABLE = [byte for byte in range(256) if byte not in BYTE_TO_UNICODE]
 BYTE_TO_UNICODE |= {byte: chr(256 + i) for i, byte in enumerate(UNPRINTABLE)}
-UNICODE_TO_BYTE = {character: byte for byte, character in BYTE_TO_UNICODE.items()}
+UNICODE_TO_BYTE = {ord(character): byte for byte, character in BYTE_TO_UNICODE.items()}
 
 
 def token_to_unicode(token: bytes) -> str:
-    """A token as it is spelled in a tokenizer.json.
-
-    >>> token_to_unicode(b" the"), unicode_to_token("Ġthe")
-    ('Ġthe', b' the')
-    """
+    """A token as it is spelled in a tokenizer.json: "Ġthe" for b" the"."""
     return "".join(BYTE_TO_UNICODE[byte] for byte in token)
 
 
 def unicode_to_token(name: str) -> bytes:
     """The inverse of `token_to_unicode`."""
-    return bytes(UNICODE_TO_BYTE[character] for character in name)
+    return name.translate(UNICODE_TO_BYTE).encode("latin-1")
 
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
@@ -3736,15 +3704,16 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
     ordinary = tokenizer.vocab.keys() - set(specials.values())
     vocab = {token_to_unicode(tokenizer.vocab[i]): i for i in sorted(ordinary)}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern},
-             "behavior": "Isolated", "invert": False}
+    splits = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+               "invert": False} for pattern in tokenizer.patterns]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": False}
     return {
         "version": "1.0",
         "added_tokens": [{"id": i, "content": token, **flags, "special": True}
                          for token, i in specials.items()],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "normalizer": tokenizer.normalizer and {"type": tokenizer.normalizer},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
         "decoder": byte_level,
         "model": {"type": "BPE", "ignore_merges": tokenizer.ignore_merges,
                   "vocab": vocab | specials,
@@ -3752,52 +3721,69 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
     }
 
 
-def tokenizer_from_json(content: Any, path: str | Path) -> Tokenizer:
-    """The tokenizer described by the content of the tokenizer.json at `path`."""
-    supported = {"type": "BPE", "normalizer": None, "continuing_subword_prefix": None,
+def tokenizer_from_json(source: bytes, path: str | Path) -> Tokenizer:
+    """The tokenizer described by `source`, the content of the tokenizer.json at `path`."""
+    supported = {"type": "BPE", "continuing_subword_prefix": None,
                  "end_of_word_suffix": None, "byte_fallback": None, "dropout": None}
     with file_errors(path, "tokenizer.json"):
+        content = json.loads(source)
         model, added_tokens = content["model"], content["added_tokens"]
-        found = {**content, **model}
         for key, value in supported.items():
-            if (found.get(key) or value) != value:
-                raise UserError(f"its {key} is {found[key]!r}")
+            if (model.get(key) or value) != value:
+                raise UserError(f"its {key} is {model[key]!r}")
+        steps = steps_of(content, "normalizer", "normalizers")
+        normalizer = [step.get("type") for step in steps]
+        if normalizer not in ([], ["NFC"], ["NFKC"]):
+            raise UserError(f"its normalizer is {content['normalizer']}, not NFC or NFKC")
         for token in added_tokens:
-            if token.get("single_word") or token.get("lstrip") or token.get("rstrip"):
-                raise UserError(f"token {token['content']!r} also matches what is around it")
-        pattern = pattern_from_json(content["pre_tokenizer"])
+            if (token.get("single_word") or token.get("lstrip") or token.get("rstrip")
+                    or normalizer and token.get("normalized")):
+                raise UserError(f"token {token['content']!r} also matches something else")
         specials = {token["content"]: token["id"] for token in added_tokens}
-        vocab = {i: unicode_to_token(name) for name, i in model["vocab"].items()
-                 if name not in specials}
+        token_of = {name: unicode_to_token(name) for name in model["vocab"]
+                    if name not in specials}
+        vocab = {model["vocab"][name]: token for name, token in token_of.items()}
         vocab |= {i: text_to_bytes(token) for token, i in specials.items()}
         pairs = [merge.split(" ") if isinstance(merge, str) else merge
                  for merge in model["merges"]]
-        merges = [(unicode_to_token(left), unicode_to_token(right)) for left, right in pairs]
-        return Tokenizer(vocab, merges, specials, pattern, bool(model.get("ignore_merges")))
+        merges = [(token_of[left], token_of[right]) for left, right in pairs]
+        tokenizer = Tokenizer(vocab, merges, specials, patterns_from_json(content),
+                              bool(model.get("ignore_merges")), *normalizer)
+        tokenizer.source = source
+        for step in steps_of(content, "post_processor", "processors"):
+            template = step.get("single", [])  # special tokens, the text, more special tokens
+            for item in itertools.takewhile(lambda item: "SpecialToken" in item, template):
+                tokenizer.start_ids += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+        return tokenizer
 
 
-def pattern_from_json(pre_tokenizer: Any) -> str:
-    """The pattern of a tokenizer.json. Raises UserError if it isn't one regular expression."""
-    match {"use_regex": True, **(pre_tokenizer or {})}:  # true if a file doesn't say
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
-            return PRETOKEN_PATTERN
-        case {"pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated",
-             "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]}:
-            return pattern
-        case {"pretokenizers": [
-            {"type": "Digits", "individual_digits": one_by_one},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        ]}:
-            # Digits are split off first, one by one or as a run; then GPT-2's pattern sees each
-            # piece alone, so whitespace before a digit behaves like whitespace at the end.
-            return PRETOKEN_PATTERN.replace(
-                r" ?\p{N}+", r"\p{N}" if one_by_one else r"\p{N}+"
-            ).replace(r"\s+(?!\S)", r"\s+(?![^\s\p{N}])")
-    raise UserError(f"its pre-tokenizer is {pre_tokenizer}, not ByteLevel, alone or after one "
-                    "Split on a regular expression or Digits")
+def steps_of(content: dict, name: str, names: str) -> list[dict]:
+    """What a normalizer, pre-tokenizer or post-processor does: one step or a Sequence."""
+    step = content.get(name) or {"type": "Sequence", names: []}
+    return step[names] if step["type"] == "Sequence" else [step]
+
+
+def patterns_from_json(content: dict) -> list[str]:
+    """The patterns of a tokenizer.json. Raises UserError if it splits by anything else."""
+    patterns, steps = [], steps_of(content, "pre_tokenizer", "pretokenizers")
+    for step in steps:
+        kind, use_regex = step["type"], step.get("use_regex", True)
+        if kind == "Split" and "Regex" in step["pattern"] and (
+                step["behavior"], step["invert"]) in (("Isolated", False), ("Removed", True)):
+            patterns.append(step["pattern"]["Regex"])
+            # What "Removed" removes is what the pattern doesn't match: it should match all.
+            every_kind = "".join(map(chr, range(1 << 14)))
+            if step["invert"] and regex.sub(patterns[-1], "", every_kind):
+                raise UserError(f"its pre-tokenizer removes text: {step}")
+        elif kind == "Digits":
+            patterns.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
+        elif kind == "ByteLevel" and step is steps[-1] and not step["add_prefix_space"]:
+            patterns += [PRETOKEN_PATTERN] if use_regex else []
+        else:
+            raise UserError(f"its pre-tokenizer has a step that we don't know: {step}")
+    if not patterns or steps[-1]["type"] != "ByteLevel":
+        raise UserError(f"its pre-tokenizer is {content.get('pre_tokenizer')}")
+    return patterns
 
 
 # The Hugging Face matrices which, concatenated by rows, are our matrix of this name.
@@ -3806,23 +3792,27 @@ HF_NAMES = {
     "attention_norm": ["input_layernorm"], "mlp_norm": ["post_attention_layernorm"],
     "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "attention.output": ["self_attn.o_proj"],
+    "attention.query_norm": ["self_attn.q_norm"], "attention.key_norm": ["self_attn.k_norm"],
     "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"],
 }
-ROTARY_WEIGHTS = ("q_proj.weight", "k_proj.weight")
+ROTARY_WEIGHTS = tuple(f"{x}.weight" for x in ("q_proj", "k_proj", "q_norm", "k_norm"))
 # Our fields and their names in config.json.
 HF_FIELDS = {
     "vocab_size": "vocab_size", "context_length": "max_position_embeddings",
     "num_layers": "num_hidden_layers", "d_model": "hidden_size",
     "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
-    "d_ff": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
+    "head_dim": "head_dim", "d_ff": "intermediate_size", "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
 }
 HF_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Files that stay with a published model as they are, also when it's trained further.
+HF_FILES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja",
+            "special_tokens_map.json")
 HF_ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor",
                    "original_max_position_embeddings")
-# What config.json must say, since our architecture supports nothing else.
-HF_REQUIRED = {"model_type": "llama", "hidden_act": "silu",
-               "attention_bias": False, "mlp_bias": False}
+# What config.json must say, since our architecture supports nothing else. Qwen3 is Llama with
+# qk_norm.
+HF_REQUIRED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 
 def llama3_rope_scaling(frequencies: Tensor, scaling: list[float]) -> Tensor:
@@ -3847,7 +3837,7 @@ def hf_names(name: str) -> list[str]:
 
 
 def interleaved_to_half_split(weight: Tensor, head_dim: int, inverse: bool = False) -> Tensor:
-    """Rows of a query or key matrix [H * K, D], reordered from our pairs to Hugging Face's.
+    """Rows of a query or key matrix [H * K, ...], reordered from our pairs to Hugging Face's.
 
     Within each head, row 2i goes to i, and row 2i + 1 to i + K/2. `inverse` undoes this.
     """
@@ -3871,9 +3861,8 @@ def to_hf(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tenso
 
 def from_hf(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The inverse of `to_hf`, as float32. Raises UserError unless the weights fit `config`."""
-    # Some files hold a tied matrix twice, and old ones RoPE's frequencies. Both are ignored.
-    weights = {name: x for name, x in weights.items() if not (
-        name.endswith("inv_freq") or config.tie_embeddings and name == "lm_head.weight")}
+    # Old files also hold RoPE's frequencies.
+    weights = {name: x for name, x in weights.items() if not name.endswith("inv_freq")}
     with torch.device("meta"):  # only names and shapes matter
         model = dict(Transformer(config).named_parameters())
     expected = {name: tuple(x.shape) for name, x in to_hf(model, config).items()}
@@ -3892,8 +3881,9 @@ def from_hf(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor
 def config_to_hf(config: LlamaConfig) -> dict:
     """The config.json that makes `transformers` build our architecture."""
     scaling = config.rope_scaling
+    name = "Qwen3" if config.qk_norm else "Llama"
     return {
-        "architectures": ["LlamaForCausalLM"], **HF_REQUIRED,
+        "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(), **HF_REQUIRED,
         **{theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()},
         "rope_scaling": scaling and {
             "rope_type": "llama3", **dict(zip(HF_ROPE_SCALING, scaling)),
@@ -3903,18 +3893,20 @@ def config_to_hf(config: LlamaConfig) -> dict:
 
 def config_from_hf(content: dict) -> LlamaConfig:
     """Our configuration for a config.json. Raises UserError for another architecture."""
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
     found = {
         "num_key_value_heads": content.get("num_attention_heads"), "rope_theta": 10000.0,
-        "tie_word_embeddings": False, "rope_type": rope.get("type", "default"),
+        "tie_word_embeddings": False, "rope_type": rope.get("type", "default"), "head_dim": 0,
         **{name: value for name, value in {**content, **rope}.items() if value is not None},
     }
     scaled = found["rope_type"] == "llama3"
-    required = {**HF_REQUIRED, "rope_type": "llama3" if scaled else "default"}
+    qwen3 = found["model_type"] == "qwen3"
+    required = {**HF_REQUIRED, "model_type": "qwen3" if qwen3 else "llama",
+                "rope_type": "llama3" if scaled else "default", "use_sliding_window": False}
     for name, value in required.items():
         if found.get(name, value) != value:
             raise UserError(f"its {name} is {found[name]!r}, but we need {value!r}")
-    fields = {ours: found[theirs] for ours, theirs in HF_FIELDS.items()}
+    fields = {ours: found[theirs] for ours, theirs in HF_FIELDS.items()} | {"qk_norm": qwen3}
     if scaled:
         fields["rope_scaling"] = [float(rope[name]) for name in HF_ROPE_SCALING]
     return config_from_dict(fields)
@@ -3933,11 +3925,20 @@ def load_hf_model(directory: Path) -> dict:
             names = sorted(set(index["weight_map"].values()))
         weights = {name: weight for file in names
                    for name, weight in safetensors.torch.load_file(directory / file).items()}
-        if (generation := directory / "generation_config.json").is_file():
-            content |= read_json(generation, "generation_config.json")
+        # As in transformers 5: two different matrices aren't tied, and one is enough for both.
+        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        if config.tie_embeddings and head in weights:
+            weights.setdefault(embedding, weights[head])
+            config.tie_embeddings = torch.equal(weights[embedding], weights[head])
+            if config.tie_embeddings:
+                del weights[head]
         weights = from_hf(weights, config)
+        ids = {name: content.get(name) for name in HF_SPECIAL_IDS}
+        files = {"generation_config.json": json.dumps(ids)}
+        files |= {name: (directory / name).read_text("utf-8") for name in HF_FILES
+                  if (directory / name).is_file()}
     return {"model": weights, "model_config": vars(config), "step": 0, "path": str(directory),
-            "special_ids": {key: content.get(key) for key in HF_SPECIAL_IDS}}
+            "hf_files": files}
 
 
 def export(
@@ -3947,8 +3948,7 @@ def export(
 ) -> None:
     """Write a directory that transformers loads with from_pretrained. Needs safetensors."""
     import safetensors.torch
-    if checkpoints_in(outdir) or outdir.resolve() == saved.checkpoint.resolve():
-        raise UserError(f"the export would hide the model in {outdir}: choose another --outdir")
+    new_directory(outdir)
     state, model, tokenizer = saved.load()
     config, eot = model.config, tokenizer.eot_id
     if config.architecture != "llama":
@@ -3958,15 +3958,20 @@ def export(
     with atomic_write(outdir / "model.safetensors") as file:
         file.write(safetensors.torch.save(weights, {"format": "pt"}))
     tokenizer.save(outdir / "tokenizer.json")
-    special_ids = state.get("special_ids", dict.fromkeys(HF_SPECIAL_IDS, eot))
-    write_json(outdir / "config.json",
-               {**config_to_hf(config), **special_ids, "torch_dtype": dtype})
     eot_token = None if eot is None else tokenizer.decode([eot])
-    write_json(outdir / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context_length,
-        "model_input_names": ["input_ids", "attention_mask"],
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), eot_token),
-    })
+    files = state.get("hf_files") or {
+        "generation_config.json": json.dumps(dict.fromkeys(HF_SPECIAL_IDS, eot)),
+        "tokenizer_config.json": json.dumps({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": config.context_length,
+            "model_input_names": ["input_ids", "attention_mask"],
+            **dict.fromkeys(("bos_token", "eos_token", "pad_token"), eot_token)})}
+    ids = json.loads(files["generation_config.json"])
+    ids = {name: ids.get(name) for name in HF_SPECIAL_IDS}
+    write_json(outdir / "config.json", {**config_to_hf(config), **ids, "torch_dtype": dtype})
+    for name, text in files.items():
+        with atomic_write(outdir / name) as file:
+            file.write(text.encode())
     log(f"{outdir}: load it with AutoModelForCausalLM.from_pretrained")
 
 
@@ -3984,13 +3989,15 @@ def export(
 # ----------------------------------------------------------------------------------------
 
 import argparse
+import builtins
 import inspect
 import shlex
-import subprocess
+import warnings
 
+NOT_FLAGS = ("given", "architecture", "sequence_length", "rope_scaling")
 # Numbers must be at least 0, and integers at least 1, except for these.
-MAY_BE_0 = ("vocab_size", "num_kv_heads", "warmup_steps", "shard_size", "seed", "eval_windows",
-            "keep_checkpoints")
+MAY_BE_0 = ("vocab_size", "num_kv_heads", "head_dim", "warmup_steps", "shard_size", "seed",
+            "eval_windows", "keep_checkpoints", "top_k", "sequence_length")
 
 
 def check_config(c: Any) -> None:
@@ -3998,7 +4005,8 @@ def check_config(c: Any) -> None:
     for name, value in vars(c).items():
         if type(value) in (int, float):
             least = int(type(value) is int and name not in MAY_BE_0)
-            most = {"beta1": 0.9999, "beta2": 0.99999, "top_p": 1.0}.get(name, 2**32)
+            most = {"beta1": 0.9999, "beta2": 0.99999, "top_p": 1.0}.get(
+                name, 1 << 24 if isinstance(c, LlamaConfig) else 1 << 32)
             if not least <= value <= most:
                 raise UserError(f"--{name} must be from {least} to {most}, not {value}")
     if isinstance(c, OptimizerConfig):
@@ -4010,13 +4018,11 @@ def check_config(c: Any) -> None:
         if c.architecture != ModelConfig.architecture:
             raise UserError(f"architecture is {c.architecture!r}, unlike this file's model")
         if c.num_heads % c.num_kv_heads:
-            raise UserError("num_heads must be divisible by num_kv_heads: "
-                            f"{c.num_heads} / {c.num_kv_heads}")
-        if c.d_model % (2 * c.num_heads):  # RoPE rotates pairs
-            raise UserError(f"d_model / num_heads must be even: {c.d_model} / {c.num_heads}")
-        scaling = c.rope_scaling
-        if scaling and (len(scaling) != 4 or min(scaling) <= 0 or scaling[1] >= scaling[2]):
-            raise UserError(f"rope_scaling is {scaling}, not four numbers a, b < c, d above 0")
+            raise UserError(f"num_heads must be divisible by num_kv_heads: {c.num_heads} / "
+                            f"{c.num_kv_heads}")
+        if c.head_dim % 2 or c.head_dim == c.d_model // c.num_heads != c.d_model / c.num_heads:
+            raise UserError("head_dim, or else d_model / num_heads, must be even, for RoPE: "
+                            f"{c.head_dim}, {c.d_model} / {c.num_heads}")
 
 
 def config_from_dict(fields: dict) -> LlamaConfig:
@@ -4042,31 +4048,23 @@ def add_flags(parser: Any, owner: Any) -> None:
     """Make the parameters of a function, or the fields of a dataclass, flags of `parser`."""
     kinds, comments = typing.get_type_hints(owner), flag_comments(owner)
     for name, parameter in inspect.signature(owner).parameters.items():
-        kind = kinds[name]
-        if dataclasses.is_dataclass(kind):
-            add_flags(parser.add_argument_group(kind.__doc__), kind)
-            continue
-        if name in ("given", "architecture"):  # not for a user to choose
-            continue
-        if parameter.annotation.endswith("| None"):
-            kind = typing.get_args(kind)[0]
-        options: dict[str, Any] = {"help": comments[name]}
-        if parameter.default is parameter.empty:
-            options = {"help": comments[name] + " (required)", "required": True}
-        elif parameter.default:
-            options["help"] += f" (default: {parameter.default})"
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif name == "optimizer":
-            options["choices"] = OPTIMIZERS
-        elif typing.get_origin(kind) is Literal:
-            options["choices"] = typing.get_args(kind)
-        else:
-            if typing.get_origin(kind) is list:  # repeating the flag appends
-                kind = typing.get_args(kind)[0]
-                options |= {"action": "extend", "nargs": "+"}
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument(f"--{name}", **options)
+        if dataclasses.is_dataclass(kinds[name]):
+            add_flags(parser.add_argument_group(kinds[name].__doc__), kinds[name])
+        elif name not in NOT_FLAGS:
+            kind, default = parameter.annotation.removesuffix(" | None"), parameter.default
+            required = default is parameter.empty
+            note = " (required)" if required else f" (default: {default})" if default else ""
+            options: dict[str, Any] = {"help": comments[name] + note, "required": required}
+            if kind == "bool":
+                options["action"] = argparse.BooleanOptionalAction
+            elif name == "optimizer" or kind.startswith("Literal"):
+                options["choices"] = typing.get_args(kinds[name]) or OPTIMIZERS
+            else:
+                if kind.startswith("list"):  # repeating the flag appends
+                    options |= {"action": "extend", "nargs": "+"}
+                kind = kind.removeprefix("list[").removesuffix("]")
+                options |= {"type": getattr(builtins, kind, Path), "metavar": kind.upper()}
+            parser.add_argument(f"--{name}", **options)
 
 
 def parse_flags(name: str, command: Callable, argv: list[str]) -> tuple[dict, dict]:
@@ -4105,7 +4103,8 @@ def bpe_train(
     start, specials = time.monotonic(), []
     if special_tokens_path:
         with file_errors(special_tokens_path, "list of special tokens"):
-            specials = special_tokens_path.read_text(encoding="utf-8").splitlines()
+            lines = special_tokens_path.read_text(encoding="utf-8-sig").splitlines()
+            specials = [line.strip() for line in lines if line.strip()]
     pattern = {"gpt2": PRETOKEN_PATTERN, "gpt4": GPT4_PATTERN}.get(pattern, pattern)
     check_outputs([tokenizer_out_path], [*input_files(file_path), special_tokens_path])
     with atomic_write(tokenizer_out_path) as out:  # first: a bad path fails early
@@ -4126,9 +4125,7 @@ def bpe_encode(
     check_outputs([out_path, Path(f"{out_path}.json")], [*files, tokenizer_path])
     tokens = encode_file(Tokenizer.load(tokenizer_path), files,
                          out_path, append_eot, num_workers)
-    size, seconds = sum(path.stat().st_size for path in files), time.monotonic() - start
-    log(f"{out_path}: {tokens:,} tokens, {size / max(tokens, 1):.2f} bytes per token, "
-        f"{seconds:.1f} s, {size / seconds / 1e6:.1f} MB/s")
+    log(f"{out_path}: {tokens:,} tokens, {time.monotonic() - start:.1f} s")
 
 
 @dataclasses.dataclass
@@ -4138,14 +4135,19 @@ class SavedModel:
     checkpoint: Path  # a checkpoint, a run's directory, or a Hugging Face Llama directory
     tokenizer_path: Path | None = None  # tokenizer.json (default: beside the checkpoint)
 
-    def load(self, *options: Any, need_tokenizer: bool = True) -> tuple[dict, Any, Any]:
-        """The checkpoint; its model, given `options`; and the tokenizer, perhaps None."""
-        state = load_checkpoint(self.checkpoint)
+    def load(self, *options: Any, tokens: TokenFile | None = None) -> tuple[dict, Any, Any]:
+        """The checkpoint; its model, given `options`; the tokenizer, which made `tokens`."""
+        best = self.checkpoint / BEST
+        state = load_checkpoint(best if best.is_file() else self.checkpoint)
+        if best.is_file():
+            log(f"taking {best}, the parameters with the lowest validation loss")
         model = model_from_checkpoint(state, *options)
         hashes = {self.checkpoint: state.get("tokenizer_sha256")}
+        if tokens:
+            hashes[tokens.path] = tokens.tokenizer_sha256
         tokenizer = load_tokenizer(
             self.tokenizer_path, state["path"], hashes, model.config.vocab_size)
-        if need_tokenizer and not tokenizer:
+        if not tokens and not tokenizer:
             raise UserError(f"no tokenizer beside {self.checkpoint}: give --tokenizer_path")
         return state, model, tokenizer
 
@@ -4156,116 +4158,116 @@ def evaluate_command(
     valid_tokens: Path | None = None,  # token file to evaluate on
     text_path: list[Path] | None = None,  # text files to evaluate on, instead
     context_length: int | None = None,  # tokens per window (default: the model's)
-    batch_size: int = 16,  # sequences at a time
     eval_windows: int = 1024,  # windows to evaluate on; 0: all
+    floor_nats_per_byte: float | None = None,  # entropy of a synthetic text, to compare with
 ) -> None:
     """Measure a model's loss on token files or on text."""
     if bool(valid_tokens) == bool(text_path):
         raise UserError("give either --valid_tokens or --text_path")
     device = pick_device(devices.device)
     autocast = make_autocast(device, pick_dtype(devices.dtype, device))
-    state, model, tokenizer = saved.load(
-        device, torch.float32, context_length, need_tokenizer=bool(text_path))
-    with tempfile.TemporaryDirectory() as directory:
-        path = valid_tokens or Path(directory) / "text.bin"
-        if text_path:
-            encode_file(tokenizer, text_path, path)
-        tokens = open_tokens(path, model.config.vocab_size)
-        made_by = state.get("tokenizer_sha256") or (tokenizer and tokenizer.fingerprint())
-        check_same_tokenizer({path: tokens.tokenizer_sha256, saved.checkpoint: made_by})
-        valid = ValidationSet(tokens, model.config.context_length, eval_windows, tokenizer)
-        report, text = valid.report(valid.loss(model, batch_size, autocast), compare=True)
-    log(text)
+    tokens = open_tokens(valid_tokens, 1 << 32) if valid_tokens else None
+    _, model, tokenizer = saved.load(device, torch.float32, context_length, tokens=tokens)
+    if tokens:
+        tokens = tokens._replace(vocab_size=model.config.vocab_size)
+    else:
+        texts = [bytes_to_text(path.read_bytes()) for path in input_files(text_path or [])]
+        ids = [np.array(tokenizer.encode(text, add_start=True), np.int32) for text in texts]
+        tokens = TokenFile(Path("text"), np.concatenate(ids), model.config.vocab_size)
+    valid = ValidationSet(tokens, model.config.context_length, eval_windows, tokenizer)
+    loss = valid.loss(model, max(1, 8192 // valid.T), autocast)
+    report = valid.report(loss, True, floor_nats_per_byte)
+    log(show_numbers(report))
     print(json_line(report))
 
 
 def generate_command(
     saved: SavedModel,
     devices: DeviceConfig,
-    prompt: str | None = None,  # text to continue (default: from standard input)
-    prompt_path: Path | None = None,  # file with one prompt per line
+    prompt: str = "",  # text to continue (default: none, the beginning of a document)
     max_new_tokens: int = 256,  # maximum number of new tokens
-    num_samples: int = 1,  # samples per prompt
-    batch_size: int = 64,  # samples to generate at the same time
-    context_length: int | None = None,  # context window (default: the model's)
+    num_samples: int = 1,  # how many texts
     temperature: float = 0.8,  # 0: always the most likely token; 1: unmodified
     top_k: int | None = None,  # sample from the k most likely tokens
     top_p: float | None = None,  # sample from the most likely tokens that together reach p
     seed: int | None = None,  # the same seed gives the same text; the next text uses seed + 1
 ) -> None:
     """Generate text with a trained model."""
-    if prompt is not None and prompt_path:
-        raise UserError("give either --prompt or --prompt_path")
     device = pick_device(devices.device)
     dtype = pick_dtype(devices.dtype, device)
-    state, model, tokenizer = saved.load(device, dtype, context_length)
+    state, model, tokenizer = saved.load(device, dtype)
     # The model's vocabulary may be larger than the tokenizer's: leave out what has no text.
     model.lm_head.weight = nn.Parameter(model.lm_head.weight[: tokenizer.vocab_size].detach())
-    eot = tokenizer.eot_id
-    stop = state.get("special_ids", {}).get("eos_token_id", eot)  # a number, a list or None
+    generation = json.loads(state.get("hf_files", {}).get("generation_config.json", "{}"))
+    stop = generation.get("eos_token_id", tokenizer.eot_id)  # a number, a list or None
     stop_ids = stop if isinstance(stop, list) else [stop]
     seed = torch.seed() % 2**32 if seed is None else seed
-    if prompt_path:
-        lines = prompt_path.read_text("utf-8", "surrogateescape")  # any bytes pass through
-        prompts = lines.removesuffix("\n").split("\n")
-    else:  # `echo` adds a newline
-        prompts = [sys.stdin.read().removesuffix("\n") if prompt is None else prompt]
-    texts = [text for text in prompts for _ in range(num_samples)]
-    rows = [tokenizer.encode(text) or [eot] for text in texts]
-    if [None] in rows:
-        raise UserError("a prompt is empty, and the tokenizer has no end-of-text token")
-    first = 0
-    while first < len(texts):
-        # Together: prompts in a row that have the same number of tokens.
-        _, same = next(itertools.groupby(rows[first:], key=len))
-        batch = list(itertools.islice(same, batch_size))
-        new = generate_texts(model, torch.tensor(batch), max_new_tokens, seed + first, stop_ids,
+    # (Where the locale isn't UTF-8, Python leaves the bytes of --prompt undecoded.)
+    prompt = bytes_to_text(text_to_bytes(prompt))
+    ids = tokenizer.encode(prompt, add_start=True) or [tokenizer.eot_id]
+    if None in ids:
+        raise UserError("the prompt is empty, and the tokenizer has no end-of-text token")
+    for first in range(0, num_samples, 64):
+        prompts = torch.tensor([ids] * min(64, num_samples - first))
+        new = generate_texts(model, prompts, max_new_tokens, seed + first, stop_ids,
                              temperature=temperature, top_k=top_k, top_p=top_p)
         # One text is printed token by token; several one after another, when all are complete.
-        columns: Any = zip(*new) if len(batch) > 1 else [(ids[0] for ids in new)]
-        for number, ids in enumerate(columns, first):
-            if len(texts) > 1:
-                print(f"--- sample {number + 1} of {len(texts)} ---")
-            print(texts[number], end="", flush=True)
-            shown = (i for i in ids if i is not None and i not in stop_ids)
-            for piece in stream_text(tokenizer, shown):
+        columns: Any = zip(*new) if len(prompts) > 1 else [(ids[0] for ids in new)]
+        for number, column in enumerate(columns, first + 1):
+            if num_samples > 1:
+                print(f"--- sample {number} of {num_samples} ---")
+            shown = (i for i in column if i is not None and i not in stop_ids)
+            for piece in stream_text(tokenizer, shown, prompt):
                 print(piece, end="", flush=True)
             print()
-        first += len(batch)
 
 
-def split_documents(text: str, size: int) -> list[str]:
-    """The documents in `text`; those longer than `size` are in parts, cut after lines."""
-    part = re.compile(rf"(?s).{{1,{size}}}(?:(?<=\n)|\Z)|.{{1,{size}}}")
-    return [found for document in text.split(END_OF_TEXT) if document.strip()
-            for found in part.findall(document)]
+PART = 2048  # characters
+
+
+def split_parts(file: typing.TextIO) -> Iterator[str]:
+    """The documents in a file, each with its end-of-text token; long ones in several parts."""
+    part = ""
+    while line := file.readline(PART):
+        for piece in re.split(rf"(?<={re.escape(END_OF_TEXT)})", line):
+            part += piece
+            if len(part) >= PART or piece.endswith(END_OF_TEXT):
+                yield part
+                part = ""
+    yield part
 
 
 def split(
     text_path: list[Path],  # text files, or directories of them
-    outdir: Path,  # directory for train.txt, valid.txt and special_tokens.txt
+    outdir: Path,  # new directory for train.txt, valid.txt and special_tokens.txt
 ) -> None:
-    """Split text into training documents and validation documents, a tenth of them.
+    """Split text into training text and validation text, a tenth of it.
 
     The hash of a document decides, so it stays on its side when others come or go, and copies
-    of it are all on that side. Long documents, such as novels, are split into parts.
+    of it are all on that side. Documents of more than 2,048 characters are split into parts.
     """
-    files = input_files(text_path)
-    check_outputs([outdir / "train.txt", outdir / "valid.txt"], files)
-    size = min(1 << 14, sum(path.stat().st_size for path in files) // 40 + 1)
-    counts = [0, 0]
+    files, counts = input_files(text_path), [0, 0]
+    new_directory(outdir)
     with (atomic_write(outdir / "train.txt") as train,
           atomic_write(outdir / "valid.txt") as valid):
         for path in files:
-            for document in split_documents(bytes_to_text(path.read_bytes()), size):
-                data = text_to_bytes(document)
-                side = hashlib.sha256(data).digest()[0] < 26  # of 256
-                (train, valid)[side].write(data + END_OF_TEXT.encode())
-                counts[side] += 1
+            unfinished = None  # where the last part is, if its document has not ended
+            with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+                for part in filter(str.strip, split_parts(file)):
+                    data = text_to_bytes(part)
+                    document = data.removesuffix(END_OF_TEXT.encode()).strip()
+                    is_valid = hashlib.sha256(document).digest()[0] < 26  # of 256
+                    side = valid if is_valid else train
+                    if unfinished not in (None, side):
+                        unfinished.write(END_OF_TEXT.encode())
+                    side.write(data)
+                    counts[is_valid] += 1
+                    unfinished = None if part.endswith(END_OF_TEXT) else side
+            if unfinished:
+                unfinished.write(END_OF_TEXT.encode())
         if not all(counts):
-            raise UserError("too little text: no training or no validation documents")
-        log(f"training: {counts[0]:,} documents, {train.tell() / 1e6:,.2f} MB; "
-            f"validation: {counts[1]:,} documents, {valid.tell() / 1e6:,.2f} MB")
+            raise UserError("too little text for training and validation: bring 100 kB or more")
+        log(f"training: {train.tell() / 1e6:,.2f} MB, validation: {valid.tell() / 1e6:,.2f} MB")
     (outdir / "special_tokens.txt").write_text(END_OF_TEXT + "\n")
 
 
@@ -4274,9 +4276,6 @@ def choose_size(megabytes: float, minutes: float, device: str) -> tuple[int, str
 
     A larger model learns more per token and is slower, and it overfits little text. Our best
     depths grow like the fourth root of both; the rest follows from the depth.
-
-    >>> choose_size(4.0, 5, "cpu")[1][:29], choose_size(4.0, 60, "cpu")[1][:29]
-    ('--num_layers 3 --d_model 192 ', '--num_layers 4 --d_model 256 ')
     """
     speed = 5.5 if device == "cuda" else 2.0
     depth = max(2, round(min(3 * megabytes**0.25, speed * minutes**0.25)))
@@ -4296,15 +4295,10 @@ def demo(
     out = outdir or Path("out/text" if text_path else "out/demo")
     if minutes and not text_path:
         raise UserError("--minutes needs --text_path")
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} isn't empty: remove it, or give another --outdir")
+    new_directory(out)
     for command in demo_commands(text_path, minutes or 5.0, max_steps, out):
         log(f"\n$ python scratchformer.py {command}")
-        argv = shlex.split(command) + ["--quiet"] * (not Progress.enabled)
-        if argv[0].startswith("bpe-"):  # a process without PyTorch can fork (chapter 8)
-            status = subprocess.call([sys.executable, __file__, *argv])
-        else:
-            status = main(argv)
+        status = main(shlex.split(command) + ["--quiet"] * (not Progress.enabled))
         if status:
             return status
     return 0
@@ -4322,9 +4316,10 @@ def demo_commands(
         log(f"\n{megabytes:.1f} MB, {minutes:g} minutes, {device}: {flags}")
         if device == "cuda" and has_compiler():  # on an H100, 2.5 times as fast
             flags += " --compile"
-        source, texts, model, prompt = here, f"{here}/", f"{here}/run/{BEST}", "''"
+        source, texts, model, prompt, compare = here, f"{here}/", f"{here}/run", "''", ""
     else:
         source, texts, model, prompt = data, f"{data}/stories-", f"{here}/run", "Once"
+        compare = " --floor_nats_per_byte 0.191796"
         vocab_size, steps = 1536, max_steps or 720
         flags = ("--context_length 512 --num_layers 1 --d_model 128 --num_heads 4 --d_ff 256 "
                  "--batch_size 4 --optimizer muon --lr 1e-2 --min_lr 1e-5 --log_interval 50 "
@@ -4350,7 +4345,7 @@ def demo_commands(
         train += (f" --keep_best --eval_windows 128 --eval_interval {steps // 10 or 1} "
                   f"--log_interval {steps // 40 or 1}")
     yield f"{train} --outdir {here}/run --max_steps {steps}"
-    yield f"eval --checkpoint {model} --valid_tokens {here}/valid.bin"
+    yield f"eval --checkpoint {model} --valid_tokens {here}/valid.bin" + compare
     yield f"generate --checkpoint {model} --prompt {prompt} --seed 1"
 
 
@@ -4377,6 +4372,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{name} is one process: start it without torchrun")
         given, arguments = parse_flags(name, COMMANDS[name], argv[1:])
         Progress.enabled = "quiet" not in given
+        if not Progress.enabled:
+            warnings.simplefilter("ignore")  # of libraries
         return COMMANDS[name](**arguments) or 0
     except BrokenPipeError:  # whoever reads our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -4384,6 +4381,11 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError, ModuleNotFoundError) as error:
         if get_rank() == 0:  # under torchrun, only rank 0 prints
             print_error(f"scratchformer: error: {error_message(error)}\n")
+        return 2
+    except RuntimeError as error:  # as PyTorch tells it
+        if "memory" not in str(error):
+            raise
+        print_error(f"scratchformer: error: out of memory: {error_message(error)[:200]}\n")
         return 2
     except KeyboardInterrupt:
         print_error("interrupted\n")

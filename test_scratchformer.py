@@ -202,9 +202,9 @@ def do(*argv):
 
 
 def snapshot(folder):
-    """All files but locks, which are empty."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-    return {path: path.read_bytes() for path in files}
+    """All files but marks of directories, which are empty."""
+    files = {path for path in folder.rglob("*") if path.is_file()}
+    return {path: path.read_bytes() for path in files if path.name != ".scratchformer"}
 
 
 def refused(capsys, folder, *argv):
@@ -227,7 +227,8 @@ def write(path, content):
 def metrics(folder, *keys):
     """The rows of metrics.jsonl as tuples of `keys`; what a row lacks is None."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [tuple(row.get(key) for key in keys) for row in rows]
+    rows = sorted({row["step"]: row for row in rows}.items())  # the last row of a step counts
+    return [tuple(row.get(key) for key in keys) for _, row in rows]
 
 
 def toy_text(seed, sentences):
@@ -289,11 +290,11 @@ def pretokenize_with(pattern, text):
 
 def parts(text, specials, pattern=PRETOKEN_PATTERN):
     """All pre-tokens and special tokens of a text, in order: the definition."""
-    finder, found, end = special_token_pattern(specials), [], 0
-    for match in finder.finditer(text):
-        found += pretokenize_with(pattern, text[end : match.start()]) + [match[0]]
-        end = match.end()
-    return found + pretokenize_with(pattern, text[end:])
+    *pieces, last = special_token_pattern(specials).split(text)
+    found = []
+    for piece, special in zip(pieces[::2], pieces[1::2]):
+        found += pretokenize_with(pattern, piece) + [special]
+    return found + pretokenize_with(pattern, last)
 
 
 def count_words(text, specials=(), pattern=PRETOKEN_PATTERN):
@@ -313,7 +314,7 @@ def plain_ids(tokenizer, text, specials=()):
     plain = BPETokenizer(tokenizer.merges)
     ids = ([tokenizer.special_tokens[part]] if part in specials
            else plain.encode_pretoken(text_to_bytes(part))
-           for part in parts(text, specials, tokenizer.pattern))  # fmt: skip
+           for part in parts(text, specials, *tokenizer.patterns))  # fmt: skip
     return list(itertools.chain(*ids))
 
 
@@ -406,7 +407,7 @@ def tiktoken_of(tokenizer, specials):
         if i not in tokenizer.special_tokens.values()
     }
     return tiktoken.Encoding(
-        "ours", pat_str=tokenizer.pattern, mergeable_ranks=ranks, special_tokens=specials
+        "ours", pat_str=tokenizer.patterns[0], mergeable_ranks=ranks, special_tokens=specials
     )
 
 
@@ -811,9 +812,9 @@ def test_an_id_outside_the_vocabulary_is_named_in_decoding():
 @given(texts)
 def test_ids_are_tiktokens(text):
     for ours in (OURS, OURS_GPT4):
-        plain = Tokenizer(ours.vocab, ours.merges, [], ours.pattern)
+        plain = Tokenizer(ours.vocab, ours.merges, [], ours.patterns)
         assert plain.encode(text) == tiktoken_of(plain, {}).encode(text)
-        ours = Tokenizer(OURS.vocab, OURS.merges, ["<a> <b>"], ours.pattern)
+        ours = Tokenizer(OURS.vocab, OURS.merges, ["<a> <b>"], ours.patterns)
         oracle = tiktoken_of(ours, ours.special_tokens)
         assert ours.encode(text) == oracle.encode(text, allowed_special="all")
 
@@ -834,10 +835,10 @@ def test_ids_are_those_of_tokenizers_on_our_file(text):
 @example("漢\u3000\u3000a'\udcff's  \n<a><a> <b>", ["<a>", "<a> <b>"])
 def test_splitting_a_whole_text_is_the_pattern(text, specials):
     for pattern in (PRETOKEN_PATTERN, GPT4_PATTERN, r"\s+|the"):
-        words = find_pretokens(text, pattern, special_token_pattern(specials))
+        words = find_pretokens(text, Tokenizer(OURS.vocab, [], specials, pattern))
         expected = [text_to_bytes(part) for part in parts(text, specials, pattern)]
         assert words.cut(np.arange(len(words.starts))) == expected
-        found = special_token_pattern(specials).findall(text)
+        found = special_token_pattern(specials).split(text)[1::2]
         assert words.cut(words.special_at) == list(map(text_to_bytes, found))
 
 
@@ -913,14 +914,14 @@ def test_pieces_of_texts_and_files_join_up_and_can_be_processed_alone(
 ):
     text = bytes_to_text(text_to_bytes("".join(chunks)))
     path = write(tmp_path / "text", text)
-    for pattern in (PRETOKEN_PATTERN, GPT4_PATTERN, r"(?:the|a|\s)+"):
+    for pattern in (PRETOKEN_PATTERN, GPT4_PATTERN, r"(?:the|a|\s)+", r"\s+|the", r"[^ ]+ ?"):
         tokenizer = Tokenizer(OURS.vocab, [], specials, pattern)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(scratchformer, "CHUNK", size)
-            spans = list(split_files([path, path], tokenizer, "splitting"))
+            pieces = list(split_files([path, path], tokenizer, "splitting"))
         for found, expected in (
             (list(safe_pieces([text], tokenizer, size)), text),
-            ([span.read() for span in spans], text + text),
+            ([piece for piece, _ in pieces], text + text),
         ):
             assert "".join(found) == expected and (all(found) or not text)
             alone = [part for piece in found for part in parts(piece, specials, pattern)]
@@ -988,7 +989,7 @@ def test_a_tokenizer_learned_with_a_pattern_keeps_it(tmp_path):
         do(f"bpe-train --file_path {text} --vocab_size 270 --pattern '{name}' "
            f"--tokenizer_out_path {tmp_path / 't'} --quiet")  # fmt: skip
         tokenizer = Tokenizer.load(tmp_path / "t")
-        assert tokenizer.pattern == pattern
+        assert tokenizer.patterns == (pattern,)
         counts = count_words(text.read_text(), [], pattern)
         assert tokenizer.merges == learn_merges_naive(counts, 14)
 
@@ -1041,17 +1042,6 @@ def test_every_file_ends_with_end_of_text_exactly_once(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_the_floor_stated_beside_a_text_is_in_its_metadata(tmp_path):
-    tokenizer = tokenizer_from("one two", 4)
-    paths = [write(tmp_path / name, "one two") for name in ("text", "other")]
-    for stated, floor in (({"floor_nats_per_byte": 0.5}, 0.5), ({"floor": 0.5}, None)):
-        write(tmp_path / "text.json", json.dumps(stated))
-        encode_file(tokenizer, paths[0], tmp_path / "out")
-        assert open_tokens(tmp_path / "out").floor == floor
-    encode_file(tokenizer, paths, tmp_path / "out")
-    assert open_tokens(tmp_path / "out").floor is None
-
-
 @pytest.mark.parametrize("size, width", [(65_536, 2), (65_537, 4)])
 def test_ids_take_two_bytes_where_they_fit_and_four_elsewhere(tmp_path, size, width):
     vocab = {i: bytes([i]) for i in range(256)} | {size - 1: b"<last>"}
@@ -1086,7 +1076,7 @@ def test_directories_are_read_without_hidden_and_binary_files(tmp_path):
     assert input_files(folder) == [folder / "a.txt", folder / "deep" / "b"]
     # What is named is read, whatever it is.
     assert input_files([folder / ".hidden"]) == [folder / ".hidden"]
-    with pytest.raises(UserError, match="no text to read in .*nothing.txt$"):
+    with pytest.raises(UserError, match="no text to read in .*nothing.txt "):
         input_files(write(tmp_path / "nothing.txt", ""))
 
 
@@ -1129,12 +1119,12 @@ def backward(model, seed, scale=1.0):
     (cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean() * scale).backward()
 
 
-def update(model, optimizer, scaler, clip_grad=1.0):
+def update(model, optimizer, scaler, clip_grad=1.0, step=1):
     """The end of a training step, as chapter 14 has it; the gradient norm."""
     params = local_params(model)
     take_local_gradients(params)
     norm = gradient_norm(params) / scaler.loss_scale
-    scaler.step(optimizer, norm, clip_grad)
+    scaler.step(optimizer, norm, clip_grad, step)
     optimizer.zero_grad()
     return norm
 
@@ -1172,8 +1162,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, make_
         return [x.clone() for x in (*model.parameters(), *moments) if x is not None]
 
     def skips():
-        state = scaler.state_dict()
-        return state["skipped"], state["consecutive_skips"]
+        return scaler.skipped.item(), scaler.consecutive_skips.item()
 
     backward(model, 0)
     update(model, optimizer, scaler)
@@ -1190,20 +1179,21 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, make_
     assert not torch.equal(before[0], everything()[0]) and skips() == (2, 0)
 
 
-def test_the_loss_scale_halves_on_overflow_and_doubles_after_many_good_steps():
+def test_the_loss_scale_halves_on_overflow_and_doubles_from_time_to_time():
     model, scaler = tiny_model(), GradScaler(CPU, torch.float16)
     optimizer = make_adamw(model.parameters(), OptimizerConfig())
     scaler.GROWTH_INTERVAL, scales = 3, []
-    for bad in (True, True, False, False, True, False, False, False, False):
+    for step, bad in enumerate((True, True, False, False, True, False, False, True, False), 1):
         backward(model, 0, scaler.loss_scale)
         if bad:
             model.norm.weight.grad[0] = math.inf
-        update(model, optimizer, scaler)
+        update(model, optimizer, scaler, step=step)
         scales.append(math.log2(scaler.loss_scale.item()))
-    assert scales == [15, 14, 14, 14, 13, 13, 13, 14, 14]
-    restored = GradScaler(CPU, torch.float16)
-    restored.load_state_dict(scaler.state_dict())
-    assert restored.state_dict() == scaler.state_dict() and scaler.state_dict()["skipped"] == 3
+    assert scales == [15, 14, 15, 15, 14, 15, 15, 14, 15]
+    # Resumed, the scale goes on; after a run in another dtype it starts anew.
+    scales = [GradScaler(CPU, dtype, scale).loss_scale.item()
+              for dtype in (torch.float16, torch.bfloat16) for scale in (2.0**7, 1.0)]
+    assert scales == [2.0**7, 2.0**16, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -1410,7 +1400,7 @@ def test_text_by_cuda_graphs_is_the_same(prompt, how, kv_heads):
 def test_streamed_text_never_breaks_a_character(text):
     ids = OURS.encode(text)
     pieces = list(stream_text(OURS, ids))
-    assert "".join(pieces) == OURS.decode(ids) and len(pieces) == len(ids) + 1
+    assert "".join(pieces) == OURS.decode(ids) and len(pieces) == len(ids) + 2
     if not any("\udc80" <= character <= "\udcff" for character in text):
         assert "\ufffd" not in "".join(pieces) or "\ufffd" in text
 
@@ -1426,7 +1416,7 @@ def test_streamed_text_never_breaks_a_character(text):
 def test_any_split_over_processes_and_micro_batches_sees_the_same(world_size, micro_batches):
     tokens = TokenFile(Path("tokens"), np.arange(900), 900)
     data = DataConfig(batch_size=2, grad_accum_steps=micro_batches)
-    shares = [load_batches(tokens, 5, range(6, 8), CPU, data, rank, world_size)
+    shares = [load_batches(tokens, 5, range(6, 8), CPU, data, rank, world_size, 48)
               for rank in range(world_size)]  # fmt: skip
     for step in (6, 7):
         batches = [next(share) for _ in range(micro_batches) for share in shares]
@@ -1635,8 +1625,8 @@ def test_a_mistake_under_torchrun_is_told_once(four_processes):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--fsdp", "torchrun"), ("--fsdp_unit block", "--fsdp"),
-    ("--shard_size 2", "--fsdp"), ("--compile", "C++ compiler"),
+    ("--fsdp_unit block", "--fsdp"), ("--shard_size 2", "--fsdp"),
+    ("--compile", "C++ compiler"),
     pytest.param("--device cuda", "no CUDA device", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a CUDA device")),
 ])  # fmt: skip
@@ -1687,23 +1677,19 @@ def test_the_newest_checkpoints_are_kept_or_all_and_nothing_of_another_name(toy,
     others = ["step_000004_best.pt", "step_000004-v2.pt", "step_best.pt", "step_7.pt"]
     for name in others:
         shutil.copy(tmp_path / "step_000004.pt", tmp_path / name)
-    left_over = write(tmp_path / ".step_000007.pt.4711.tmp", b"of a process that was killed")
     do("train", *flags, "--max_steps 6 --keep_checkpoints 1")
     assert {*names_of(tmp_path.glob("*.pt"))} == {*others, "step_000006.pt"}
-    assert not left_over.exists()
 
 
-@pytest.mark.parametrize("damage", ["cut short", "no model"])
-def test_a_damaged_newest_checkpoint_is_passed_over_in_resuming(toy, tmp_path, capsys, damage):
+def test_a_damaged_newest_checkpoint_is_named_and_nothing_is_lost(toy, tmp_path, capsys):
     do("train", *training(toy, tmp_path), "--max_steps 6 --save_interval 3")
     rows, newest = metrics(tmp_path, *EXACT), tmp_path / "step_000006.pt"
-    if damage == "cut short":
-        os.truncate(newest, 9999)
-    else:
-        save_checkpoint(newest, {"step": 6, "model_config": {}})
-    do("train", *loud(training(toy, tmp_path)), "--max_steps 6 --resume")
-    error = capsys.readouterr().err
-    assert "step_000006.pt is not a valid checkpoint" in error and "before it" in error
+    os.truncate(newest, 9999)
+    again = ["train", *training(toy, tmp_path), "--max_steps 6 --resume --keep_checkpoints 1"]
+    assert "step_000006.pt is not a valid checkpoint" in refused(capsys, tmp_path, *again)
+    newest.unlink()
+    do(*again)
+    assert names_of(checkpoints_in(tmp_path)) == ["step_000006.pt"]
     assert load_checkpoint(tmp_path)["step"] == 6 and metrics(tmp_path, *EXACT) == rows
 
 
@@ -1887,7 +1873,7 @@ def wait_for(trainer, outdir, step):
 @slow
 def test_resumed_run_equals_unbroken_run(toy, tmp_path):
     """Killed, stopped, and meanwhile there's a second run for the same outdir."""
-    flags = ["--max_steps 100 --d_model 48 --batch_size 16 --log_interval 3 --optimizer muon",
+    flags = ["--max_steps 100 --d_model 48 --batch_size 16 --log_interval 1 --optimizer muon",
              f"--valid_tokens {toy / 'valid.bin'} --eval_interval 40 --save_interval 10"]
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     do("train", *training(toy, unbroken), *flags)
@@ -1910,8 +1896,7 @@ def test_resumed_run_equals_unbroken_run(toy, tmp_path):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_with_any_optimizer_resumes_bit_for_bit(toy, tmp_path, optimizer):
-    """Also if the checkpoint lies between two lines of the log."""
-    flags = [f"--optimizer {optimizer} --save_interval 5 --max_steps 9 --log_interval 4"]
+    flags = [f"--optimizer {optimizer} --save_interval 5 --max_steps 9 --log_interval 1"]
     do("train", *training(toy, tmp_path / "unbroken"), *flags)
     shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
     (tmp_path / "broken" / "step_000009.pt").unlink()
@@ -1961,26 +1946,18 @@ def test_a_finished_run_is_resumed_to_no_effect_and_says_so(toy, tmp_path, capsy
 def test_files_of_another_run_are_not_overwritten(toy, tmp_path, capsys):
     flags = ["train", *training(toy, tmp_path), "--max_steps 6"]
     do(*flags)
-    assert "holds step_000006.pt" in refused(capsys, tmp_path, *flags)
+    assert "isn't empty" in refused(capsys, tmp_path, *flags)
     (tmp_path / "step_000006.pt").unlink()
-    assert "holds metrics.jsonl" in refused(capsys, tmp_path, *flags)
+    assert "isn't empty" in refused(capsys, tmp_path, *flags)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     do(*flags, "--resume")  # killed before its first checkpoint, it begins again
-    (kept,) = tmp_path.glob("metrics_*.jsonl")
-    assert kept.read_bytes() == before and len(metrics(tmp_path, "step")) == 6
-
-
-def test_a_line_of_metrics_that_was_cut_short_is_dropped(toy, tmp_path):
-    do("train", *training(toy, tmp_path), "--max_steps 4")
-    with open(tmp_path / "metrics.jsonl", "ab") as file:
-        file.write(b'{"step": 5, "train_lo')
-    do("train", *training(toy, tmp_path), "--max_steps 6 --resume")
-    assert metrics(tmp_path, "step") == [(step,) for step in range(1, 7)]
+    assert (tmp_path / "metrics.jsonl").read_bytes().startswith(before)  # nothing is lost
+    assert len(metrics(tmp_path, "step")) == 6
 
 
 def test_resume_needs_no_other_flag_and_what_is_given_instead_is_said(toy, tmp_path, capsys):
     do("train", *training(toy, tmp_path), f"--max_steps 8 --valid_tokens {toy / 'valid.bin'} "
-       "--eval_interval 3 --save_interval 4 --keep_best --log_interval 3")  # fmt: skip
+       "--eval_interval 3 --save_interval 4 --keep_best --log_interval 4")  # fmt: skip
     unbroken = metrics(tmp_path, *EXACT)
     (tmp_path / "step_000008.pt").unlink()  # as if killed before it was written
     resume = f"train --resume --outdir {tmp_path} --device cpu"
@@ -2085,14 +2062,14 @@ def test_evaluation_is_without_dropout_and_leaves_the_model_as_it_was(toy):
 
 def test_bits_per_byte_by_hand(tmp_path):
     """Tokens of one byte, and a loss of ln 2; but END_OF_TEXT is no text."""
-    about = {"vocab_size": 257, "floor_nats_per_byte": 0.5}
+    about = {"vocab_size": 257}
     path = token_file(tmp_path / "t.bin", [9, *[*b"aab", 256] * 500], about)
     valid = ValidationSet(open_tokens(path), 16, 0, tokenizer_from("", 0, [END_OF_TEXT]))
-    result, text = valid.report(loss=math.log(2), compare=True)
+    result = valid.report(loss=math.log(2), compare=True, floor=0.5)
     assert (result["perplexity"], result["bits_per_byte"]) == pytest.approx((2, 4 / 3))
     assert result["lzma_bits_per_byte"] < 0.5  # some 80 bytes of header and little else
-    assert f"floor is 0.5000 nats, this is {4 / 3 * math.log(2) / 0.5 - 1:+.1%}" in text
-    without_text, _ = ValidationSet(open_tokens(path, 300), 16).report(1.0, compare=True)
+    assert result["percent_above_floor"] == pytest.approx(400 / 3 * math.log(2) / 0.5 - 100)
+    without_text = ValidationSet(open_tokens(path, 300), 16).report(1.0, compare=True)
     assert without_text.keys() == {"valid_loss", "perplexity"}
 
 
@@ -2156,13 +2133,15 @@ def test_a_run_that_is_not_finite_stops_and_names_the_step(toy, tmp_path, capsys
 
 
 def test_saving_and_loading_is_the_identity(tmp_path):
-    for tokenizer in (OURS, OURS_GPT4, Tokenizer(OURS.vocab, OURS.merges, None, "b+", True)):
+    other = Tokenizer(OURS.vocab, OURS.merges, None, [r"\d", "b+"], True, "NFKC")
+    for tokenizer in (OURS, OURS_GPT4, other):
         tokenizer.save(tmp_path / "1.json")
         again = Tokenizer.load(tmp_path / "1.json")
         again.save(tmp_path / "2.json")
         assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
         assert again.fingerprint() == tokenizer.fingerprint()
-        for name in ("vocab", "merges", "special_tokens", "pattern", "ignore_merges"):
+        for name in ("vocab", "merges", "special_tokens", "patterns", "ignore_merges",
+                     "normalizer"):  # fmt: skip
             assert getattr(again, name) == getattr(tokenizer, name)
 
 
@@ -2225,8 +2204,9 @@ def test_tokenizers_made_by_others_survive_saving(foreign, tmp_path):
     for theirs, ours in foreign:
         ours.save(tmp_path / "again.json")
         again = tokenizers.Tokenizer.from_file(str(tmp_path / "again.json"))
-        ids = theirs.encode(SAMPLE, add_special_tokens=False).ids
-        assert again.encode(SAMPLE).ids == ids == ours.encode(SAMPLE)
+        ids = theirs.encode(SAMPLE).ids  # with <s> in front
+        assert again.encode(SAMPLE).ids == ids == ours.encode(SAMPLE, add_start=True)
+        assert ours.encode(SAMPLE) == ids[1:]
 
 
 def changed(**changes):
@@ -2252,14 +2232,15 @@ def split_on(pattern, behavior="Isolated"):
     (b"\xff\xfe", "damaged"),
     (changed(model__type="WordPiece"), "WordPiece"),
     (changed(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
-    (changed(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "not ByteLevel"),
-    (changed(pre_tokenizer=split_on({"String": " "})), "not ByteLevel"),
-    (changed(pre_tokenizer=split_on({"Regex": "a"}, "Removed")), "not ByteLevel"),
-    (changed(pre_tokenizer=split_on({"Regex": "("})), "not a regular expression"),
+    (changed(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "pre-tokenizer"),
+    (changed(pre_tokenizer=split_on({"String": " "})), "pre-tokenizer"),
+    (changed(pre_tokenizer=split_on({"Regex": "a"}, "Removed")), "pre-tokenizer"),
+    (changed(pre_tokenizer=split_on({"Regex": "[z-a]"})), "not a regular expression"),
+    (changed(pre_tokenizer=split_on({"Regex": "a*"})), "empty string"),
     (changed(model__byte_fallback=True), "byte_fallback"),
-    (changed(normalizer={"type": "NFC"}), "NFC"),
-    (changed(model__merges=[["q", "zzz"]]), "comes before its parts"),
-    (changed(model__merges=["q z"]), "lacks b'qz'"),
+    (changed(normalizer={"type": "NFD"}), "NFD"),
+    (changed(model__merges=[["q", "zzz"]]), "zzz"),
+    (changed(model__merges=["q z"]), "b'qz', which isn't in the vocabulary"),
     (changed(model__vocab={"▁the": 0}), "damaged"),
 ])  # fmt: skip
 def test_a_tokenizer_file_of_another_kind_is_refused_with_a_reason(
@@ -2448,7 +2429,7 @@ def test_a_missing_file_of_weights_is_named(llama_folder, tmp_path):
 def test_an_export_never_hides_a_model(toy, exported, tmp_path, capsys):
     for folder in (toy / "run", toy / "exported"):
         argv = f"export --checkpoint {folder} --outdir {folder}"
-        assert "choose another --outdir" in refused(capsys, toy, argv)
+        assert "isn't empty" in refused(capsys, toy, argv)
 
 
 def test_ids_that_the_tokenizer_lacks_are_not_written(toy, tmp_path, capsysbinary):
@@ -2466,7 +2447,10 @@ def test_ids_that_the_tokenizer_lacks_are_not_written(toy, tmp_path, capsysbinar
     data = f"--train_tokens {toy / 'train.bin'} --outdir {tmp_path / 'run'} --batch_size 1"
     do(f"train --init_from {tmp_path} {data} --max_steps 2 --warmup_steps 1 --device cpu",
        "--context_length 16")
-    assert load_checkpoint(tmp_path / "run")["model_config"]["context_length"] == 16
+    # The model keeps its context length when it's trained on shorter windows.
+    state = load_checkpoint(tmp_path / "run")
+    assert state["run"]["sequence_length"] == 16
+    assert state["model_config"]["context_length"] == 256
 
 
 def test_a_shape_that_contradicts_init_from_is_refused(toy, exported, tmp_path, capsys):
@@ -2483,11 +2467,10 @@ def test_a_shape_that_contradicts_init_from_is_refused(toy, exported, tmp_path, 
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"d_model": 34}, "must be even"),
-    ({"d_model": 36}, "must be even"),
+    ({"d_model": 34, "head_dim": 0}, "must be even"),
+    ({"d_model": 36, "head_dim": 0}, "must be even"),
+    ({"d_model": 1 << 25}, "d_model must be from 1 to"),
     ({"num_kv_heads": 3}, "divisible by num_kv_heads: 4 / 3"),
-    ({"rope_scaling": [8.0, 1.0, 4.0]}, "rope_scaling is"),
-    ({"rope_scaling": [8.0, 4.0, 4.0, 16.0]}, "rope_scaling is"),
     ({"num_layers": 0}, "num_layers must be from 1"),
     ({"rope_theta": math.nan}, "rope_theta must be"),
     ({"architecture": "other"}, "architecture is 'other'"),
@@ -2577,40 +2560,15 @@ def test_a_seed_writes_the_same_text_again(toy, capsysbinary):
     assert outputs[0].count(b"---\nThe") == 3 and END_OF_TEXT.encode() not in outputs[0]
 
 
-def test_prompts_of_a_file_are_continued_together_as_one_by_one(toy, tmp_path, capsys):
-    prompts = ["The red", "A", "The blue cow sees the"]
-    write(tmp_path / "prompts", "\n".join(prompts) + "\n")
-    how = f"generate --checkpoint {toy / 'run'} --max_new_tokens 20 --device cpu"
-    alone = []
-    for n, prompt in enumerate(p for p in prompts for _ in range(2)):
-        do(how, f"--prompt '{prompt}' --seed {5 + n}")
-        alone.append(capsys.readouterr().out)
-    for size in (1, 4, 64):
-        do(how, f"--prompt_path {tmp_path / 'prompts'} --num_samples 2 --seed 5 "
-                f"--batch_size {size} --context_length 64")  # fmt: skip
-        out = re.sub(r"--- sample \d of 6 ---\n", "", capsys.readouterr().out)
-        assert out == "".join(alone)
-
-
-@pytest.mark.parametrize("prompt", ["", "Ünï The\n"])
-def test_the_prompt_comes_from_standard_input(toy, prompt, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
-    do(f"generate --checkpoint {toy / 'run'} --max_new_tokens 5 --seed 1 --num_samples 3 "
-       "--device cpu")  # fmt: skip
-    out, error = capsys.readouterr()
-    texts = re.split(r"(?:^|\n)--- sample \d of 3 ---\n", out)  # headed and separated
-    assert error == "" and texts[0] == "" and len(texts) == 4
-    # One newline at the end of what is piped belongs to the pipe, not to the prompt.
-    assert all(re.match(prompt.strip() + r"[^\n]", text) for text in texts[1:])
-
-
 @slow
 def test_a_prompt_of_any_bytes_comes_back_as_it_is(toy):
-    """Not UTF-8, and on a terminal that knows ASCII only."""
-    prompt = b"\xff " + "é漢".encode()
-    done = run(f"generate --checkpoint {toy / 'run'} --max_new_tokens 5 --device cpu",
-               stdin=prompt, env={"PYTHONIOENCODING": "ascii"})  # fmt: skip
-    assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(prompt)
+    """Not UTF-8, where the locale knows ASCII only."""
+    for prompt, locale in ((b"\xff " + "é漢\r\n".encode(), "C.UTF-8"), ("é漢".encode(), "C")):
+        argv = process("generate --max_new_tokens 5 --device cpu --seed 1 --checkpoint",
+                       toy / "run", "--prompt")  # fmt: skip
+        env = {**argv["env"], "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        done = subprocess.run([*argv["args"], prompt], env=env, capture_output=True)
+        assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(prompt)
 
 
 TRAIN = ("train --train_tokens {toy}/train.bin --outdir {tmp}/run --max_steps 9 --device cpu "
@@ -2623,7 +2581,7 @@ EVAL = "eval --device cpu --checkpoint "
 
 @pytest.mark.parametrize("argv, words", [
     (BPE + "{tmp}/missing", "missing"),
-    (BPE + "{toy}/train.txt --pattern (", "not a regular expression"),
+    (BPE + "{toy}/train.txt --pattern (", "'(' in the pattern"),
     (BPE + "{tmp}/empty", "no text"),
     (BPE + "{toy}/train.txt --vocab_size 256 --special_tokens_path {toy}/special.txt", "257"),
     (BPE + "{toy}/train.txt --special_tokens_path {tmp}/twice", "special token '<a>' must"),
@@ -2643,13 +2601,12 @@ EVAL = "eval --device cpu --checkpoint "
      "tiny is an input"),
     (ENCODE + "{tmp}/tiny --tokenizer_path {tmp}/other.json --out_path {tmp}/other",
      "other.json is an input"),
-    ("split --text_path {tmp}/text --outdir {tmp}/text", "train.txt is an input"),
-    (TRAIN + "--outdir {tmp}/llama", "holds an exported model"),
-    ("split --text_path {tmp}/tiny --outdir {tmp}", "too little text"),
+    ("split --text_path {tmp}/text --outdir {tmp}/text", "isn't empty"),
+    (TRAIN + "--outdir {tmp}/llama", "isn't empty"),
+    ("split --text_path {tmp}/tiny --outdir {tmp}/new", "too little text"),
     ("demo --minutes 5", "--minutes needs --text_path"),
     (EVAL + "{toy}/run --valid_tokens {tmp}/high.bin", "id 300, outside the vocabulary"),
     ("generate --device cpu --prompt x --checkpoint {tmp}/lonely", "--tokenizer_path"),
-    ("generate --device cpu --prompt x --prompt_path y --checkpoint {toy}/run", "either"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line_and_writes_nothing(toy, tmp_path, capsys, argv, words):
     write(tmp_path / "empty", b"")
@@ -2673,6 +2630,7 @@ def test_a_split_is_by_document_and_stays_when_documents_come(tmp_path):
     def sides(*numbers):
         for number in numbers:
             write(tmp_path / "text" / f"{number}.txt", f"Document {number}.\n" * 9)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
         do(f"split --text_path {tmp_path / 'text'} --outdir {tmp_path / 'out'} --quiet")
         texts = [(tmp_path / "out" / f"{name}.txt").read_text() for name in ("train", "valid")]
         return [set(text.split(END_OF_TEXT)) - {""} for text in texts]
@@ -2686,12 +2644,13 @@ def test_a_split_is_by_document_and_stays_when_documents_come(tmp_path):
     assert sides(0) == more  # a copy is where its original is
 
 
-@given(st.text(alphabet="ab\n", max_size=60), st.integers(1, 20))
-def test_the_parts_of_a_document_are_the_document(text, size):
-    parts = scratchformer.split_documents(text, size)
-    assert "".join(parts) == (text if text.strip() else "")
-    assert all(len(part) <= size for part in parts)
-    assert all(part.endswith("\n") for part in parts[:-1] if "\n" in part)
+@given(st.lists(st.sampled_from(["a", "b\n", "\n", END_OF_TEXT, "c" * 9]), max_size=30))
+def test_the_parts_of_a_file_are_the_file(monkeypatch, pieces):
+    monkeypatch.setattr(scratchformer, "PART", 8)
+    parts = list(scratchformer.split_parts(io.StringIO("".join(pieces), newline="")))
+    assert "".join(parts) == "".join(pieces)
+    assert all(END_OF_TEXT not in part.removesuffix(END_OF_TEXT) for part in parts)
+    assert all(len(part) < 8 + len(END_OF_TEXT) + 9 for part in parts)
 
 
 @slow
@@ -2771,7 +2730,7 @@ def test_the_demo_on_the_bundled_stories(tmp_path):
     done = run(f"demo --outdir {tmp_path} --max_steps 20")
     assert done.returncode == 0, done.stderr
     result, story = done.stdout.split(b"\n", 1)
-    assert json.loads(result)["floor_nats_per_byte"] < json.loads(result)["nats_per_byte"]
+    assert json.loads(result)["percent_above_floor"] > 0
     assert story.startswith(b"Once")
 
 

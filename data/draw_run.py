@@ -16,8 +16,11 @@ except ImportError:
     sys.exit("this needs matplotlib: uv run --with matplotlib ..., or pip install matplotlib")
 
 
-def draw(run: Path, picture: Path) -> None:
-    """Write `picture` from the metrics of the run in the directory `run`."""
+def draw(run: Path, picture: Path, floor: float | None = None) -> None:
+    """Write `picture` from the metrics of the run in the directory `run`.
+
+    `floor`, in nats per byte, is the loss that no model can be expected to beat.
+    """
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
     valid = [(row["step"], row["valid_loss"]) for row in rows if "valid_loss" in row]
@@ -25,10 +28,10 @@ def draw(run: Path, picture: Path) -> None:
     axes.plot(*zip(*train, strict=True), color="#9bb7d4", label="training batches")
     if valid:
         axes.plot(*zip(*valid, strict=True), "o-", color="#1f4e79", label="validation file")
-    if "floor_nats_per_byte" in rows[-1]:
+    if floor:
         last = rows[-1]
-        floor = last["floor_nats_per_byte"] * last["valid_loss"] / last["nats_per_byte"]
-        axes.axhline(floor, color="#b03a2e", ls="--", label="floor")
+        per_token = floor * last["valid_loss"] / last["nats_per_byte"]
+        axes.axhline(per_token, color="#b03a2e", ls="--", label="floor")
     axes.set(xlabel="step", ylabel="loss, nats per token", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
@@ -38,6 +41,6 @@ def draw(run: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: draw_run.py RUN_FOLDER PICTURE.svg")
-    draw(Path(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: draw_run.py RUN_FOLDER PICTURE.svg [FLOOR_NATS_PER_BYTE]")
+    draw(Path(sys.argv[1]), Path(sys.argv[2]), *map(float, sys.argv[3:]))
