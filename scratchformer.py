@@ -2318,9 +2318,8 @@ class GradScaler:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, loss_scale: float = 1.0):
         self.is_float16 = dtype == torch.float16
-        if self.is_float16 and loss_scale == 1:  # not from a checkpoint of a float16 run
-            loss_scale = 2.0**16
-        self.loss_scale = torch.tensor(loss_scale if self.is_float16 else 1.0, device=device)
+        first = loss_scale if loss_scale > 1 else 2.0**16  # 1: not saved by a float16 run
+        self.loss_scale = torch.tensor(first if self.is_float16 else 1.0, device=device)
         self.skipped, self.consecutive_skips = torch.zeros(2, device=device)
 
     @torch.no_grad()
@@ -3545,8 +3544,6 @@ def load_start(run: RunConfig) -> dict:
                             "--init_from, or remove it")
         best = read_checkpoint(run.outdir / BEST) if (run.outdir / BEST).is_file() else {}
         return {**state, "best_loss": best.get("valid_loss", math.inf)}
-    if run.resume:
-        log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
     state = load_checkpoint(run.init_from) if run.init_from else {}
     return {**state, "step": 0, "windows": 0, "run": {}, "best_loss": math.inf}
 
@@ -3634,6 +3631,7 @@ def train(
             return 0
         tokens, valid, tokenizer = open_data(start, data, config, run)
         config.vocab_size = tokens.vocab_size
+        check_config(config)
         trainer = Trainer(config, data, optim, run.optimizer, processes, device, dtype,
                           saved.get("model"), start.get("loss_scale", 1.0))
         if old_flags.get("optimizer") == run.optimizer:  # another one starts anew
@@ -4175,6 +4173,8 @@ def evaluate_command(
         ids = [np.array(tokenizer.encode(text, add_start=True), np.int32) for text in texts]
         tokens = TokenFile(Path("text"), np.concatenate(ids), model.config.vocab_size)
     valid = ValidationSet(tokens, model.config.context_length, eval_windows, tokenizer)
+    T = min(256, valid.T)  # a long window takes long: a first figure at once
+    log(f"{T} tokens: {ValidationSet(tokens, T, 1).loss(model, 1, autocast):.3f} nats each")
     loss = valid.loss(model, max(1, 8192 // valid.T), autocast)
     report = valid.report(loss, True, floor_nats_per_byte)
     log(show_numbers(report))
