@@ -614,10 +614,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     FlashAttention (Dao et al. 2022, arXiv 2205.14135) never stores the T x T scores. If k and v
     have fewer heads than q, G instead of H, each of them serves H / G heads of q.
     """
-    if k.shape[2] < q.shape[2]:
+    one_query, bfloat16 = q.shape[1] == 1, q.dtype == torch.bfloat16 and mask is None
+    if k.shape[2] < q.shape[2] and not (one_query or bfloat16):  # no kernel for this: repeat
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] < q.shape[1])
     return out.transpose(1, 2)
 
 
@@ -634,11 +636,10 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         D, H, K, G = config.d_model, config.num_heads, config.head_dim, config.num_kv_heads
-        eps = config.norm_eps
         self.head_dim = K
         self.qkv = Projection(D, H * K, G * K, G * K)
         norm = RMSNorm if config.qk_norm else nn.Identity  # which does nothing
-        self.query_norm, self.key_norm = norm(K, eps), norm(K, eps)
+        self.query_norm, self.key_norm = (norm(K, config.norm_eps) for _ in "qk")
         self.output = Projection(H * K, D)
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend = attention) -> Tensor:
@@ -1094,8 +1095,7 @@ def generate_naive(
 
     `prompts` [B, T] are their first tokens, and `u` [B, N] holds a random number for each new
     token. The model sees at most context_length tokens. When there are more, it continues with
-    the newest token and half a context before it. (Dropping only the oldest would work here,
-    but with the cache below, each drop means computing the whole context again.)
+    the newest token and half a context before it. (With the cache below, each drop is costly.)
     """
     limit = model.config.context_length
     tokens = prompts[:, -limit:]  # what the model sees, (B, T)

@@ -23,7 +23,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -129,6 +128,7 @@ FILE = Path(scratchformer.__file__)
 DATA = FILE.parent / "data"
 CPU = torch.device("cpu")
 slow = pytest.mark.slow
+posix = pytest.mark.skipif(os.name != "posix", reason="Windows has nothing of this kind")
 
 hypothesis.settings.register_profile(
     "scratchformer", deadline=None, derandomize=True, max_examples=30,
@@ -187,7 +187,8 @@ def process(*argv, processes=0, env=None, file=FILE):
     torchrun = [f"-m torch.distributed.run --standalone --nproc_per_node={processes}"]
     start = [sys.executable, *(torchrun if processes else []), file, *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", **(env or {})}
-    return {"args": shell_words(start), "env": environment, "preexec_fn": default_signals}
+    options = {"preexec_fn": default_signals} if os.name == "posix" else {}
+    return {"args": shell_words(start), "env": environment, **options}
 
 
 def run(*argv, stdin=b"", **options):
@@ -884,6 +885,7 @@ def test_the_encoder_forgets_and_stays_right():
         assert tokenizer.table.size < 1000 and len(tokenizer.pool) < 5000
 
 
+@posix
 def test_the_encoder_is_right_in_threads_and_after_being_interrupted():
     tokenizer = tokenizer_from(SAMPLE, 150)
     texts = [" ".join(random.Random(n).sample(SAMPLE.split(), 200)) for n in range(30)]
@@ -1137,6 +1139,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
+@posix
 def test_a_write_creates_directories_and_replaces_what_a_link_points_to(tmp_path):
     write(tmp_path / "target", b"old")
     (tmp_path / "link").symlink_to(tmp_path / "target")
@@ -1147,6 +1150,7 @@ def test_a_write_creates_directories_and_replaces_what_a_link_points_to(tmp_path
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == b"new"
 
 
+@posix
 def test_what_is_not_a_regular_file_is_never_replaced(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path, Path("/dev/null")):
@@ -1843,9 +1847,12 @@ def test_a_checkpoint_of_another_kind_is_refused(toy, tmp_path, capsys, state):
         assert "step_000001.pt" in error
 
 
+@posix
 def test_a_full_disk_leaves_the_earlier_checkpoint(toy, tmp_path, capsys):
     flags = [*training(toy, tmp_path), "--save_interval 2"]
     do("train", *flags, "--max_steps 4")
+    import resource
+
     before, limits = snapshot(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may be larger
     try:
@@ -1963,9 +1970,11 @@ def test_a_run_with_any_optimizer_resumes_bit_for_bit(toy, tmp_path, optimizer):
     assert metrics(broken, *EXACT) == metrics(unbroken, *EXACT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@posix
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_saves_and_ends_the_run_unless_it_is_ignored(toy, tmp_path, number):
     """SIGHUP is ignored under nohup; here all but `number` are."""
+    number = getattr(signal, number)
     kinds = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     before = {kind: signal.signal(kind, signal.SIG_IGN) for kind in kinds if kind != number}
 
@@ -2799,6 +2808,7 @@ def test_a_value_may_look_like_a_flag_and_files_add_up():
     assert arguments["vocab_size"] == 400 and "num_workers" not in arguments
 
 
+@posix
 def test_a_lost_log_ends_no_command(tmp_path):
     """A full disk, or a reader that has gone."""
     text = write(tmp_path / "text.txt", toy_text(1, 30))
