@@ -1804,13 +1804,16 @@ def build_vocab(merges: Sequence[Merge], special_tokens: Sequence[str]) -> dict[
 
 
 # The syntax that means the same to the regex package and to the `tokenizers` library, and that
-# looks only forward, one character beyond a match. (What differs: \w, \b, \h, ^, $, (?s),
-# (?P<name>), sets inside sets, and + after {1,3}.)
+# never looks far: only runs of one kind, such as letters or spaces, can be long. (What differs:
+# \w, \b, \h, ^, $, (?s), (?P<name>), sets inside sets, and + after {1,3}.)
 PATTERN_SYNTAX = regex.compile(r"""(?x)
-    (?: \\[pP]\{\^?\w+\} | \\[sSdDrnt] | \\\W                                # a character
-    | \[\^?(?:\\[pP]\{\^?\w+\}|\\[sSdDrnt]|\\\W|(?!&&)[^\\\[\]])+\]      # one of several
-    | \(\?[=!](?:\\[sSdD]|\[[^\\\[\]]+\]|[^\\()[\].?*+])\)               # one comes next
-    | \((?:\?i?:) | \) | \| | [*+?] | \{\d+(?:,\d*)?\}(?![+?]) | [^\\()[\]{}^$*+?|]
+    (?: \\p\{[A-Z][a-z]*\} | \\[sSdrnt] | \\\W                                  # a character
+    | \[ (?!\^) (?:\\[pP]\{[A-Z][a-z]*\}|\\[drnt]|\\\W|(?!&&|--|-\\)[^\\\[\] ])+ \]
+    | \[\^ (?:\\[pP]\{[A-Z][a-z]*\}|\\[sdrnt]|\\\W|(?!&&|--|-\\)[^\\\[\]])+ \]
+      (?: (?![*+{]) | (?<=\\s[^\[]*) )                                     # one of several
+    | \(\?[=!](?:\\[sSd]|\[[^\\\[\]]+\]|[^\\()[\].?*+])\)                   # one comes next
+    | \(\?: | \(\?i:['|a-z\[\]]*\) | \)(?![*+{]) | \| | [*+?] | \{\d+,?\d*\}(?![+?])
+    | (?!\.[*+{])[^\\()[\]{}^$*+?|]
     )*""")
 
 
@@ -1820,22 +1823,16 @@ def check_pattern(pattern: str) -> None:
     if good < len(pattern):
         raise UserError(f"{pattern[good:][:9]!r} in the pattern {pattern!r} may mean something "
                         r"else to tokenizers: use [], (?:), (?i:), \p{..}, \s, |, * + ? {m,n}")
-    try:
-        if regex.fullmatch(pattern, ""):
-            raise UserError(f"the pattern {pattern!r} matches an empty string")
-    except regex.error as error:
-        raise UserError(f"{pattern!r} is not a regular expression: {error}") from None
+    if regex.fullmatch(pattern, ""):
+        raise UserError(f"the pattern {pattern!r} matches an empty string")
 
 
 class Merges:
     """Merges by ids: the merge of rank n makes the token new[n]."""
 
     def __init__(self, merges: Sequence[Merge], id_of: Mapping[bytes, int]):
-        try:
-            ids = np.array([(id_of[left], id_of[right], id_of[left + right])
-                            for left, right in merges], np.int64).reshape(-1, 3)
-        except KeyError as token:
-            raise UserError(f"a merge needs {token}, which isn't in the vocabulary") from None
+        ids = np.array([(id_of[left], id_of[right], id_of[left + right])
+                        for left, right in merges], np.int64).reshape(-1, 3)
         # Both ids of a pair in one integer, sorted for binary search. The last is a sentinel.
         pairs = np.append(ids[:, 0] << 32 | ids[:, 1], np.iinfo(np.int64).max)
         self.rank_of_pair, self.pairs = np.argsort(pairs), np.sort(pairs)
@@ -1889,8 +1886,7 @@ class Tokenizer:
         for token in special_tokens or []:
             data = text_to_bytes(token)
             if len(token) < 2 or token in self.special_tokens:
-                raise UserError(f"special token {token!r} must be unique, of two characters "
-                                "or more")
+                raise UserError(f"special token {token!r} must be unique, not one character")
             if data not in self.id_of:
                 self.id_of[data] = max(self.vocab) + 1
             self.special_tokens[token] = self.id_of[data]
@@ -2079,14 +2075,16 @@ def input_files(paths: Paths) -> list[Path]:
     for path in map(Path, given):
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         ours = {file.parent for file in found if file.name == OUR_DIRECTORY}
-        found = [file for file in found if not file.is_dir() and not ours & {*file.parents}
+        found = [file for file in found if not ours & {*file.parents}
+                 and (file.is_file() or file == path)
                  and not any(part[0] == "." for part in file.parts[len(path.parts) :])]
         binary = {file for file in found if is_binary(file)}
         metadata = {Path(f"{file}.json") for file in binary}  # of those that are token files
         if path in binary and min(metadata).is_file():
             raise UserError(f"{path} is a token file, not text")
-        if skipped := binary - {path}:  # what is named is read
-            log(f"skipping {len(skipped)} binary files, such as {min(skipped)}")
+        skipped = binary - {path}  # what is named is read
+        if skipped or ours:
+            log(f"skipping binary files and what we made, such as {min(skipped | ours)}")
         files += [file for file in found if file not in metadata | skipped]
     if not any(path.stat().st_size for path in files):
         raise UserError(f"no text to read in {', '.join(map(str, given))} (hidden and binary "
@@ -2247,7 +2245,6 @@ def encode_file(
             "dtype": dtype.name,
             "vocab_size": tokenizer.vocab_size,
             "num_tokens": num_tokens,
-            "end_of_text_id": tokenizer.eot_id,
             "tokenizer_sha256": tokenizer.fingerprint(),
         })
     return num_tokens
@@ -3465,8 +3462,6 @@ def log_training(
     if trainer.scaler.consecutive_skips >= 10:  # too many to be bad luck
         raise UserError(f"step {step}: gradients have not been finite for some time: try a "
                         "smaller --lr or another --dtype")
-    if trainer.device.type == "cuda":
-        record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     line = f"step {step:>6}/{max_steps}  {show_numbers(record)}"
     if len(seconds) > 2:  # the first steps say little about the others
         left = datetime.timedelta(seconds=round(seconds_per_step * (max_steps - step)))
@@ -3535,8 +3530,6 @@ def load_tokenizer(
 
 def load_start(run: RunConfig) -> dict:
     """What training starts from: a state to resume, a model's weights, or only a step, 0."""
-    if not run.resume:
-        new_directory(run.outdir)
     if checkpoints_in(run.outdir):
         state = read_checkpoint(checkpoints_in(run.outdir)[-1])
         if "optimizer" not in state:
@@ -3544,6 +3537,8 @@ def load_start(run: RunConfig) -> dict:
                             "--init_from, or remove it")
         best = read_checkpoint(run.outdir / BEST) if (run.outdir / BEST).is_file() else {}
         return {**state, "best_loss": best.get("valid_loss", math.inf)}
+    if run.resume:
+        log(f"no checkpoint to resume from in {run.outdir}: starting fresh")
     state = load_checkpoint(run.init_from) if run.init_from else {}
     return {**state, "step": 0, "windows": 0, "run": {}, "best_loss": math.inf}
 
@@ -3560,15 +3555,17 @@ def resolve_model_config(given: dict, model: LlamaConfig, start: dict) -> LlamaC
     return config
 
 
-def lock_outdir(outdir: Path) -> typing.TextIO:
-    """Make outdir, and refuse it if another run is writing to it. Returns the locked file."""
-    outdir.mkdir(parents=True, exist_ok=True)
-    lock = open(outdir / OUR_DIRECTORY, "w")
+def lock_outdir(run: RunConfig) -> typing.TextIO:
+    """Make outdir; refuse one that holds anything but a run to resume, or that is in use."""
+    ours = (run.outdir / OUR_DIRECTORY).exists() and not (run.outdir / "config.json").exists()
+    if not run.resume or not (ours or checkpoints_in(run.outdir)):
+        new_directory(run.outdir)
+    lock = open(run.outdir / OUR_DIRECTORY, "w")
     try:
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
     except BlockingIOError:
-        raise UserError(f"another run is writing to {outdir}") from None
+        raise UserError(f"another run is writing to {run.outdir}") from None
     except (ImportError, OSError):  # Windows, or a file system without locks
         pass
     return lock
@@ -3610,7 +3607,7 @@ def train(
     with contextlib.ExitStack() as stack:
         saved: dict = {}
         if get_rank() == 0:
-            stack.enter_context(lock_outdir(run.outdir))
+            stack.enter_context(lock_outdir(run))
             saved = load_start(run)
         stack.enter_context(process_group(device))
         signals = stack.enter_context(catch_signals())
@@ -3649,9 +3646,9 @@ def train(
                                                or tokenizer and tokenizer.fingerprint())}
         if tokenizer:  # only process 0 has it
             tokenizer.save(run.outdir / "tokenizer.json")
-        num_parameters = sum(p.numel() for p in trainer.model.parameters())
-        log(f"{device}, {dtype}, processes: {get_world_size()}, {num_parameters:,} parameters, "
-            f"{trainer.tokens_per_step:,} tokens per step, in {run.outdir}")
+        log(f"{device}, {dtype}, processes: {get_world_size()}, parameters: "
+            f"{sum(p.numel() for p in trainer.model.parameters()):,}, tokens per step: "
+            f"{trainer.tokens_per_step:,}, in {run.outdir}")
         if run_training(trainer, run, tokens, valid, start, signals) < optim.max_steps:
             log("stopped by a signal; continue with --resume")
             return 128 + (signals or [signal.SIGTERM])[0]  # empty if another process got it
@@ -3931,10 +3928,11 @@ def load_hf_model(directory: Path) -> dict:
             if config.tie_embeddings:
                 del weights[head]
         weights = from_hf(weights, config)
-        ids = {name: content.get(name) for name in HF_SPECIAL_IDS}
-        files = {"generation_config.json": json.dumps(ids)}
-        files |= {name: (directory / name).read_text("utf-8") for name in HF_FILES
-                  if (directory / name).is_file()}
+        files = {name: (directory / name).read_bytes().decode() for name in HF_FILES
+                 if (directory / name).is_file()}
+        ids = {name: content[name] for name in HF_SPECIAL_IDS if name in content}
+        ids |= json.loads(files.get("generation_config.json", "{}"))
+        files["generation_config.json"] = json.dumps(ids, indent=2)
     return {"model": weights, "model_config": vars(config), "step": 0, "path": str(directory),
             "hf_files": files}
 
@@ -3970,7 +3968,6 @@ def export(
     for name, text in files.items():
         with atomic_write(outdir / name) as file:
             file.write(text.encode())
-    log(f"{outdir}: load it with AutoModelForCausalLM.from_pretrained")
 
 
 # Exercise: Make `interleaved_to_half_split` return its argument. transformers loads the model
@@ -3987,7 +3984,6 @@ def export(
 # ----------------------------------------------------------------------------------------
 
 import argparse
-import builtins
 import inspect
 import shlex
 import warnings
@@ -4061,7 +4057,8 @@ def add_flags(parser: Any, owner: Any) -> None:
                 if kind.startswith("list"):  # repeating the flag appends
                     options |= {"action": "extend", "nargs": "+"}
                 kind = kind.removeprefix("list[").removesuffix("]")
-                options |= {"type": getattr(builtins, kind, Path), "metavar": kind.upper()}
+                types = {"int": int, "float": float, "str": str}
+                options |= {"type": types.get(kind, Path), "metavar": kind.upper()}
             parser.add_argument(f"--{name}", **options)
 
 
@@ -4094,7 +4091,7 @@ def bpe_train(
     tokenizer_out_path: Path,  # where to write the tokenizer.json
     vocab_size: int = 50304,  # size of the vocabulary, bytes and special tokens included
     special_tokens_path: Path | None = None,  # file of special tokens, one per line
-    pattern: str = "gpt2",  # how to split text: gpt2, gpt4, or a regular expression
+    pattern: Literal["gpt2", "gpt4"] = "gpt2",  # whose pattern splits text into words
     num_workers: int | None = None,  # processes (default: one per core)
 ) -> None:
     """Learn a byte-level BPE vocabulary from text."""
@@ -4103,11 +4100,11 @@ def bpe_train(
         with file_errors(special_tokens_path, "list of special tokens"):
             lines = special_tokens_path.read_text(encoding="utf-8-sig").splitlines()
             specials = [line.strip() for line in lines if line.strip()]
-    pattern = {"gpt2": PRETOKEN_PATTERN, "gpt4": GPT4_PATTERN}.get(pattern, pattern)
+    rule = {"gpt2": PRETOKEN_PATTERN, "gpt4": GPT4_PATTERN}[pattern]
     check_outputs([tokenizer_out_path], [*input_files(file_path), special_tokens_path])
     with atomic_write(tokenizer_out_path) as out:  # first: a bad path fails early
-        vocab, merges = train_bpe(file_path, vocab_size, specials, num_workers, pattern)
-        out.write(json_bytes(tokenizer_to_json(Tokenizer(vocab, merges, specials, pattern))))
+        vocab, merges = train_bpe(file_path, vocab_size, specials, num_workers, rule)
+        out.write(json_bytes(tokenizer_to_json(Tokenizer(vocab, merges, specials, rule))))
     log(f"{tokenizer_out_path}: {len(vocab)} entries, {time.monotonic() - start:.1f} s")
 
 
@@ -4169,12 +4166,15 @@ def evaluate_command(
     if tokens:
         tokens = tokens._replace(vocab_size=model.config.vocab_size)
     else:
-        texts = [bytes_to_text(path.read_bytes()) for path in input_files(text_path or [])]
-        ids = [np.array(tokenizer.encode(text, add_start=True), np.int32) for text in texts]
+        ids = []
+        for path in input_files(text_path or []):
+            pieces = safe_pieces([bytes_to_text(path.read_bytes())], tokenizer, CHUNK)
+            ids += [np.array(tokenizer.start_ids, np.int32)]
+            ids += map(tokenizer.encode_piece, pieces)
         tokens = TokenFile(Path("text"), np.concatenate(ids), model.config.vocab_size)
     valid = ValidationSet(tokens, model.config.context_length, eval_windows, tokenizer)
-    T = min(256, valid.T)  # a long window takes long: a first figure at once
-    log(f"{T} tokens: {ValidationSet(tokens, T, 1).loss(model, 1, autocast):.3f} nats each")
+    start = ValidationSet(tokens, min(256, valid.T), 1)  # a long window takes long
+    log(f"loss of the first tokens: {start.loss(model, 1, autocast):.3f}")
     loss = valid.loss(model, max(1, 8192 // valid.T), autocast)
     report = valid.report(loss, True, floor_nats_per_byte)
     log(show_numbers(report))
@@ -4227,14 +4227,17 @@ PART = 2048  # characters
 
 def split_parts(file: typing.TextIO) -> Iterator[str]:
     """The documents in a file, each with its end-of-text token; long ones in several parts."""
-    part = ""
-    while line := file.readline(PART):
-        for piece in re.split(rf"(?<={re.escape(END_OF_TEXT)})", line):
-            part += piece
-            if len(part) >= PART or piece.endswith(END_OF_TEXT):
-                yield part
-                part = ""
-    yield part
+    end_of_document = re.compile(re.escape(END_OF_TEXT) + r"\r?\n?")
+    text = more = file.read(4 * PART)
+    while text:
+        if more and len(text) < 2 * PART:
+            more = file.read(4 * PART)
+            text += more
+        end = end_of_document.search(text, 0, PART + len(END_OF_TEXT) + 1)
+        last_line = text.rfind("\n", 0, PART) + 1 if len(text) > PART else len(text)
+        cut = end.end() if end else last_line or PART
+        yield text[:cut]
+        text = text[cut:]
 
 
 def split(
@@ -4246,7 +4249,7 @@ def split(
     The hash of a document decides, so it stays on its side when others come or go, and copies
     of it are all on that side. Documents of more than 2,048 characters are split into parts.
     """
-    files, counts = input_files(text_path), [0, 0]
+    files = input_files(text_path)
     new_directory(outdir)
     with (atomic_write(outdir / "train.txt") as train,
           atomic_write(outdir / "valid.txt") as valid):
@@ -4255,17 +4258,16 @@ def split(
             with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
                 for part in filter(str.strip, split_parts(file)):
                     data = text_to_bytes(part)
-                    document = data.removesuffix(END_OF_TEXT.encode()).strip()
+                    document = data.strip().removesuffix(END_OF_TEXT.encode()).strip()
                     is_valid = hashlib.sha256(document).digest()[0] < 26  # of 256
                     side = valid if is_valid else train
                     if unfinished not in (None, side):
                         unfinished.write(END_OF_TEXT.encode())
                     side.write(data)
-                    counts[is_valid] += 1
-                    unfinished = None if part.endswith(END_OF_TEXT) else side
+                    unfinished = None if part.rstrip().endswith(END_OF_TEXT) else side
             if unfinished:
                 unfinished.write(END_OF_TEXT.encode())
-        if not all(counts):
+        if not (train.tell() and valid.tell()):
             raise UserError("too little text for training and validation: bring 100 kB or more")
         log(f"training: {train.tell() / 1e6:,.2f} MB, validation: {valid.tell() / 1e6:,.2f} MB")
     (outdir / "special_tokens.txt").write_text(END_OF_TEXT + "\n")
@@ -4313,9 +4315,7 @@ def demo_commands(
         yield f"split --text_path {shlex.join(map(str, text_path))} --outdir {here}"
         megabytes, device = (out / "train.txt").stat().st_size / 1e6, pick_device("auto").type
         vocab_size, flags = choose_size(megabytes, minutes, device)
-        log(f"\n{megabytes:.1f} MB, {minutes:g} minutes, {device}: {flags}")
-        if device == "cuda" and has_compiler():  # on an H100, 2.5 times as fast
-            flags += " --compile"
+        flags += " --compile" * (device == "cuda" and has_compiler())  # 2.5 times as fast
         source, texts, model, prompt, compare = here, f"{here}/", f"{here}/run", "''", ""
     else:
         source, texts, model, prompt = data, f"{data}/stories-", f"{here}/run", "Once"
