@@ -615,7 +615,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     have fewer heads than q, G instead of H, each of them serves H / G heads of q.
     """
     one_query, bfloat16 = q.shape[1] == 1, q.dtype == torch.bfloat16 and mask is None
-    if k.shape[2] < q.shape[2] and not (one_query or bfloat16):  # no kernel for this: repeat
+    if k.shape[2] < q.shape[2] and not (one_query or bfloat16):  # PyTorch would store T x T
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
     out = F.scaled_dot_product_attention(
@@ -1984,8 +1984,8 @@ class Tokenizer:
         """The ids of some words, concatenated, and how many each has.
 
         The ids of all words are in one flat array, and `word` tells which word each belongs to.
-        Every round applies, in each word, the merge of lowest rank wherever it occurs, as
-        `encode_pretoken` does. A word without any merge left is done. With merges th, the, he:
+        Every round applies, in each word, the merge of lowest rank wherever it occurs (or only
+        the first time, see `Merges`), until no merge is left. With merges th, the, he:
 
             ids    t h e n t h      word    0 0 0 0 1 1      before the first round
                    th e n th                0 0 0 1          word 1 is done
@@ -3471,9 +3471,9 @@ def log_training(
 
 
 def show_numbers(record: dict) -> str:
-    """`record` as text for people."""
+    """The numbers in `record` that aren't 0, as text for people."""
     return "  ".join(f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}"
-                     for name, x in record.items())
+                     for name, x in record.items() if x)
 
 
 def json_line(record: dict) -> str:
