@@ -4316,9 +4316,9 @@ def demo_commands(
         megabytes, device = (out / "train.txt").stat().st_size / 1e6, pick_device("auto").type
         vocab_size, flags = choose_size(megabytes, minutes, device)
         flags += " --compile" * (device == "cuda" and has_compiler())  # 2.5 times as fast
-        source, texts, model, prompt, compare = here, f"{here}/", f"{here}/run", "''", ""
+        source, texts, prompt, compare = here, f"{here}/", "''", " --eval_windows 128"
     else:
-        source, texts, model, prompt = data, f"{data}/stories-", f"{here}/run", "Once"
+        source, texts, prompt = data, f"{data}/stories-", "Once"
         compare = " --floor_nats_per_byte 0.191796"
         vocab_size, steps = 1536, max_steps or 720
         flags = ("--context_length 512 --num_layers 1 --d_model 128 --num_heads 4 --d_ff 256 "
@@ -4345,8 +4345,8 @@ def demo_commands(
         train += (f" --keep_best --eval_windows 128 --eval_interval {steps // 10 or 1} "
                   f"--log_interval {steps // 40 or 1}")
     yield f"{train} --outdir {here}/run --max_steps {steps}"
-    yield f"eval --checkpoint {model} --valid_tokens {here}/valid.bin" + compare
-    yield f"generate --checkpoint {model} --prompt {prompt} --seed 1"
+    yield f"eval --checkpoint {here}/run --valid_tokens {here}/valid.bin{compare}"
+    yield f"generate --checkpoint {here}/run --prompt {prompt} --seed 1"
 
 
 COMMANDS: dict[str, Callable] = {
