@@ -1095,7 +1095,7 @@ def generate_naive(
 
     `prompts` [B, T] are their first tokens, and `u` [B, N] holds a random number for each new
     token. The model sees at most context_length tokens. When there are more, it continues with
-    the newest token and half a context before it. (With the cache below, each drop is costly.)
+    the newest token and half a context before it. (With the cache below, every drop is slow.)
     """
     limit = model.config.context_length
     tokens = prompts[:, -limit:]  # what the model sees, (B, T)
@@ -2699,7 +2699,7 @@ def stream_text(
     tokenizer: BPETokenizer | Tokenizer, ids: Iterable[int], prompt: str = ""
 ) -> Iterator[str]:
     """`prompt` and the text of `ids`, in whole characters: their bytes may come one by one."""
-    valid = bytes_to_text(text_to_bytes(prompt)).isprintable()
+    valid = text_to_bytes(prompt).decode("utf-8", "replace") == prompt  # or its bytes go on
     decoder = codecs.getincrementaldecoder("utf-8")("replace" if valid else "surrogateescape")
     yield decoder.decode(text_to_bytes(prompt))
     for token in ids:
@@ -3488,7 +3488,7 @@ def catch_signals() -> Iterator[list[int]]:
     received: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        if not received and get_rank() == 0:  # TRAP: while the handler interrupts a print, no
+        if not received and get_rank() == 0:  # TRAP: no print: it may interrupt one
             os.write(2, b"stopping after this step; Ctrl-C twice to quit without saving\n")
         received.append(number)
         if len(received) > 2:  # torchrun may pass on the terminal's first Ctrl-C

@@ -1460,6 +1460,9 @@ def test_streamed_text_never_breaks_a_character(text):
     assert "".join(pieces) == OURS.decode(ids) and len(pieces) == len(ids) + 2
     if not any("\udc80" <= character <= "\udcff" for character in text):
         assert "\ufffd" not in "".join(pieces) or "\ufffd" in text
+    # Bytes of no character are U+FFFD, unless they complete what the prompt has begun.
+    assert "".join(stream_text(OURS, [0xC3], "a\n")) == "a\n\ufffd"
+    assert text_to_bytes("".join(stream_text(OURS, [0xA9], "caf\udcc3"))) == "café".encode()
 
 
 # ======================================================================================
