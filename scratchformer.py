@@ -217,16 +217,14 @@ def learn_merges_naive(pretoken_counts: Mapping[bytes, int], num_merges: int) ->
 # *decode* ids, look up their bytes and join them. (Sennrich et al. 2016, section 3.2)
 #
 # One more token is neither a byte nor learned. A *special token* marks something that isn't
-# text; ours, END_OF_TEXT, marks the end of a document. It has a single id, and is cut out
-# before the pattern sees the text.
+# text; ours, END_OF_TEXT, marks the end of a document. It has one id; it's never split.
 # ----------------------------------------------------------------------------------------
 
 
 class BPETokenizer:
     """Byte-level BPE: text to token ids, and back to the same text.
 
-    Ids 0 to 255 are the single bytes, 256 + i is the token that merge i makes, and the last id
-    is END_OF_TEXT.
+    Ids 0 to 255 are the single bytes, 256 + i is what merge i makes, the last is END_OF_TEXT.
 
     A worked example with three merges. "then" starts as the bytes t, h, e, n. Merge 0 makes
     th, e, n; merge 1 makes the, n; merge 2 looks for h + e and finds none. So "then" is the
@@ -579,7 +577,7 @@ class ModelConfig:
     d_ff: int = 352  # F: the width inside SwiGLU, about 8/3 of d_model
     num_kv_heads: int = 0  # G: heads of keys and values; 0: as many as num_heads
     head_dim: int = 0  # K: the width of one head; 0: d_model / num_heads
-    qk_norm: bool = False  # normalize queries and keys
+    qk_norm: bool = True  # normalize queries and keys
     tie_embeddings: bool = False  # use one matrix for the embedding and the output
     rope_theta: float = 10000.0  # the base of RoPE: a larger one means slower rotations
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
@@ -889,17 +887,25 @@ class OptimizerConfig:
             self.warmup_steps = min(200, self.max_steps // 10)
 
 
-def make_adamw(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
-    """PyTorch's AdamW. (Fused: it updates all parameters in one operation.)
+def make_adamw(
+    model: Transformer, config: OptimizerConfig, tensors: Mapping[Any, Any] | None = None
+) -> torch.optim.AdamW:
+    """PyTorch's AdamW for all parameters, or for the `tensors` that stand for them.
 
-    Only matrices decay, the embedding among them. Norm weights start at 1, and pulling them
-    towards 0 would shrink the whole input of a layer.
+    Only matrices decay: norm weights start at 1, and pulling them towards 0 would shrink the
+    whole input of a layer. The embedding learns d_model / 24 times as fast, unless it's tied to
+    lm_head. WHY: a matrix adds up d_model products, which change together, so the more there
+    are, the less each may change; the embedding is a table, from which one row is taken. (Yang
+    et al. 2022, arXiv 2203.03466, table 3; the 24 is measured)
     """
-    parameters = list(parameters)
-    matrices = [p for p in parameters if p.dim() >= 2]
-    others = [p for p in parameters if p.dim() < 2]
+    tensors = tensors or {p: p for p in model.parameters()}
+    tables = {model.embedding.weight} - {model.lm_head.weight}  # none if they are tied
+    table = [x for p, x in tensors.items() if p in tables]
+    matrices = [x for p, x in tensors.items() if x.dim() >= 2 and p not in tables]
+    vectors = [x for x in tensors.values() if x.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
-              {"params": others, "weight_decay": 0.0}]
+              {"params": vectors, "weight_decay": 0.0},
+              {"params": table, "weight_decay": 0.0, "lr_scale": model.config.d_model / 24}]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
 
@@ -937,7 +943,7 @@ def train_step(
     al. 2013, arXiv 1211.5063, algorithm 1).
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1)
     loss = cross_entropy(model(inputs), targets).mean()
     loss.backward()  # fills p.grad for every parameter p
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)  # 0: no limit
@@ -951,8 +957,7 @@ def train_step(
 # A model that is trained on the same text for a long time starts to memorize it: the loss on
 # that text keeps falling while the loss on new text stalls or rises. This is *overfitting*. To
 # notice it, hold out some text and measure the loss there, the validation loss.
-# In the first epoch all text is new to the model, and both losses fall together. (The loss of a
-# single batch also goes up and down by chance.)
+# In the first epoch all text is new to the model, and both losses fall together.
 
 
 @torch.no_grad()
@@ -985,7 +990,7 @@ def train_model(
     >>> round(losses[0], 1), losses[-1] < 0.1
     (1.1, True)
     """
-    optimizer = make_adamw(model.parameters(), config)
+    optimizer = make_adamw(model, config)
     losses: list[float] = []
     model.train()
     for step in range(config.max_steps):
@@ -1024,8 +1029,7 @@ def token_probabilities(
 ) -> Tensor:
     """softmax(logits / temperature), with unlikely tokens removed; [B, V] for logits [B, V].
 
-    A temperature below 1 makes likely tokens even more likely; 0 leaves only the most likely,
-    which is called greedy decoding.
+    A temperature below 1 makes likely tokens even more likely; 0 leaves only one (greedy).
     top_k keeps the k most likely tokens (including ties; 0: all). top_p keeps the most likely
     tokens that together reach probability p, at least one.
 
@@ -1113,8 +1117,7 @@ def generate_naive(
 # Attention is the only place where a token looks at others, and all it needs from an earlier
 # token is the key and the value. Those never change: in all blocks they depend on the tokens
 # before, not on later ones, because no token looks ahead. So keep them, and let the model
-# compute only the newest token. Attention still looks at all earlier keys, but everything else
-# then costs the same for every token, however long the text is:
+# compute only the newest token. Only attention still looks at the earlier ones:
 #
 #     computed           in the cache before that       predicted
 #     Once upon a        nothing                        time
@@ -1177,11 +1180,7 @@ def generate(
     model: Transformer, prompts: Tensor, u: Tensor, cache: KVCache | None = None,
     **sampling: Any,
 ) -> Iterator[Tensor]:
-    """`generate_naive` with a cache, yours or a new one: the same ids, but for rounding.
-
-    WHY B sequences: each step reads all parameters from memory, which takes longer than the
-    arithmetic. So a batch takes barely longer than a single sequence.
-    """
+    """`generate_naive` with a cache, yours or a new one: the same ids, but for rounding."""
     limit = model.config.context_length
     cache = cache or KVCache()
     new = prompts[:, -limit:]  # what to process next, (B, T)
@@ -1287,14 +1286,6 @@ from typing import BinaryIO, Literal, NoReturn
 CHUNK = 1 << 19  # characters processed at a time
 TwoArrays = tuple[np.ndarray, np.ndarray]
 Paths = str | Path | Sequence[str | Path]  # a file or directory, or several
-
-# GPT-4's pattern, which Llama 3 uses, too, takes at most three digits at a time. A word may
-# start with any punctuation mark or space, and line breaks stay with the punctuation or
-# whitespace in front of them. (As first published in OpenAI's tiktoken)
-GPT4_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def run_starts(values: np.ndarray) -> np.ndarray:
@@ -1933,6 +1924,15 @@ class Tokenizer:
         """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    @classmethod
+    def train(
+        cls, source: Paths, vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,),
+        pattern: str = PRETOKEN_PATTERN,
+    ) -> Tokenizer:
+        """A tokenizer learned from a text, or from files and directories: see `train_bpe`."""
+        vocab, merges = train_bpe(source, vocab_size, special_tokens, None, pattern)
+        return cls(vocab, merges, special_tokens, pattern)
+
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json, which `tokenizers.Tokenizer.from_file` reads as well."""
         with atomic_write(path) as file:
@@ -2062,9 +2062,6 @@ def safe_pieces(chunks: Iterable[str], tokenizer: Tokenizer, size: int) -> Itera
                     yield text[:cut]
                 text = text[cut:]
                 wanted = max(size, 2 * len(text))  # doubling keeps the search time linear
-                if wanted > 1 << 26:
-                    raise UserError("32 million characters have no place to cut: put "
-                                    f"{END_OF_TEXT} between documents, or use another pattern")
     yield text
 
 
@@ -2073,6 +2070,8 @@ def input_files(paths: Paths) -> list[Path]:
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     files: list[Path] = []
     for path in map(Path, given):
+        if "\n" in str(path) or len(str(path)) > 4096:
+            raise UserError(f"a text where a path belongs: {str(path)[:40]!r}...")
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         ours = {file.parent for file in found if file.name == OUR_DIRECTORY}
         found = [file for file in found if not ours & {*file.parents}
@@ -2198,15 +2197,23 @@ def count_files(paths: Paths, tokenizer: Tokenizer, num_workers: int | None) -> 
 
 
 def train_bpe(
-    input_path: Paths, vocab_size: int, special_tokens: Sequence[str],
+    source: Paths, vocab_size: int, special_tokens: Sequence[str],
     num_workers: int | None = None, pattern: str = PRETOKEN_PATTERN,
 ) -> tuple[dict[int, bytes], list[Merge]]:
-    """A vocabulary of at most `vocab_size` tokens, and its merges in the order learned."""
+    """A vocabulary of at most `vocab_size` tokens, and its merges in the order learned.
+
+    `source` is a file or a directory, or several, or a text: a string with a space or a line
+    break in it that isn't a path.
+    """
     num_fixed = 256 + len(special_tokens)
     if vocab_size < num_fixed:
         raise UserError(f"vocab_size must be at least {num_fixed}: bytes and special tokens")
     splitter = Tokenizer(build_vocab([], special_tokens), [], special_tokens, pattern)
-    counts = count_files(input_path, splitter, num_workers)
+    if isinstance(source, str) and re.search(r"\s", source) and not os.path.exists(source):
+        pieces = safe_pieces([source], splitter, CHUNK)
+        counts = count_pieces(((piece, False) for piece in pieces), splitter)
+    else:
+        counts = count_files(source, splitter, num_workers)
     merges = learn_merges(counts, vocab_size - num_fixed)
     return build_vocab(merges, special_tokens), merges
 
@@ -2242,11 +2249,8 @@ def encode_file(
         # TRAP: write the metadata first; the token file appears at the end of this block. If we
         # are killed in between, an old token file doesn't fit its metadata: `train` says so.
         write_json(f"{out_path}.json", {
-            "dtype": dtype.name,
-            "vocab_size": tokenizer.vocab_size,
-            "num_tokens": num_tokens,
-            "tokenizer_sha256": tokenizer.fingerprint(),
-        })
+            "dtype": dtype.name, "vocab_size": tokenizer.vocab_size,
+            "num_tokens": num_tokens, "tokenizer_sha256": tokenizer.fingerprint()})
     return num_tokens
 
 
@@ -2287,8 +2291,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     has_bfloat16 = cuda and torch.cuda.is_bf16_supported(False)
     if name == "auto":
         name = "bfloat16" if has_bfloat16 else "float16" if cuda else "float32"
-    if name == "bfloat16" and cuda and not has_bfloat16:
-        raise UserError("this GPU doesn't support bfloat16: use --dtype float16 or float32")
     # What stays float32 on a GPU uses TF32: matmuls round their inputs to 11 bits.
     torch.set_float32_matmul_precision("high" if cuda else "highest")
     return getattr(torch, name)
@@ -2494,31 +2496,24 @@ def orthogonalize(x: Tensor) -> Tensor:
     return x
 
 
+MUON_DECAY = 0.95  # of the momentum, as beta1 is of AdamW's m
+
+
 def muon_naive(
-    weight: Tensor, grad: Tensor, momentum: Tensor, lr: float, weight_decay: float, decay: float
+    weight: Tensor, grad: Tensor, momentum: Tensor, lr: float, weight_decay: float
 ) -> tuple[Tensor, Tensor]:
     """One update of Muon for one matrix, written out: the new weight and the new momentum.
 
-    The momentum is AdamW's m, and `decay` is its beta1. The update mixes in the gradient once
-    more (Nesterov momentum).
+    The momentum is AdamW's m. The update mixes in the gradient once more (Nesterov momentum).
     WHY 0.2 * sqrt(max(rows, columns)): the entries of U @ V.T have a magnitude of about
     1 / sqrt(max(rows, columns)), and those of AdamW's updates, in practice, about 0.2 (not 1,
     because gradients change sign). With this factor, lr and weight_decay mean what they mean
     for AdamW. (Liu et al. 2025, arXiv 2502.16982, section 2.2)
     """
-    momentum = decay * momentum + (1 - decay) * grad
-    update = orthogonalize((decay * momentum + (1 - decay) * grad)[None])[0]
+    momentum = MUON_DECAY * momentum + (1 - MUON_DECAY) * grad
+    update = orthogonalize((MUON_DECAY * momentum + (1 - MUON_DECAY) * grad)[None])[0]
     update = 0.2 * math.sqrt(max(weight.shape)) * update
     return weight - lr * (weight_decay * weight + update), momentum
-
-
-def muon_momentum(step: int) -> float:
-    """Muon's decay rate at `step` (from 0): rises from 0.85 to 0.95 in the first 300 steps.
-
-    WHY: early on the loss falls so fast that older gradients no longer point downhill. (Jordan
-    et al. 2024, github.com/KellerJordan/modded-nanogpt)
-    """
-    return min(0.95, 0.85 + 0.1 * step / 300)
 
 
 class Muon(torch.optim.AdamW):
@@ -2539,14 +2534,13 @@ class Muon(torch.optim.AdamW):
         for layer in model.blocks.modules():
             if isinstance(layer, Projection) and layer.weight in others:
                 stack = stacks.setdefault((layer.d_outs, layer.in_features), {
-                    "params": [], "weight_decay": config.weight_decay, "momentum": 0.95,
+                    "params": [], "weight_decay": config.weight_decay,
                     "d_outs": list(layer.d_outs)})
                 stack["params"].append(others.pop(layer.weight))
-        groups = make_adamw(others.values(), config).param_groups
+        groups = make_adamw(model, config, others).param_groups
         super().__init__([*groups, *stacks.values()], lr=config.lr, fused=True)
-        for stack in stacks.values():
-            for weight in stack["params"]:
-                self.state[weight]["exp_avg"] = torch.zeros_like(weight)  # the momentum
+        for weight in (weight for stack in stacks.values() for weight in stack["params"]):
+            self.state[weight]["exp_avg"] = torch.zeros_like(weight)  # the momentum
         self.dtype = dtype
         if compiled:  # fewer passes over memory
             for name in ("update_momenta", "apply_update"):
@@ -2563,9 +2557,7 @@ class Muon(torch.optim.AdamW):
                 divisor = getattr(self, "grad_scale", weights[0].new_ones(()))
                 grads = [weight.grad for weight in weights]
                 momenta = [self.state[weight]["exp_avg"] for weight in weights]
-                # TRAP: for a Python number, each new value would be compiled again.
-                decay = weights[0].new_full((), group["momentum"])
-                updates = self.update_momenta(grads, momenta, decay, divisor, found_inf)
+                updates = self.update_momenta(grads, momenta, divisor, found_inf)
                 updates = self.orthogonalize_all(updates, group["d_outs"])
                 scale = 0.2 * math.sqrt(max(group["d_outs"][0], updates.shape[2]))
                 lr = group["lr"] * (1 - found_inf)
@@ -2575,15 +2567,15 @@ class Muon(torch.optim.AdamW):
         super().step()
 
     def update_momenta(
-        self, grads: list, momenta: list, decay: Tensor, divisor: Tensor, found_inf: Tensor
+        self, grads: list, momenta: list, divisor: Tensor, found_inf: Tensor
     ) -> Tensor:
         """Update the momentum buffers. Returns updates [N, rows, columns]."""
         updates = []
         for grad, momentum in zip(grads, momenta):
             # On overflow: averaging the momentum with itself leaves it unchanged.
             grad = torch.where(found_inf > 0, momentum, grad / divisor)
-            momentum.lerp_(grad, 1 - decay)  # decay * momentum + (1 - decay) * grad
-            updates.append(grad.lerp(momentum, decay).to(self.dtype))
+            momentum.lerp_(grad, 1 - MUON_DECAY)  # a weighted sum of both
+            updates.append(grad.lerp(momentum, MUON_DECAY).to(self.dtype))
         return torch.stack(updates)
 
     def orthogonalize_all(self, updates: Tensor, d_outs: list[int]) -> Tensor:
@@ -2841,21 +2833,14 @@ def load_batches(
         micro-batch 0    0, 1         2, 3
         micro-batch 1    4, 5         6, 7
     """
-
-    def load(task: tuple[int, int]) -> list[Tensor]:
-        step, micro_batch = task
-        number = ((step - steps[0]) * data.grad_accum_steps + micro_batch) * world_size + rank
-        first = first_window + number * data.batch_size
+    for micro_batch in range(len(steps) * data.grad_accum_steps):  # of all steps
+        first = first_window + (micro_batch * world_size + rank) * data.batch_size
         indices = range(first, first + data.batch_size)
         batch = get_batch(tokens.ids, context_length, data.seed, indices)
         tokens.check(torch.stack(batch))
         # Pinned memory lets the copy to a GPU run while the GPU computes the step before.
-        return [x.pin_memory() if device.type == "cuda" else x for x in batch]
-
-    tasks = ((step, micro_batch) for step in steps  # itertools.product would store them all
-             for micro_batch in range(data.grad_accum_steps))
-    for batch in map(load, tasks):
-        yield [x.to(device, non_blocking=True) for x in batch]
+        pinned = [x.pin_memory() if device.type == "cuda" else x for x in batch]
+        yield [x.to(device, non_blocking=True) for x in pinned]
 
 
 def average_gradients(model: nn.Module) -> None:
@@ -2940,11 +2925,9 @@ def shard_group(params: dict[Any, Any]) -> Any:
     return mesh.get_group("shard") if mesh else None
 
 
-class DistributedMuon(Muon):
-    """Muon on n processes, each of which orthogonalizes some of the layers of a stack.
+class ShardedMuon(Muon):
+    """Muon under FSDP, where each of n processes holds some rows of every matrix, or none.
 
-    Without FSDP every process has all matrices: it takes its share of them, and an all-gather
-    collects the results. Under FSDP a process holds some rows of every matrix, possibly none.
     An *all-to-all*, in which every process sends different data to every other, makes whole
     matrices, a share of them for each process; a second one turns them back into rows. Here
     each of two processes has one half of the rows of the matrices A and B:
@@ -2961,15 +2944,11 @@ class DistributedMuon(Muon):
     def orthogonalize_all(self, updates: Tensor, d_outs: list[int]) -> Tensor:
         n, rows = torch.distributed.get_world_size(self.group), sum(d_outs)
         count, held, _ = updates.shape  # how many layers, and how many rows of each we hold
-        size = rows if self.group is None else -(-rows // n)  # rows per process, at most
+        size = -(-rows // n)  # rows per process, at most
         # Zeros make the number of layers divisible by n, M for each process, and the number
         # of rows the same on all: (n * M, size, columns).
         updates = F.pad(updates, (0, 0, 0, size - held, 0, -count % n))
         received = torch.empty_like(updates)
-        if self.group is None:
-            share = super().orthogonalize_all(updates.chunk(n)[get_rank()], d_outs)
-            torch.distributed.all_gather_into_tensor(received, share)
-            return received[:count]
         torch.distributed.all_to_all_single(received, updates, group=self.group)
         whole = received.unflatten(0, (n, -1))  # (n, M, size, columns): from n processes
         whole = whole.transpose(0, 1).flatten(1, 2)[:, :rows]  # (M, rows, columns)
@@ -3209,8 +3188,8 @@ class RunConfig:
 # What --optimizer can be: functions of the model, the tensors to update (`local_params`), the
 # configuration, the precision for Muon, and whether to compile.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": lambda model, params, config, *how: make_adamw(params.values(), config),
-    "muon": lambda *how: (DistributedMuon if get_world_size() > 1 else Muon)(*how),
+    "adamw": lambda model, params, config, *how: make_adamw(model, config, params),
+    "muon": lambda model, *how: (ShardedMuon if is_fsdp(model) else Muon)(model, *how),
 }
 
 
@@ -3241,8 +3220,7 @@ class Trainer:
         # If you add dropout: a resumed run draws what an unbroken one does.
         torch.manual_seed(hash((self.data.seed, step, get_rank())))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, optim)
-            group["momentum"] = muon_momentum(step - 1)  # AdamW ignores it
+            group["lr"] = learning_rate(step - 1, optim) * group.get("lr_scale", 1)
         total_loss = torch.zeros((), device=self.device)
         for micro_batch in range(count):
             inputs, targets = next(batches)  # (B, T) each
@@ -3278,10 +3256,10 @@ def run_training(
         get_rank(), get_world_size(), first_window)
     # Of each step since the last line of the log; the times without evaluation and saving.
     losses: list[Tensor] = []
-    seconds: list[float] = []
+    seconds: list[np.ndarray] = []
     best_loss = start["best_loss"]
     for step in range(first_step + 1, max_steps + 1):
-        began, first, last = time.monotonic(), step == first_step + 1, step == max_steps
+        began, first, last = clocks(), step == first_step + 1, step == max_steps
         loss, grad_norm = trainer.step(step, batches)
         losses.append(loss)
         logging = last or step <= 2 or step % run.log_interval == 0
@@ -3290,7 +3268,7 @@ def run_training(
         saving = last or signaled or step % run.save_interval == 0
         if first or logging or evaluating or saving:
             loss.item()  # wait for the GPU before looking at the clock
-        seconds.append(time.monotonic() - began)
+        seconds.append(clocks() - began)
         record: dict[str, Any] = {"step": step}
         windows = first_window + (step - first_step) * rows
         states: dict[str, dict] = {}  # to be saved, by file name
@@ -3448,24 +3426,34 @@ class ValidationSet:
         return result
 
 
+def clocks() -> np.ndarray:
+    """Seconds on the wall, and seconds of CPU that the threads of this process have used."""
+    return np.array([time.monotonic(), time.process_time()])
+
+
 def log_training(
     trainer: Trainer, step: int, seen: int, losses: list, grad_norm: Tensor,
-    seconds: list[float], num_tokens: int,
+    seconds: list[np.ndarray], num_tokens: int,
 ) -> dict:
     """Collective: log a line about the last steps. Returns it as a row of metrics.jsonl."""
-    max_steps, seconds_per_step = trainer.optim.max_steps, sum(seconds) / len(seconds)
+    max_steps, (wall, cpu) = trainer.optim.max_steps, np.mean(seconds, 0)
     loss = sum_over_processes(torch.stack(losses).mean()).item() / get_world_size()
     record = {"tokens_seen": seen, "epochs": seen / num_tokens, "train_loss": loss,
               "lr": trainer.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
-              "tokens_per_second": round(trainer.tokens_per_step / seconds_per_step),
+              "tokens_per_second": round(trainer.tokens_per_step / wall),
               "skipped_steps": int(trainer.scaler.skipped)}
     if trainer.scaler.consecutive_skips >= 10:  # too many to be bad luck
         raise UserError(f"step {step}: gradients have not been finite for some time: try a "
                         "smaller --lr or another --dtype")
     line = f"step {step:>6}/{max_steps}  {show_numbers(record)}"
+    threads = torch.get_num_threads()
     if len(seconds) > 2:  # the first steps say little about the others
-        left = datetime.timedelta(seconds=round(seconds_per_step * (max_steps - step)))
+        left = datetime.timedelta(seconds=round(wall * (max_steps - step)))
         line += f"  {left} left"
+        # PyTorch's threads spin while they wait for each other: on cores of their own they are
+        # busy all the time, and if another program takes one core, all of them wait for it.
+        if trainer.device.type == "cpu" and threads > 1 and cpu < 0.8 * threads * wall:
+            line += "  (another program uses the CPU: OMP_NUM_THREADS=1 is faster then)"
     log(line)
     return record
 
@@ -3648,7 +3636,8 @@ def train(
             tokenizer.save(run.outdir / "tokenizer.json")
         log(f"{device}, {dtype}, processes: {get_world_size()}, parameters: "
             f"{sum(p.numel() for p in trainer.model.parameters()):,}, tokens per step: "
-            f"{trainer.tokens_per_step:,}, in {run.outdir}")
+            f"{trainer.tokens_per_step:,}, in {run.outdir}, from a learning rate of "
+            f"{learning_rate(start['step'], optim):.3g}")
         if run_training(trainer, run, tokens, valid, start, signals) < optim.max_steps:
             log("stopped by a signal; continue with --resume")
             return 128 + (signals or [signal.SIGTERM])[0]  # empty if another process got it
@@ -4091,7 +4080,6 @@ def bpe_train(
     tokenizer_out_path: Path,  # where to write the tokenizer.json
     vocab_size: int = 50304,  # size of the vocabulary, bytes and special tokens included
     special_tokens_path: Path | None = None,  # file of special tokens, one per line
-    pattern: Literal["gpt2", "gpt4"] = "gpt2",  # whose pattern splits text into words
     num_workers: int | None = None,  # processes (default: one per core)
 ) -> None:
     """Learn a byte-level BPE vocabulary from text."""
@@ -4100,11 +4088,10 @@ def bpe_train(
         with file_errors(special_tokens_path, "list of special tokens"):
             lines = special_tokens_path.read_text(encoding="utf-8-sig").splitlines()
             specials = [line.strip() for line in lines if line.strip()]
-    rule = {"gpt2": PRETOKEN_PATTERN, "gpt4": GPT4_PATTERN}[pattern]
     check_outputs([tokenizer_out_path], [*input_files(file_path), special_tokens_path])
     with atomic_write(tokenizer_out_path) as out:  # first: a bad path fails early
-        vocab, merges = train_bpe(file_path, vocab_size, specials, num_workers, rule)
-        out.write(json_bytes(tokenizer_to_json(Tokenizer(vocab, merges, specials, rule))))
+        vocab, merges = train_bpe(file_path, vocab_size, specials, num_workers)
+        out.write(json_bytes(tokenizer_to_json(Tokenizer(vocab, merges, specials))))
     log(f"{tokenizer_out_path}: {len(vocab)} entries, {time.monotonic() - start:.1f} s")
 
 
@@ -4173,9 +4160,8 @@ def evaluate_command(
             ids += map(tokenizer.encode_piece, pieces)
         tokens = TokenFile(Path("text"), np.concatenate(ids), model.config.vocab_size)
     valid = ValidationSet(tokens, model.config.context_length, eval_windows, tokenizer)
-    start = ValidationSet(tokens, min(256, valid.T), 1)  # a long window takes long
-    log(f"loss of the first tokens: {start.loss(model, 1, autocast):.3f}")
-    loss = valid.loss(model, max(1, 8192 // valid.T), autocast)
+    # Batches are small so that on a CPU, too, the loss so far is soon shown.
+    loss = valid.loss(model, max(1, 2048 // valid.T), autocast)
     report = valid.report(loss, True, floor_nats_per_byte)
     log(show_numbers(report))
     print(json_line(report))
@@ -4347,6 +4333,11 @@ def demo_commands(
     yield f"{train} --outdir {here}/run --max_steps {steps}"
     yield f"eval --checkpoint {here}/run --valid_tokens {here}/valid.bin{compare}"
     yield f"generate --checkpoint {here}/run --prompt {prompt} --seed 1"
+    log(f"""
+To generate something else, to train longer, or to evaluate on another text:
+    python scratchformer.py generate --checkpoint {here}/run --prompt "The next"
+    python scratchformer.py train --resume --outdir {here}/run --max_steps {2 * steps}
+    python scratchformer.py eval --checkpoint {here}/run --text_path {texts}valid.txt""")
 
 
 COMMANDS: dict[str, Callable] = {

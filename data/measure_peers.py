@@ -30,14 +30,12 @@ from scratchformer import (
     PRETOKEN_PATTERN,
     GradScaler,
     LlamaConfig,
-    OptimizerConfig,
     ProcessConfig,
     Transformer,
     build_model,
     generate_texts,
     gradient_norm,
     local_params,
-    make_adamw,
     make_autocast,
     model_from_checkpoint,
     pick_device,
@@ -217,7 +215,7 @@ def measure_step(kind, shape, compiled):
 
         loss_of = torch.compile(loss_of) if compiled else loss_of
     params, scaler = local_params(model), GradScaler(device, torch.float32)
-    optimizer = make_adamw(params.values(), OptimizerConfig())
+    optimizer = torch.optim.AdamW(params.values(), fused=True)
     tokens = torch.randint(V, (B, T + 1), device=device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
