@@ -418,9 +418,10 @@ def attention(run: Run) -> str:
     p = run.model(torch.tensor([ids]))[0, -1].softmax(-1)
     she, her = (p[run.tokenizer.encode(word)[0]].item() for word in (" She", " Her"))
     return drawing.finish(
-        "Each row is a token (monkey is five), and its squares show the weight it gives to itself "
-        f"and to earlier tokens. In the framed row, one head puts {to_name.max():.2f} on "
-        f"Emma, and the model predicts that She ({she:.0%}) or Her ({her:.0%}) comes next.")
+        "Each row is a token (monkey is five), and its squares show the weight it gives to "
+        "itself and to earlier tokens. In the framed row, one head puts "
+        f"{to_name.max():.2f} on Emma, and the model predicts that She ({she:.0%}) or Her "
+        f"({her:.0%}) comes next.")
 
 
 # Training and generation
