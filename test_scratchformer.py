@@ -33,6 +33,7 @@ import threading
 import time
 import tracemalloc
 import unicodedata
+import xml.etree.ElementTree
 from collections import Counter
 from pathlib import Path
 
@@ -3213,7 +3214,7 @@ def test_changed_files_learn_on_two_processes_as_on_one(
 # THE README AND THE CHAPTERS
 #
 # Commands in the README parse as they stand, its Python example runs, and links point at what
-# they name.
+# they name. Figures show what the functions compute.
 # ======================================================================================
 
 
@@ -3272,6 +3273,37 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("Once there was")
     do("eval", "--checkpoint", "out/mine", "--text_path", "data/stories-valid.txt",
        "--eval_windows", 1)
+
+
+DRAW_FIGURES = FILE.parent / "data" / "draw_figures.py"
+FIGURES = sorted((FILE.parent / "data" / "figures").glob("*.svg"))
+
+
+@with_readme
+def test_figures_show_what_the_functions_compute(tmp_path):
+    spec = importlib.util.spec_from_file_location("draw_figures", DRAW_FIGURES)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    untrained = [figure.__name__ for figure in module.COMPUTED + module.MEASURED]
+    module.draw(untrained, tmp_path)
+    for path in tmp_path.iterdir():
+        new, old = (re.split(r"(\d+\.?\d*)", (folder / path.name).read_text(encoding="utf-8"))
+                    for folder in (tmp_path, FIGURES[0].parent))
+        hint = f"python data/draw_figures.py {path.stem} draws it again"
+        assert new[::2] == old[::2], hint
+        new, old = (np.array(x[1::2], float) for x in (new, old))  # machines round differently
+        np.testing.assert_allclose(new, old, atol=0.1, err_msg=hint)
+    trained = [figure.__name__ for figure in module.TRAINED]
+    assert {path.stem for path in FIGURES} == {*untrained, *trained}
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
+def test_a_figure_is_small_xml_with_a_title_and_a_caption(path):
+    root = xml.etree.ElementTree.parse(path).getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.tag == space + "svg" and root.get("class") == "figure"
+    assert root.findtext(space + "title") and root.findtext(space + "desc")
+    assert path.stat().st_size < 60_000
 
 
 # Each test gets the mark of its chapter, so that `pytest -m chapter7` runs one chapter's tests.
