@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import html.parser
 import importlib.util
 import io
 import itertools
@@ -3252,6 +3253,48 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("Once there was")
     do("eval", "--checkpoint", "out/mine", "--text_path", "data/stories-valid.txt",
        "--eval_windows", 1)
+
+
+class PageReader(html.parser.HTMLParser):
+    """The lines of scratchformer.py that a page shows, its anchors, and what it refers to."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.lines, self.anchors, self.links, self.loaded, self.depth = [], [], [], [], 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors += [attributes["id"]] if "id" in attributes else []
+        (self.links if tag == "a" else self.loaded).extend(
+            attributes[name] for name in ("href", "src", "srcset") if name in attributes)
+        if self.depth or (attributes.get("class") or "").split()[:1] == ["l"]:
+            self.lines += [""] if not self.depth else []
+            self.depth += 1
+
+    def handle_endtag(self, tag):
+        self.depth -= self.depth > 0
+
+    def handle_data(self, data):
+        if self.depth:
+            self.lines[-1] += data
+
+
+@with_readme
+def test_the_page_shows_every_line_once_and_loads_nothing(tmp_path):
+    pytest.importorskip("pygments")
+    path = tmp_path / "page.html"
+    subprocess.run([sys.executable, FILE.parent / "data/make_page.py", path], check=True)
+    text = path.read_text(encoding="utf-8")
+    page = PageReader(text)
+    assert page.lines == LINES
+    assert len(page.anchors) == len(set(page.anchors))
+    inner = {link[1:] for link in page.links if link.startswith("#")} - {""}
+    assert inner <= set(page.anchors)
+    assert {f"chapter-{number}" for number in HEADS} <= inner
+    assert {link[:8] for link in page.links if link[0] != "#"} == {"https://"}
+    assert page.loaded == ["data:,"] and not re.search(r"url\((?!#)|@import|fetch\(", text)
+    assert len(text.encode()) <= 2_000_000
 
 
 # Each test gets the mark of its chapter, so that `pytest -m chapter7` runs one chapter's tests.
