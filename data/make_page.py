@@ -102,6 +102,7 @@ INLINE = re.compile(r"""
     `(?P<code>[^`]+)`
     | (?<![\w*])\*(?P<em>(?=\w)[^*`]+)\*(?![\w*])
     | (?<=arXiv\s)(?P<arxiv>\d{4}\.\d{5})
+    | (?<=\S)(?P<spaces>[ ]{2,})(?=\S)
     | (?P<url>github\.com/[\w/-]+\w)
     | (?<=hapters\s|.hapter\s)(?P<chapter>\d+)
     | (?<![\w.])(?P<name>[A-Za-z]\w*_\w+|[A-Z]+[a-z]\w*[A-Z]\w*|[A-Z]{2,}[a-z]\w*)\b
@@ -237,14 +238,11 @@ class Page:
             if kind in LINKS:
                 yield f'<a href="{LINKS[kind]}{inner}">', inner, "</a>"
                 continue
-            hidden = {"code": "`", "em": "*"}.get(kind, "")
-            opening, closing = {"code": ("<code>", "</code>"), "em": ("<em>", "</em>")}.get(
-                kind, ("", ""))
-            if kind != "em" and (target := self.names.mentioned(inner, context)):
+            hidden, tag = {"code": ("`", "code"), "em": ("*", "em")}.get(kind, ("", "span"))
+            opening, _, closing = tagged(tag, "", "spaces" if kind == "spaces" else "")
+            if kind in ("code", "name") and (target := self.names.mentioned(inner, context)):
                 opening, closing = opening + self.reference(target), "</a>" + closing
-            yield tagged("i", hidden)
-            yield opening, inner, closing
-            yield tagged("i", hidden)
+            yield from [tagged("i", hidden), (opening, inner, closing), tagged("i", hidden)]
         yield from mark(text[end:])
 
     def prose(self, element: Element) -> tuple[str, int]:
@@ -284,7 +282,8 @@ class Page:
                 tag = f'{kind} id="{anchor}"'
             if kind:
                 parts = [x.html(part) for x, part in zip(block[:last], to_lines(pieces))]
-                result += f"<{tag}>" + "\n".join(parts) + f"</{tag.split()[0]}>"
+                between = "" if kind == ">>>" else "\n"
+                result += f"<{tag}>{between.join(parts)}</{tag.split()[0]}>"
             result += "".join(x.hidden() for x in (block[last:] if kind else block))
             at += len(block)
         if "Exercise" in lines[0].before:
@@ -320,13 +319,13 @@ class Page:
             else:
                 content, height = self.prose(element)
             is_first = not any(kind == "p" for row in rows for kind, _ in row) and (
-                element.kind == "doc" or element is section[0])
+                element.kind == "doc" or element.kind == "comment" and element is section[0])
             new_headings = [heading[1] for heading in self.headings[known:]]
             if is_first:
                 for name in (anchor, *new_headings):
                     if name in self.figures:
                         content, height = content + self.figures.pop(name), height + 320
-            if element.kind != "code" and (is_first or left <= right + 20):
+            if is_first or element.kind != "code" and left <= right + 20:
                 if not is_first:
                     rows.append([])
                     left = right

@@ -25,11 +25,14 @@ def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
             yield from own_nodes(child)
 
 
-def assigned_to(node: ast.AST) -> list[ast.expr]:
-    """The targets of an assignment."""
-    if isinstance(node, ast.Assign):
-        return node.targets
-    return [node.target] if isinstance(node, ast.AnnAssign) else []
+def assigned_to(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
+    """The targets of an assignment and their values; those of a, b = f() are None."""
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            if isinstance(target, (ast.Tuple, ast.List)):
+                yield from ((element, None) for element in target.elts)
+            else:
+                yield target, node.value
 
 
 def annotated(node: ast.expr | None) -> str:
@@ -95,12 +98,11 @@ class Names:
                     self.types[name] = annotated(node.returns)
                 self.collect(node, name + ".")
             elif not isinstance(parent, FUNCTIONS):
-                for target in assigned_to(node):
-                    for n in ast.walk(target):
-                        if isinstance(n, ast.Name):
-                            self.define(prefix + n.id, n.lineno, n.col_offset)
-                            self.types[prefix + n.id] = annotated(
-                                getattr(node, "annotation", None))
+                for target, _ in assigned_to(node):
+                    if isinstance(target, ast.Name):
+                        self.define(prefix + target.id, target.lineno, target.col_offset)
+                        annotation = getattr(node, "annotation", None)
+                        self.types[prefix + target.id] = annotated(annotation)
 
     def member(self, kind: str, name: str) -> str:
         """The id of an attribute of the class `kind`, which may inherit it."""
@@ -140,8 +142,8 @@ class Names:
         scope = {name: ("", min(kind)) for name, kind in kinds.items()}
         given: dict[ast.AST, str] = {}  # the class of what is assigned to a target
         for inner in own_nodes(node):
-            for it in assigned_to(inner):
-                given[it] = self.kind(getattr(inner, "value", None), [scope, *scopes])
+            for it, value in assigned_to(inner):
+                given[it] = self.kind(value, [scope, *scopes])
                 if me and isinstance(it, ast.Attribute) and self.kind(it.value, [scope]) == me:
                     if not self.member(me, it.attr):
                         column = (it.end_col_offset or 0) - len(it.attr)
