@@ -308,6 +308,7 @@ class Page:
 
         A comment in the code starts a new row if there is room for it on the left, where a long
         docstring may stand. Otherwise it stays in the code, so that it doesn't tear that apart.
+        So does one that starts with a small letter: it is about the line above.
         """
         anchor = self.names.starts.get(section[0].first, "")
         rows: list[list[tuple[str, str]]] = [[]]  # cells: "p" for prose or "c" for code, HTML
@@ -325,7 +326,9 @@ class Page:
                 for name in (anchor, *new_headings):
                     if name in self.figures:
                         content, height = content + self.figures.pop(name), height + 320
-            if is_first or element.kind != "code" and left <= right + 20:
+            text = self.names.lines[element.first - 1].lstrip(" #")
+            fits = element.kind != "code" and left <= right + 20 and not text[0].islower()
+            if is_first or fits:
                 if not is_first:
                     rows.append([])
                     left = right

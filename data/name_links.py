@@ -30,7 +30,9 @@ def assigned_to(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
     if isinstance(node, (ast.Assign, ast.AnnAssign)):
         for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
             if isinstance(target, (ast.Tuple, ast.List)):
-                yield from ((element, None) for element in target.elts)
+                values = getattr(node.value, "elts", [])
+                known = len(values) == len(target.elts)
+                yield from zip(target.elts, values if known else [None] * len(target.elts))
             else:
                 yield target, node.value
 
@@ -208,6 +210,7 @@ class Names:
             return ""
         if name in self.tooltips:
             return name
-        methods = {d for d in self.functions if d.endswith("." + name)}
+        methods = {f"{c}.{name}" for c in self.bases} & (
+            self.tooltips.keys() if name.isupper() else self.functions)
         near = [d for d in (self.member(outer, name) for outer in around) if d in methods]
         return near[0] if near else methods.pop() if len(methods) == 1 else ""
