@@ -101,8 +101,8 @@ class Line(NamedTuple):
 INLINE = re.compile(r"""
     `(?P<code>[^`]+)`
     | (?<![\w*])\*(?P<em>(?=\w)[^*`]+)\*(?![\w*])
-    | (?<=arXiv\s)(?P<arxiv>\d{4}\.\d{5})
-    | (?<=\S)(?P<spaces>[ ]{2,})(?=\S)
+    | (?<=arXiv\s)(?P<arxiv>\d{4}\.\d{4,5})\b
+    | (?P<fixed>(?<=\S)[ ]{2,}(?=\S)|(?<!\S)-+\w[\w-]*)  # spaces; -x isn't cut after -
     | (?P<url>github\.com/[\w/-]+\w)
     | (?<=hapters\s|.hapter\s)(?P<chapter>\d+)
     | (?<![\w.])(?P<name>[A-Za-z]\w*_\w+|[A-Z]+[a-z]\w*[A-Z]\w*|[A-Z]{2,}[a-z]\w*)\b
@@ -239,7 +239,7 @@ class Page:
                 yield f'<a href="{LINKS[kind]}{inner}">', inner, "</a>"
                 continue
             hidden, tag = {"code": ("`", "code"), "em": ("*", "em")}.get(kind, ("", "span"))
-            opening, _, closing = tagged(tag, "", "spaces" if kind == "spaces" else "")
+            opening, _, closing = tagged(tag, "", "fixed" if kind == "fixed" else "")
             if kind in ("code", "name") and (target := self.names.mentioned(inner, context)):
                 opening, closing = opening + self.reference(target), "</a>" + closing
             yield from [tagged("i", hidden), (opening, inner, closing), tagged("i", hidden)]

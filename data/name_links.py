@@ -181,8 +181,8 @@ class Names:
                 if isinstance(method, FUNCTIONS):
                     self.scope(method, scopes, "", me)
         elif target := self.target(node, scopes):
-            name, line = target.rpartition(".")[2], node.end_lineno + self.shift[0]  # type: ignore
-            before = self.lines[line - 1].encode()[: node.end_col_offset]  # type: ignore # bytes
+            name, line = target.rpartition(".")[2], node.end_lineno + self.shift[0]
+            before = self.lines[line - 1].encode()[: node.end_col_offset]  # bytes
             column = len(before.decode()) - len(name) + self.shift[1]
             if self.lines[line - 1].startswith(name, column):
                 self.links[line, column] = target
