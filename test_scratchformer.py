@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import html.parser
 import importlib.util
 import io
 import itertools
@@ -3304,6 +3305,46 @@ def test_a_figure_is_small_xml_with_a_title_and_a_caption(path):
     assert root.tag == space + "svg" and root.get("class") == "figure"
     assert root.findtext(space + "title") and root.findtext(space + "desc")
     assert path.stat().st_size < 60_000
+class PageReader(html.parser.HTMLParser):
+    """The lines of scratchformer.py that a page shows, its anchors, and what it refers to."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.lines, self.anchors, self.links, self.loaded, self.depth = [], [], [], [], 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors += [attributes["id"]] if "id" in attributes else []
+        (self.links if tag == "a" else self.loaded).extend(
+            attributes[name] for name in ("href", "src", "srcset") if name in attributes)
+        if self.depth or (attributes.get("class") or "").split()[:1] == ["l"]:
+            self.lines += [""] if not self.depth else []
+            self.depth += 1
+
+    def handle_endtag(self, tag):
+        self.depth -= self.depth > 0
+
+    def handle_data(self, data):
+        if self.depth:
+            self.lines[-1] += data
+
+
+@with_readme
+def test_the_page_shows_every_line_once_and_loads_nothing(tmp_path):
+    pytest.importorskip("pygments")
+    path = tmp_path / "page.html"
+    subprocess.run([sys.executable, FILE.parent / "data/make_page.py", path], check=True)
+    text = path.read_text(encoding="utf-8")
+    page = PageReader(text)
+    assert page.lines == LINES
+    assert len(page.anchors) == len(set(page.anchors))
+    inner = {link[1:] for link in page.links if link.startswith("#")} - {""}
+    assert inner <= set(page.anchors)
+    assert {f"chapter-{number}" for number in HEADS} <= inner
+    assert {link[:8] for link in page.links if link[0] != "#"} == {"https://"}
+    assert page.loaded == ["data:,"] and not re.search(r"url\((?!#)|@import|fetch\(", text)
+    assert len(text.encode()) <= 2_000_000
 
 
 # Each test gets the mark of its chapter, so that `pytest -m chapter7` runs one chapter's tests.
