@@ -3216,6 +3216,7 @@ def test_changed_files_learn_on_two_processes_as_on_one(
 #
 # Commands in the README parse as they stand, its Python example runs, and links point at what
 # they name. Figures show what the functions compute.
+# they name. The notebook runs.
 # ======================================================================================
 
 
@@ -3345,6 +3346,34 @@ def test_the_page_shows_every_line_once_and_loads_nothing(tmp_path):
     assert {link[:8] for link in page.links if link[0] != "#"} == {"https://"}
     assert page.loaded == ["data:,"] and not re.search(r"url\((?!#)|@import|fetch\(", text)
     assert len(text.encode()) <= 2_000_000
+NOTEBOOK = DATA / "start.ipynb"
+
+
+def test_the_notebook_has_few_cells_and_no_outputs():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    assert len(cells) <= 25
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+@slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    nbclient, nbformat = map(pytest.importorskip, ("nbclient", "nbformat"))
+    pytest.importorskip("ipykernel")
+    for name in ("scratchformer.py", "data"):
+        (tmp_path / name).symlink_to(FILE.parent / name)
+    notebook = nbformat.read(NOTEBOOK, 4)
+    nbformat.validate(notebook)
+    settings = notebook.cells[1]
+    assert settings.source.count("STEPS = 300") == 1
+    settings.source = settings.source.replace("STEPS = 300", "STEPS = 2")
+    folder = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources=folder).execute()  # fmt: skip
+    text = "".join(output.get("text", "") for cell in notebook.cells
+                   for output in cell.get("outputs", []))  # fmt: skip
+    # A notebook goes on after a command that failed.
+    assert "scratchformer: error" not in text and "Traceback" not in text
+    assert "bits_per_byte" in text and "\nOne day" in text
 
 
 # Each test gets the mark of its chapter, so that `pytest -m chapter7` runs one chapter's tests.
