@@ -15,6 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import html.parser
+import doctest
 import importlib.util
 import io
 import itertools
@@ -3212,16 +3213,18 @@ def test_changed_files_learn_on_two_processes_as_on_one(
 
 
 # ======================================================================================
-# THE README AND THE CHAPTERS
+# THE README, THE CHAPTERS AND THE SOLUTIONS
 #
 # Commands in the README parse as they stand, its Python example runs, and links point at what
 # they name. Figures show what the functions compute.
 # they name. The notebook runs.
+# they name. Every exercise has a solution, whose change applies and whose examples run.
 # ======================================================================================
 
 
 README = FILE.parent / "README.md"
 README = README.read_text(encoding="utf-8") if README.is_file() else ""
+SOLUTIONS = (DATA / "solutions.md").read_text(encoding="utf-8")
 with_readme = pytest.mark.skipif(not README, reason="no README.md beside the file")
 LINES = FILE.read_text(encoding="utf-8").splitlines()
 RULE = "# " + "-" * 88
@@ -3229,21 +3232,21 @@ HEADS = {m[1]: number for number, line in enumerate(LINES, 1)
          if LINES[number - 2] == RULE and (m := re.match(r"# (\d+)\. ", line))}  # fmt: skip
 
 
-def readme_commands():
-    """The flags of every scratchformer.py command in the README's indented blocks."""
-    text = re.sub(r" \\\n +", " ", README)
+def commands_in(text):
+    """The flags of every scratchformer.py command in the indented blocks of a page."""
+    text = re.sub(r" \\\n +", " ", text)
     blocks = re.findall(r"^ {4,}(.*scratchformer\.py [a-z].*)$", text, re.M)
     return [shlex.split(line.split("scratchformer.py ", 1)[1]) for line in blocks]
 
 
-@pytest.mark.parametrize("argv", readme_commands(), ids=" ".join)
-def test_a_command_of_the_readme_parses(argv):
+@pytest.mark.parametrize("argv", commands_in(README + SOLUTIONS), ids=" ".join)
+def test_a_command_of_the_readme_or_of_a_solution_parses(argv):
     scratchformer.parse_flags(argv[0], scratchformer.COMMANDS[argv[0]], argv[1:])
 
 
 @with_readme
 def test_the_readme_shows_every_command():
-    assert {argv[0] for argv in readme_commands()} == set(scratchformer.COMMANDS)
+    assert {argv[0] for argv in commands_in(README)} == set(scratchformer.COMMANDS)
 
 
 @with_readme
@@ -3254,7 +3257,7 @@ def test_links_of_the_readme_point_at_the_chapters_they_name():
 
 
 @with_readme
-@pytest.mark.parametrize("page", ["README.md", "data/results.md"])
+@pytest.mark.parametrize("page", ["README.md", "data/results.md", "data/solutions.md"])
 def test_links_lead_to_files_and_sections_that_are_there(page):
     text = (FILE.parent / page).read_text(encoding="utf-8")
     for path, section in re.findall(r"\]\((?!https:)([^)#]*)#?([^)]*)\)", text):
@@ -3374,6 +3377,50 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     # A notebook goes on after a command that failed.
     assert "scratchformer: error" not in text and "Traceback" not in text
     assert "bits_per_byte" in text and "\nOne day" in text
+SOLUTION_OF = dict(
+    re.findall(r"<summary>(.*?)</summary>(.*?)</details>", SOLUTIONS, re.S))  # fmt: skip
+
+
+def exercises():
+    """The name of each exercise in the file, such as "Chapter 1, exercise 2"."""
+    names, ends = [], [*HEADS.values(), len(LINES)][1:]
+    for (chapter, start), end in zip(HEADS.items(), ends):
+        lines = "\n".join(LINES[start:end])
+        (text,) = re.findall(r"^# Exercise(?:s|:.*)\n(?:# .*\n)*", lines, re.M)
+        numbers = re.findall(r"^# (\d+)\. ", text, re.M)
+        names += [f"Chapter {chapter}, exercise {n}".rstrip() for n in numbers or [""]]
+    return names
+
+
+def test_every_exercise_has_a_solution_in_the_files_order():
+    assert re.findall(r"<summary>(.*?)</summary>", SOLUTIONS) == exercises()
+
+
+@pytest.mark.parametrize("name", SOLUTION_OF)
+def test_a_solution_changes_lines_that_are_there_and_its_examples_run(
+    name, tmp_path, monkeypatch
+):
+    text, source, module = SOLUTION_OF[name], FILE.read_text(encoding="utf-8"), scratchformer
+    changes = re.findall(r"^```diff\n(.*?)^```", text, re.M | re.S)
+    examples = "\n".join(re.findall(r"^```python\n(>>>.*?)^```", text, re.M | re.S))
+    for change in changes:
+        lines = change.splitlines(keepends=True)
+        old, new = ("".join(line[1:] for line in lines if line[0] in signs)
+                    for signs in (" -", " +"))  # fmt: skip
+        assert source.count(old) == 1, f"not once in {FILE.name}:\n{old}"
+        source = source.replace(old, new)
+    if changes and examples:
+        file = tmp_path / "solution.py"
+        file.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("solution", file)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "solution", module)
+        spec.loader.exec_module(module)
+    monkeypatch.chdir(FILE.parent)
+    test = doctest.DocTestParser().get_doctest(examples, dict(vars(module)), name, None, 0)
+    report = io.StringIO()
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert not runner.run(test, out=report.write).failed, report.getvalue()
 
 
 # Each test gets the mark of its chapter, so that `pytest -m chapter7` runs one chapter's tests.
