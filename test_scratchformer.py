@@ -14,8 +14,8 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import html.parser
 import doctest
+import html.parser
 import importlib.util
 import io
 import itertools
@@ -3213,12 +3213,11 @@ def test_changed_files_learn_on_two_processes_as_on_one(
 
 
 # ======================================================================================
-# THE README, THE CHAPTERS AND THE SOLUTIONS
+# AROUND THE FILE
 #
 # Commands in the README parse as they stand, its Python example runs, and links point at what
-# they name. Figures show what the functions compute.
-# they name. The notebook runs.
-# they name. Every exercise has a solution, whose change applies and whose examples run.
+# they name. Figures show what the functions compute, the page shows every line, and the notebook
+# runs. Every exercise has a solution, whose change applies and whose examples run.
 # ======================================================================================
 
 
