@@ -14,6 +14,8 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import doctest
+import html.parser
 import importlib.util
 import io
 import itertools
@@ -33,6 +35,7 @@ import threading
 import time
 import tracemalloc
 import unicodedata
+import xml.etree.ElementTree
 from collections import Counter
 from pathlib import Path
 
@@ -3212,15 +3215,17 @@ def test_changed_files_learn_on_two_processes_as_on_one(
 
 
 # ======================================================================================
-# THE README AND THE CHAPTERS
+# AROUND THE FILE
 #
 # Commands in the README parse as they stand, its Python example runs, and links point at what
-# they name.
+# they name. Figures show what the functions compute, the page shows every line, and the notebook
+# runs. Every exercise has a solution, whose change applies and whose examples run.
 # ======================================================================================
 
 
 README = FILE.parent / "README.md"
 README = README.read_text(encoding="utf-8") if README.is_file() else ""
+SOLUTIONS = (DATA / "solutions.md").read_text(encoding="utf-8")
 with_readme = pytest.mark.skipif(not README, reason="no README.md beside the file")
 LINES = FILE.read_text(encoding="utf-8").splitlines()
 RULE = "# " + "-" * 88
@@ -3228,21 +3233,21 @@ HEADS = {m[1]: number for number, line in enumerate(LINES, 1)
          if LINES[number - 2] == RULE and (m := re.match(r"# (\d+)\. ", line))}  # fmt: skip
 
 
-def readme_commands():
-    """The flags of every scratchformer.py command in the README's indented blocks."""
-    text = re.sub(r" \\\n +", " ", README)
+def commands_in(text):
+    """The flags of every scratchformer.py command in the indented blocks of a page."""
+    text = re.sub(r" \\\n +", " ", text)
     blocks = re.findall(r"^ {4,}(.*scratchformer\.py [a-z].*)$", text, re.M)
     return [shlex.split(line.split("scratchformer.py ", 1)[1]) for line in blocks]
 
 
-@pytest.mark.parametrize("argv", readme_commands(), ids=" ".join)
-def test_a_command_of_the_readme_parses(argv):
+@pytest.mark.parametrize("argv", commands_in(README + SOLUTIONS), ids=" ".join)
+def test_a_command_of_the_readme_or_of_a_solution_parses(argv):
     scratchformer.parse_flags(argv[0], scratchformer.COMMANDS[argv[0]], argv[1:])
 
 
 @with_readme
 def test_the_readme_shows_every_command():
-    assert {argv[0] for argv in readme_commands()} == set(scratchformer.COMMANDS)
+    assert {argv[0] for argv in commands_in(README)} == set(scratchformer.COMMANDS)
 
 
 @with_readme
@@ -3253,7 +3258,7 @@ def test_links_of_the_readme_point_at_the_chapters_they_name():
 
 
 @with_readme
-@pytest.mark.parametrize("page", ["README.md", "data/results.md"])
+@pytest.mark.parametrize("page", ["README.md", "data/results.md", "data/solutions.md"])
 def test_links_lead_to_files_and_sections_that_are_there(page):
     text = (FILE.parent / page).read_text(encoding="utf-8")
     for path, section in re.findall(r"\]\((?!https:)([^)#]*)#?([^)]*)\)", text):
@@ -3274,6 +3279,149 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("Once there was")
     do("eval", "--checkpoint", "out/mine", "--text_path", "data/stories-valid.txt",
        "--eval_windows", 1)
+
+
+DRAW_FIGURES = FILE.parent / "data" / "draw_figures.py"
+FIGURES = sorted((FILE.parent / "data" / "figures").glob("*.svg"))
+
+
+@with_readme
+def test_figures_show_what_the_functions_compute(tmp_path):
+    spec = importlib.util.spec_from_file_location("draw_figures", DRAW_FIGURES)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    untrained = [figure.__name__ for figure in module.COMPUTED + module.MEASURED]
+    module.draw(untrained, tmp_path)
+    for path in tmp_path.iterdir():
+        new, old = (re.split(r"(\d+\.?\d*)", (folder / path.name).read_text(encoding="utf-8"))
+                    for folder in (tmp_path, FIGURES[0].parent))
+        hint = f"python data/draw_figures.py {path.stem} draws it again"
+        assert new[::2] == old[::2], hint
+        new, old = (np.array(x[1::2], float) for x in (new, old))  # machines round differently
+        np.testing.assert_allclose(new, old, atol=0.1, err_msg=hint)
+    trained = [figure.__name__ for figure in module.TRAINED]
+    assert {path.stem for path in FIGURES} == {*untrained, *trained}
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
+def test_a_figure_is_small_xml_with_a_title_and_a_caption(path):
+    root = xml.etree.ElementTree.parse(path).getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.tag == space + "svg" and root.get("class") == "figure"
+    assert root.findtext(space + "title") and root.findtext(space + "desc")
+    assert path.stat().st_size < 60_000
+class PageReader(html.parser.HTMLParser):
+    """The lines of scratchformer.py that a page shows, its anchors, and what it refers to."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.lines, self.anchors, self.links, self.loaded, self.depth = [], [], [], [], 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors += [attributes["id"]] if "id" in attributes else []
+        (self.links if tag == "a" else self.loaded).extend(
+            attributes[name] for name in ("href", "src", "srcset") if name in attributes)
+        if self.depth or (attributes.get("class") or "").split()[:1] == ["l"]:
+            self.lines += [""] if not self.depth else []
+            self.depth += 1
+
+    def handle_endtag(self, tag):
+        self.depth -= self.depth > 0
+
+    def handle_data(self, data):
+        if self.depth:
+            self.lines[-1] += data
+
+
+@with_readme
+def test_the_page_shows_every_line_once_and_loads_nothing(tmp_path):
+    pytest.importorskip("pygments")
+    path = tmp_path / "page.html"
+    subprocess.run([sys.executable, FILE.parent / "data/make_page.py", path], check=True)
+    text = path.read_text(encoding="utf-8")
+    page = PageReader(text)
+    assert page.lines == LINES
+    assert len(page.anchors) == len(set(page.anchors))
+    inner = {link[1:] for link in page.links if link.startswith("#")} - {""}
+    assert inner <= set(page.anchors)
+    assert {f"chapter-{number}" for number in HEADS} <= inner
+    assert {link[:8] for link in page.links if link[0] != "#"} == {"https://"}
+    assert page.loaded == ["data:,"] and not re.search(r"url\((?!#)|@import|fetch\(", text)
+    assert len(text.encode()) <= 2_000_000
+NOTEBOOK = DATA / "start.ipynb"
+
+
+def test_the_notebook_has_few_cells_and_no_outputs():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    assert len(cells) <= 25
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+@slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    nbclient, nbformat = map(pytest.importorskip, ("nbclient", "nbformat"))
+    pytest.importorskip("ipykernel")
+    for name in ("scratchformer.py", "data"):
+        (tmp_path / name).symlink_to(FILE.parent / name)
+    notebook = nbformat.read(NOTEBOOK, 4)
+    nbformat.validate(notebook)
+    settings = notebook.cells[1]
+    assert settings.source.count("STEPS = 300") == 1
+    settings.source = settings.source.replace("STEPS = 300", "STEPS = 2")
+    folder = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources=folder).execute()  # fmt: skip
+    text = "".join(output.get("text", "") for cell in notebook.cells
+                   for output in cell.get("outputs", []))  # fmt: skip
+    # A notebook goes on after a command that failed.
+    assert "scratchformer: error" not in text and "Traceback" not in text
+    assert "bits_per_byte" in text and "\nOne day" in text
+SOLUTION_OF = dict(
+    re.findall(r"<summary>(.*?)</summary>(.*?)</details>", SOLUTIONS, re.S))  # fmt: skip
+
+
+def exercises():
+    """The name of each exercise in the file, such as "Chapter 1, exercise 2"."""
+    names, ends = [], [*HEADS.values(), len(LINES)][1:]
+    for (chapter, start), end in zip(HEADS.items(), ends):
+        lines = "\n".join(LINES[start:end])
+        (text,) = re.findall(r"^# Exercise(?:s|:.*)\n(?:# .*\n)*", lines, re.M)
+        numbers = re.findall(r"^# (\d+)\. ", text, re.M)
+        names += [f"Chapter {chapter}, exercise {n}".rstrip() for n in numbers or [""]]
+    return names
+
+
+def test_every_exercise_has_a_solution_in_the_files_order():
+    assert re.findall(r"<summary>(.*?)</summary>", SOLUTIONS) == exercises()
+
+
+@pytest.mark.parametrize("name", SOLUTION_OF)
+def test_a_solution_changes_lines_that_are_there_and_its_examples_run(
+    name, tmp_path, monkeypatch
+):
+    text, source, module = SOLUTION_OF[name], FILE.read_text(encoding="utf-8"), scratchformer
+    changes = re.findall(r"^```diff\n(.*?)^```", text, re.M | re.S)
+    examples = "\n".join(re.findall(r"^```python\n(>>>.*?)^```", text, re.M | re.S))
+    for change in changes:
+        lines = change.splitlines(keepends=True)
+        old, new = ("".join(line[1:] for line in lines if line[0] in signs)
+                    for signs in (" -", " +"))  # fmt: skip
+        assert source.count(old) == 1, f"not once in {FILE.name}:\n{old}"
+        source = source.replace(old, new)
+    if changes and examples:
+        file = tmp_path / "solution.py"
+        file.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("solution", file)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "solution", module)
+        spec.loader.exec_module(module)
+    monkeypatch.chdir(FILE.parent)
+    test = doctest.DocTestParser().get_doctest(examples, dict(vars(module)), name, None, 0)
+    report = io.StringIO()
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert not runner.run(test, out=report.write).failed, report.getvalue()
 
 
 # Each test gets the mark of its chapter, so that `pytest -m chapter7` runs one chapter's tests.
