@@ -61,9 +61,9 @@ if __name__ != "scratchformer" and ("--help" in sys.argv or {*sys.argv[1:2]} & N
 # and 7 generates a story. After a minute of training on two million characters of synthetic
 # stories, the last function of Part One, which does all of this in 20 lines, returns:
 #
-#     Once there was a friendly child named Grace who had a kind golden bear. She sometimes went
-#     riding with Pepper, a bold duck who enjoyed counting hats. She was rather afraid of dogs
-#     and often hid near the statue or by the bush or beside a bright chest.
+#     Once there was a friendly child named Leo who had a merry golden deer. Her true friend
+#     Pepper, a shy lamb, enjoyed hiking and painting bees. On Monday morning, Anna saw a yellow
+#     kite in a new clock near the tiny bin.
 # ========================================================================================
 
 # ----------------------------------------------------------------------------------------
@@ -1219,9 +1219,9 @@ def story_from_text(
         print(story_from_text(open("data/stories-train.txt").read()))
 
         1,900,568 characters are 552,382 tokens
-        step 100: loss 1.5696, validation loss 1.5537
-        step 200: loss 1.0131, validation loss 1.0102
-        step 300: loss 0.8200, validation loss 0.8768
+        step 100: loss 1.3095, validation loss 1.3073
+        step 200: loss 0.9527, validation loss 0.9631
+        step 300: loss 0.8188, validation loss 0.8553
     """
     merges = learn_merges_naive(count_pretokens(text), vocab_size - 257)  # bytes, END_OF_TEXT
     tokenizer = BPETokenizer(merges)
@@ -4276,7 +4276,7 @@ def demo(
     text_path: list[Path] | None = None,  # files or directories (default: the bundled stories)
     minutes: float | None = None,  # with --text_path: how long to train, at most (default: 5)
     outdir: Path | None = None,  # directory for its files (default: out/demo, or out/text)
-    max_steps: int | None = None,  # optimizer steps (default: 720, or all that --minutes allow)
+    max_steps: int | None = None,  # optimizer steps (default: 1000, or all that --minutes allow)
 ) -> int:
     """Run the whole pipeline on the bundled stories or your own text, showing each command."""
     out = outdir or Path("out/text" if text_path else "out/demo")
@@ -4305,10 +4305,10 @@ def demo_commands(
     else:
         source, texts, prompt = data, f"{data}/stories-", "Once"
         compare = " --floor_nats_per_byte 0.191796"
-        vocab_size, steps = 1536, max_steps or 720
+        vocab_size, steps = 1536, max_steps or 1000
         flags = ("--context_length 512 --num_layers 1 --d_model 128 --num_heads 4 --d_ff 256 "
                  "--batch_size 4 --optimizer muon --lr 1e-2 --min_lr 1e-5 --log_interval 50 "
-                 f"--eval_interval 400 --warmup_steps {steps // 40}")
+                 f"--eval_interval 500 --warmup_steps {steps // 40}")
     tokenizer = f"{here}/tokenizer.json"
     yield (f"bpe-train --file_path {texts}train.txt --vocab_size {vocab_size} "
            f"--special_tokens_path {source}/special_tokens.txt "
