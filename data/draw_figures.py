@@ -256,7 +256,7 @@ def block() -> str:
         drawing.text(110, y + 72, what, "bold")
     for left, y, width, *lines in (
         (30, 60, 88, "embedding"), (114, 126, 76, "RMSNorm"), (264, 126, 108, "W_q, W_k, W_v"),
-        (470, 126, 120, "RoPE", "rotates q and k"), (260, 204, 84, "W_output"),
+        (470, 126, 120, "q, k: RMSNorm,", "then RoPE"), (260, 204, 84, "W_output"),
         (450, 204, 160, "each of H heads:", "softmax(q kᵀ / √K) v"),
         (114, 292, 76, "RMSNorm"), (264, 292, 108, "W_gate, W_up"),
         (470, 292, 120, "silu(gate) * up"), (260, 362, 84, "W_down"),
@@ -548,9 +548,10 @@ def muon() -> str:
 
 def bytes_per_parameter() -> list[int]:
     """The bytes of a parameter, its gradient, and AdamW's m and v."""
-    w = torch.nn.Parameter(torch.ones(8, 8))
+    model = sf.Transformer(sf.ModelConfig(8, 8, 1, 8, 2, 8))
+    w = model.lm_head.weight
     w.grad = torch.ones(8, 8)
-    optimizer = sf.make_adamw([w], sf.OptimizerConfig())
+    optimizer = sf.make_adamw(model, sf.OptimizerConfig())
     optimizer.step()
     m_and_v = [x for x in optimizer.state[w].values() if x.shape == w.shape]
     return [x.element_size() for x in (w, w.grad, *m_and_v)]
