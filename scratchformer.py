@@ -217,14 +217,16 @@ def learn_merges_naive(pretoken_counts: Mapping[bytes, int], num_merges: int) ->
 # *decode* ids, look up their bytes and join them. (Sennrich et al. 2016, section 3.2)
 #
 # One more token is neither a byte nor learned. A *special token* marks something that isn't
-# text; ours, END_OF_TEXT, marks the end of a document. It has one id; it's never split.
+# text; ours, END_OF_TEXT, marks the end of a document. It has a single id, and is cut out
+# before the pattern sees the text.
 # ----------------------------------------------------------------------------------------
 
 
 class BPETokenizer:
     """Byte-level BPE: text to token ids, and back to the same text.
 
-    Ids 0 to 255 are the single bytes, 256 + i is what merge i makes, the last is END_OF_TEXT.
+    Ids 0 to 255 are the single bytes, 256 + i is the token that merge i makes, and the last id
+    is END_OF_TEXT.
 
     A worked example with three merges. "then" starts as the bytes t, h, e, n. Merge 0 makes
     th, e, n; merge 1 makes the, n; merge 2 looks for h + e and finds none. So "then" is the
@@ -612,8 +614,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     FlashAttention (Dao et al. 2022, arXiv 2205.14135) never stores the T x T scores. If k and v
     have fewer heads than q, G instead of H, each of them serves H / G heads of q.
     """
-    one_query, bfloat16 = q.shape[1] == 1, q.dtype == torch.bfloat16 and mask is None
-    if k.shape[2] < q.shape[2] and not (one_query or bfloat16):  # PyTorch would store T x T
+    grouped = k.shape[2] < q.shape[2]
+    # With grouped heads, PyTorch avoids the T x T scores only for a single query and for
+    # bfloat16 without a mask. Otherwise, repeat the heads of k and v.
+    if grouped and not (q.shape[1] == 1 or q.dtype == torch.bfloat16 and mask is None):
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
     out = F.scaled_dot_product_attention(
@@ -637,7 +641,7 @@ class MultiHeadAttention(nn.Module):
         self.head_dim = K
         self.qkv = Projection(D, H * K, G * K, G * K)
         norm = RMSNorm if config.qk_norm else nn.Identity  # which does nothing
-        self.query_norm, self.key_norm = (norm(K, config.norm_eps) for _ in "qk")
+        self.query_norm, self.key_norm = norm(K, config.norm_eps), norm(K, config.norm_eps)
         self.output = Projection(H * K, D)
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend = attention) -> Tensor:
@@ -887,25 +891,17 @@ class OptimizerConfig:
             self.warmup_steps = min(200, self.max_steps // 10)
 
 
-def make_adamw(
-    model: Transformer, config: OptimizerConfig, tensors: Mapping[Any, Any] | None = None
-) -> torch.optim.AdamW:
-    """PyTorch's AdamW for all parameters, or for the `tensors` that stand for them.
+def make_adamw(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
+    """PyTorch's AdamW. (Fused: it updates all parameters in one operation.)
 
-    Only matrices decay: norm weights start at 1, and pulling them towards 0 would shrink the
-    whole input of a layer. Above a width of 128 the embedding learns faster, 36 times as fast
-    at 768, unless it's tied to lm_head. WHY: a matrix adds up d_model products, which change
-    together, so the more there are, the less each may change; of a table, only one row is used.
-    (Yang et al. 2022, arXiv 2203.03466, table 3; the factor is measured at 128 and 768)
+    Only matrices decay, the embedding among them. Norm weights start at 1, and pulling them
+    towards 0 would shrink the whole input of a layer.
     """
-    tensors = tensors or {p: p for p in model.parameters()}
-    scale = max(1.0, (model.config.d_model / 128) ** 2)
-    tables = {model.embedding.weight} - {model.lm_head.weight}  # none if they are tied
-    table = [x for p, x in tensors.items() if p in tables]
-    matrices = [x for p, x in tensors.items() if x.dim() >= 2 and p not in tables]
+    parameters = list(parameters)
+    matrices = [p for p in parameters if p.dim() >= 2]
+    others = [p for p in parameters if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
-              {"params": [x for x in tensors.values() if x.dim() < 2], "weight_decay": 0.0},
-              {"params": table, "weight_decay": config.weight_decay / scale, "lr_scale": scale}]
+              {"params": others, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
 
@@ -943,7 +939,7 @@ def train_step(
     al. 2013, arXiv 1211.5063, algorithm 1).
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1)
+        group["lr"] = lr
     loss = cross_entropy(model(inputs), targets).mean()
     loss.backward()  # fills p.grad for every parameter p
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)  # 0: no limit
@@ -990,7 +986,7 @@ def train_model(
     >>> round(losses[0], 1), losses[-1] < 0.1
     (1.1, True)
     """
-    optimizer = make_adamw(model, config)
+    optimizer = make_adamw(model.parameters(), config)
     losses: list[float] = []
     model.train()
     for step in range(config.max_steps):
@@ -1029,7 +1025,8 @@ def token_probabilities(
 ) -> Tensor:
     """softmax(logits / temperature), with unlikely tokens removed; [B, V] for logits [B, V].
 
-    A temperature below 1 makes likely tokens even more likely; 0 leaves only one (greedy).
+    A temperature below 1 makes likely tokens even more likely; 0 leaves only the most likely,
+    which is called greedy decoding.
     top_k keeps the k most likely tokens (including ties; 0: all). top_p keeps the most likely
     tokens that together reach probability p, at least one.
 
@@ -1117,7 +1114,8 @@ def generate_naive(
 # Attention is the only place where a token looks at others, and all it needs from an earlier
 # token is the key and the value. Those never change: in all blocks they depend on the tokens
 # before, not on later ones, because no token looks ahead. So keep them, and let the model
-# compute only the newest token. Only attention still looks at the earlier ones:
+# compute only the newest token. Attention still looks at all earlier keys, but everything else
+# then costs the same for every token, however long the text is:
 #
 #     computed           in the cache before that       predicted
 #     Once upon a        nothing                        time
@@ -1758,12 +1756,6 @@ def json_bytes(content: Any) -> bytes:
     return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically."""
-    with atomic_write(path) as file:
-        file.write(json_bytes(content))
-
-
 @contextlib.contextmanager
 def file_errors(path: str | Path, kind: str) -> Iterator[None]:
     """Turn any failure while reading a file into one line: PATH is not a valid KIND: why."""
@@ -2248,9 +2240,10 @@ def encode_file(
         num_tokens = out.tell() // dtype.itemsize
         # TRAP: write the metadata first; the token file appears at the end of this block. If we
         # are killed in between, an old token file doesn't fit its metadata: `train` says so.
-        write_json(f"{out_path}.json", {
-            "dtype": dtype.name, "vocab_size": tokenizer.vocab_size,
-            "num_tokens": num_tokens, "tokenizer_sha256": tokenizer.fingerprint()})
+        with atomic_write(f"{out_path}.json") as metadata:
+            metadata.write(json_bytes({
+                "dtype": dtype.name, "vocab_size": tokenizer.vocab_size,
+                "num_tokens": num_tokens, "tokenizer_sha256": tokenizer.fingerprint()}))
     return num_tokens
 
 
@@ -2496,6 +2489,24 @@ def orthogonalize(x: Tensor) -> Tensor:
     return x
 
 
+def make_scaled_adamw(model: Any, params: dict, config: OptimizerConfig) -> torch.optim.AdamW:
+    """`make_adamw`, with a higher learning rate for the embedding of a model wider than 128.
+
+    `params` maps each parameter to the tensor to update: itself, or its shard (chapter 12).
+    WHY: a matrix adds up d_model products, which change together, so the wider the model, the
+    less each may change; a lookup touches a single row. (Yang et al. 2022, arXiv 2203.03466,
+    table 3.) The square is measured: at a width of 128 nothing is gained, at 768 36 times the
+    rate is best. An embedding that is tied to lm_head is treated as a matrix.
+    """
+    scale = max(1.0, (model.config.d_model / 128) ** 2)
+    tables = {model.embedding.weight} - {model.lm_head.weight}  # none if they are tied
+    optimizer = make_adamw([x for p, x in params.items() if p not in tables], config)
+    optimizer.add_param_group({
+        "params": [x for p, x in params.items() if p in tables],
+        "weight_decay": config.weight_decay / scale, "lr_scale": scale})
+    return optimizer
+
+
 MUON_DECAY = 0.95  # of the momentum, as beta1 is of AdamW's m
 
 
@@ -2537,7 +2548,7 @@ class Muon(torch.optim.AdamW):
                     "params": [], "weight_decay": config.weight_decay,
                     "d_outs": list(layer.d_outs)})
                 stack["params"].append(others.pop(layer.weight))
-        groups = make_adamw(model, config, others).param_groups
+        groups = make_scaled_adamw(model, others, config).param_groups
         super().__init__([*groups, *stacks.values()], lr=config.lr, fused=True)
         for weight in (weight for stack in stacks.values() for weight in stack["params"]):
             self.state[weight]["exp_avg"] = torch.zeros_like(weight)  # the momentum
@@ -3188,7 +3199,7 @@ class RunConfig:
 # What --optimizer can be: functions of the model, the tensors to update (`local_params`), the
 # configuration, the precision for Muon, and whether to compile.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": lambda model, params, config, *how: make_adamw(model, config, params),
+    "adamw": lambda model, params, config, *how: make_scaled_adamw(model, params, config),
     "muon": lambda model, *how: (ShardedMuon if is_fsdp(model) else Muon)(model, *how),
 }
 
@@ -3636,8 +3647,8 @@ def train(
             tokenizer.save(run.outdir / "tokenizer.json")
         log(f"{device}, {dtype}, processes: {get_world_size()}, parameters: "
             f"{sum(p.numel() for p in trainer.model.parameters()):,}, tokens per step: "
-            f"{trainer.tokens_per_step:,}, in {run.outdir}, from a learning rate of "
-            f"{learning_rate(start['step'], optim):.3g}")
+            f"{trainer.tokens_per_step:,}, first learning rate: "
+            f"{learning_rate(start['step'], optim):.3g}, in {run.outdir}")
         if run_training(trainer, run, tokens, valid, start, signals) < optim.max_steps:
             log("stopped by a signal; continue with --resume")
             return 128 + (signals or [signal.SIGTERM])[0]  # empty if another process got it
@@ -3952,7 +3963,8 @@ def export(
             **dict.fromkeys(("bos_token", "eos_token", "pad_token"), eot_token)})}
     ids = json.loads(files["generation_config.json"])
     ids = {name: ids.get(name) for name in HF_SPECIAL_IDS}
-    write_json(outdir / "config.json", {**config_to_hf(config), **ids, "torch_dtype": dtype})
+    files["config.json"] = json.dumps(
+        {**config_to_hf(config), **ids, "torch_dtype": dtype}, indent=2)
     for name, text in files.items():
         with atomic_write(outdir / name) as file:
             file.write(text.encode())
@@ -3991,11 +4003,8 @@ def check_config(c: Any) -> None:
                 name, 1 << 24 if isinstance(c, LlamaConfig) else 1 << 32)
             if not least <= value <= most:
                 raise UserError(f"--{name} must be from {least} to {most}, not {value}")
-    if isinstance(c, OptimizerConfig):
-        if c.min_lr > c.lr:
-            raise UserError(f"--min_lr must be at most --lr: {c.min_lr} > {c.lr}")
-        if (c.warmup_steps or 0) > c.max_steps:
-            raise UserError(f"--warmup_steps {c.warmup_steps} exceed --max_steps {c.max_steps}")
+    if isinstance(c, OptimizerConfig) and c.min_lr > c.lr:
+        raise UserError(f"--min_lr must be at most --lr: {c.min_lr} > {c.lr}")
     if isinstance(c, LlamaConfig):
         if c.architecture != ModelConfig.architecture:
             raise UserError(f"architecture is {c.architecture!r}, unlike this file's model")
@@ -4078,11 +4087,11 @@ def bpe_train(
     file_path: list[Path],  # text files, or directories of them
     tokenizer_out_path: Path,  # where to write the tokenizer.json
     vocab_size: int = 50304,  # size of the vocabulary, bytes and special tokens included
-    special_tokens_path: Path | None = None,  # file of special tokens, one per line
+    special_tokens_path: Path | None = None,  # special tokens, one per line (<|endoftext|>)
     num_workers: int | None = None,  # processes (default: one per core)
 ) -> None:
     """Learn a byte-level BPE vocabulary from text."""
-    start, specials = time.monotonic(), []
+    start, specials = time.monotonic(), [END_OF_TEXT]
     if special_tokens_path:
         with file_errors(special_tokens_path, "list of special tokens"):
             lines = special_tokens_path.read_text(encoding="utf-8-sig").splitlines()
@@ -4227,7 +4236,7 @@ def split_parts(file: typing.TextIO) -> Iterator[str]:
 
 def split(
     text_path: list[Path],  # text files, or directories of them
-    outdir: Path,  # new directory for train.txt, valid.txt and special_tokens.txt
+    outdir: Path,  # new directory for train.txt and valid.txt
 ) -> None:
     """Split text into training text and validation text, a tenth of it.
 
@@ -4255,7 +4264,6 @@ def split(
         if not (train.tell() and valid.tell()):
             raise UserError("too little text for training and validation: bring 100 kB or more")
         log(f"training: {train.tell() / 1e6:,.2f} MB, validation: {valid.tell() / 1e6:,.2f} MB")
-    (outdir / "special_tokens.txt").write_text(END_OF_TEXT + "\n")
 
 
 def choose_size(megabytes: float, minutes: float, device: str) -> tuple[int, str]:
@@ -4276,7 +4284,7 @@ def demo(
     text_path: list[Path] | None = None,  # files or directories (default: the bundled stories)
     minutes: float | None = None,  # with --text_path: how long to train, at most (default: 5)
     outdir: Path | None = None,  # directory for its files (default: out/demo, or out/text)
-    max_steps: int | None = None,  # optimizer steps (default: 1000, or all that --minutes allow)
+    max_steps: int | None = None,  # optimizer steps (default: 1000, or as --minutes allow)
 ) -> int:
     """Run the whole pipeline on the bundled stories or your own text, showing each command."""
     out = outdir or Path("out/text" if text_path else "out/demo")
@@ -4301,9 +4309,11 @@ def demo_commands(
         megabytes, device = (out / "train.txt").stat().st_size / 1e6, pick_device("auto").type
         vocab_size, flags = choose_size(megabytes, minutes, device)
         flags += " --compile" * (device == "cuda" and has_compiler())  # 2.5 times as fast
-        source, texts, prompt, compare = here, f"{here}/", "''", " --eval_windows 128"
+        texts, prompt, compare = f"{here}/", "''", " --eval_windows 128"
+        log(f"\n{megabytes:.1f} MB of text, {minutes:g} minutes, {device}: expect its words, "
+            "names and layout, but little sense. More text and more time give more.")
     else:
-        source, texts, prompt = data, f"{data}/stories-", "Once"
+        texts, prompt = f"{data}/stories-", "Once"
         compare = " --floor_nats_per_byte 0.191796"
         vocab_size, steps = 1536, max_steps or 1000
         flags = ("--context_length 512 --num_layers 1 --d_model 128 --num_heads 4 --d_ff 256 "
@@ -4311,7 +4321,6 @@ def demo_commands(
                  f"--eval_interval 500 --warmup_steps {steps // 40}")
     tokenizer = f"{here}/tokenizer.json"
     yield (f"bpe-train --file_path {texts}train.txt --vocab_size {vocab_size} "
-           f"--special_tokens_path {source}/special_tokens.txt "
            f"--tokenizer_out_path {tokenizer}")
     for part in ("train", "valid"):
         yield (f"bpe-encode --dataset_path {texts}{part}.txt --tokenizer_path {tokenizer} "

@@ -101,6 +101,7 @@ from scratchformer import (
     local_params,
     main,
     make_adamw,
+    make_scaled_adamw,
     model_from_checkpoint,
     muon_naive,
     open_tokens,
@@ -122,7 +123,6 @@ from scratchformer import (
     tokenizer_to_json,
     train_bpe,
     train_model,
-    train_step,
     validation_loss,
 )  # fmt: skip
 
@@ -628,7 +628,7 @@ def test_the_formula_of_adamw_is_torchs(steps, weight_decay, beta1, beta2):
 def test_matrices_decay_and_norm_weights_do_not():
     model = tiny_model()
     config = OptimizerConfig(lr=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9)
-    groups = make_adamw(model, config).param_groups
+    groups = make_adamw(model.parameters(), config).param_groups
     decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
     for name, p in model.named_parameters():
         assert decays[p] == (0.0 if "norm" in name else 0.5), name
@@ -642,8 +642,11 @@ def test_the_embedding_learns_faster_with_the_width_unless_it_is_tied(tied, widt
     model = tiny_model(config=shape)
     before, lm_head = model.embedding.weight.detach().clone(), model.lm_head.weight.clone()
     tokens = random_ids(4, 25)
-    config = OptimizerConfig(lr=0.001, weight_decay=0.0, clip_grad=0.0)
-    train_step(model, make_adamw(model, config), tokens[:, :-1], tokens[:, 1:], 0.001)
+    optimizer = make_scaled_adamw(model, local_params(model), OptimizerConfig(weight_decay=0.0))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.001 * group.get("lr_scale", 1)
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    optimizer.step()
     moved = (model.embedding.weight - before).abs().max().item()
     # The first step of AdamW moves each entry by the rate.
     assert moved == pytest.approx(0.001 * scale, rel=0.01)
@@ -1053,6 +1056,15 @@ def test_a_tokenizer_learns_from_a_text_or_from_files(tmp_path, pattern):
         encode_file(tokenizer, text * 100, tmp_path / "out.bin")
 
 
+def test_the_command_knows_the_end_of_a_text_unless_it_is_told_otherwise(tmp_path):
+    text, out = write(tmp_path / "text", "a b"), tmp_path / "t"
+    for specials, expected in (("", [END_OF_TEXT]), ("<a>\n", ["<a>"]), ("\n", [])):
+        path = write(tmp_path / "specials", specials)
+        do(f"bpe-train --file_path {text} --vocab_size 258 --tokenizer_out_path {out} --quiet"
+           + f" --special_tokens_path {path}" * bool(specials))  # fmt: skip
+        assert list(Tokenizer.load(out).special_tokens) == expected
+
+
 @pytest.mark.parametrize("specials, size, words", [
     (["<a>", "<a>"], 300, "special token '<a>'"),
     (["<a>", ""], 300, "special token ''"),
@@ -1220,7 +1232,7 @@ def update(model, optimizer, scaler, clip_grad=1.0, step=1):
 def test_the_scaled_step_is_clip_grad_norm_and_plain_adamw(clip_grad, dtype):
     ours, theirs, scaler = tiny_model(), tiny_model(), GradScaler(CPU, dtype)
     config = OptimizerConfig(lr=0.01, weight_decay=0.1)
-    optimizer, plain = make_adamw(ours, config), make_adamw(theirs, config)
+    optimizer, plain = (make_adamw(model.parameters(), config) for model in (ours, theirs))
     for seed in range(5):
         backward(ours, seed, scale=scaler.loss_scale)
         backward(theirs, seed)
@@ -1234,7 +1246,7 @@ def test_the_scaled_step_is_clip_grad_norm_and_plain_adamw(clip_grad, dtype):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("make_optimizer", [
-    lambda model: make_adamw(model, OptimizerConfig()),
+    lambda model: make_adamw(model.parameters(), OptimizerConfig()),
     lambda model: Muon(model, local_params(model), OptimizerConfig()),
     lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
 ], ids=["adamw", "muon", "another"])  # fmt: skip
@@ -1266,7 +1278,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, make_
 
 def test_the_loss_scale_halves_on_overflow_and_doubles_from_time_to_time():
     model, scaler = tiny_model(), GradScaler(CPU, torch.float16)
-    optimizer = make_adamw(model, OptimizerConfig())
+    optimizer = make_adamw(model.parameters(), OptimizerConfig())
     scaler.GROWTH_INTERVAL, scales = 3, []
     for step, bad in enumerate((True, True, False, False, True, False, False, True, False), 1):
         backward(model, 0, scaler.loss_scale)
@@ -1407,8 +1419,7 @@ def test_muon_is_its_formula_in_the_blocks_and_adamw_elsewhere(clip_grad, dtype)
     in_blocks = {p: rows[name.split(".")[-2]] for name, p in theirs.named_parameters()
                  if p.dim() == 2 and name.startswith("blocks.")}  # fmt: skip
     momenta = {p: torch.zeros_like(p) for p in in_blocks}
-    adamw = make_adamw(
-        theirs, config, {p: p for p in theirs.parameters() if p not in in_blocks})
+    adamw = make_adamw([p for p in theirs.parameters() if p not in in_blocks], config)
     for seed in range(4):
         backward(ours, seed, scale=scaler.loss_scale)
         backward(theirs, seed)
@@ -1559,7 +1570,7 @@ def steps_of_fsdp():
     with process_group(CPU):
         model = build(64, 16, 2, 32, 4, 64)
         params, scaler = local_params(model), GradScaler(CPU, torch.float32)
-        optimizer = make_adamw(model, OptimizerConfig(), params)
+        optimizer = make_scaled_adamw(model, params, OptimizerConfig())
         tokens = torch.ones(2, 16, dtype=torch.int64)
         for step in range(60):
             optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
@@ -2797,7 +2808,6 @@ def test_an_impossible_shape_is_refused(changes, words):
 @pytest.mark.parametrize("argv", [
     *(f"train --train_tokens x --vocab_size 9 {flag}" for flag in [
         "--lr nan", "--lr inf", "--lr -0.1", "--batch_size 0", "--lr", "--max_steps 1.5",
-        "--beta2 1", "--seed -1", "--lr 1 --min_lr 2", "--max_steps 5 --warmup_steps 10",
         "--dtype float8", "--nothing 1"]),
     "bpe-train --file_path x --tokenizer_out_path y --num_workers 0",
     "generate --checkpoint x --temperature -1",
@@ -3218,8 +3228,8 @@ def test_changed_files_learn_on_two_processes_as_on_one(
 # AROUND THE FILE
 #
 # Commands in the README parse as they stand, its Python example runs, and links point at what
-# they name. Figures show what the functions compute, the page shows every line, and the notebook
-# runs. Every exercise has a solution, whose change applies and whose examples run.
+# they name. Figures show what functions compute, the page has every line, the notebook runs.
+# Every exercise has a solution, whose change applies and whose examples run.
 # ======================================================================================
 
 

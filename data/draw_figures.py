@@ -551,7 +551,7 @@ def bytes_per_parameter() -> list[int]:
     model = sf.Transformer(sf.ModelConfig(8, 8, 1, 8, 2, 8))
     w = model.lm_head.weight
     w.grad = torch.ones(8, 8)
-    optimizer = sf.make_adamw(model, sf.OptimizerConfig())
+    optimizer = sf.make_adamw(model.parameters(), sf.OptimizerConfig())
     optimizer.step()
     m_and_v = [x for x in optimizer.state[w].values() if x.shape == w.shape]
     return [x.element_size() for x in (w, w.grad, *m_and_v)]
