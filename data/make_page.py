@@ -26,7 +26,8 @@ except ImportError:
     sys.exit("this needs Pygments: uv run data/make_page.py, or pip install pygments")
 
 ROOT = Path(__file__).resolve().parent.parent
-# The figures, and the definition, chapter or section after whose prose each one stands.
+# The figures, and what each one belongs to. It stands before a definition, and after the prose
+# of a chapter or section.
 FIGURES = {
     "merges.svg": "learn_merges_naive",
     "windows.svg": "chapter-4",
@@ -245,9 +246,9 @@ class Page:
             yield from [tagged("i", hidden), (opening, inner, closing), tagged("i", hidden)]
         yield from mark(text[end:])
 
-    def prose(self, element: Element) -> tuple[str, int]:
-        """The HTML of a comment or docstring, and how high it is, in pixels, roughly."""
-        lines, result, height, at = prose_lines(self.names, element), "", 0, element.first
+    def prose(self, element: Element) -> str:
+        """The HTML of a comment or docstring."""
+        lines, result, at = prose_lines(self.names, element), "", element.first
         for kind, block in blocks(lines):
             text = "\n".join(line.text for line in block)
             tag, last = kind, len(block)
@@ -257,13 +258,8 @@ class Page:
                 cut = min(len(x.text) - len(x.text.lstrip()) for x in block if x.text)
                 block = [Line(x.before + x.text[:cut], x.text[cut:], x.after) for x in block]
                 text = "\n".join(line.text for line in block[:last])
-                width = max(len(line.text) for line in block)
-                style = "example" if kind == ">>>" else ""
-                tag = f'pre class="{style}" style="--w:{width}"'
-                height += 16 * last + 28
-            elif kind:  # about 64 characters of prose fit into a line
-                height += 22 * -(-len(text) // 64) + 10
             if kind == ">>>":
+                tag = 'pre class="example"'
                 indent = len(block[0].before)
                 pieces = self.highlight(text + "\n", at, indent, PythonConsoleLexer)
             elif kind in ("p", "li"):
@@ -287,8 +283,8 @@ class Page:
             result += "".join(x.hidden() for x in (block[last:] if kind else block))
             at += len(block)
         if "Exercise" in lines[0].before:
-            return f"<details><summary>Exercises</summary>{result}</details>", 40
-        return result, height
+            return f"<details><summary>Exercises</summary>{result}</details>"
+        return result
 
     def code_html(self, element: Element) -> str:
         """Lines of code. Where one is too long, it goes on below, indented by four more."""
@@ -304,53 +300,33 @@ class Page:
         return len(text) - len(text.lstrip())
 
     def section(self, section: list[Element]) -> str:
-        """A comment or a definition, and the code after it, in rows of a left and a right part.
+        """A comment or a definition, on the left, and the code, on the right.
 
-        A comment in the code starts a new row if there is room for it on the left, where a long
-        docstring may stand. Otherwise it stays in the code, so that it doesn't tear that apart.
-        So does one that starts with a small letter: it is about the line above.
+        Comments inside the code stay there. Headings and their prose take the whole width.
         """
-        anchor = self.names.starts.get(section[0].first, "")
-        rows: list[list[tuple[str, str]]] = [[]]  # cells: "p" for prose or "c" for code, HTML
-        left = right = 0  # how far down each part reaches, in pixels, roughly
+        anchor, known = self.names.starts.get(section[0].first, ""), len(self.headings)
+        cells: list[tuple[str, str]] = []  # "p" for prose or "c" for code, HTML
         for element in section:
-            known = len(self.headings)
-            if element.kind == "code":
-                content, height = self.code_html(element), 18 * (element.end - element.first)
-            else:
-                content, height = self.prose(element)
-            is_first = not any(kind == "p" for row in rows for kind, _ in row) and (
-                element.kind == "doc" or element.kind == "comment" and element is section[0])
-            new_headings = [heading[1] for heading in self.headings[known:]]
-            if is_first:
-                for name in (anchor, *new_headings):
-                    if name in self.figures:
-                        content, height = content + self.figures.pop(name), height + 320
-            text = self.names.lines[element.first - 1].lstrip(" #")
-            fits = element.kind != "code" and left <= right + 20 and not text[0].islower()
-            if is_first or fits:
-                if not is_first:
-                    rows.append([])
-                    left = right
-                rows[-1].append(("p", content))
-                left += height
-                if new_headings:  # they take the whole width
-                    rows.append([])
-                    left = 0
-                continue
-            if element.kind != "code":
-                style = f"--i:{self.indent(element.first)}"
-                content = f'<div class="n" style="{style}">{content}</div>'
-            right += height
-            if rows[-1] and rows[-1][-1][0] == "c":
-                content = rows[-1].pop()[1] + content
-            rows[-1].append(("c", content))
-        result = ""
-        for row in filter(None, rows):
-            style = "row" if any(kind == "c" for kind, _ in row) else "row wide"
-            cells = "".join(f'<div class="{kind}">{content}</div>' for kind, content in row)
-            result += f'<div class="{style}">{cells}</div>'
-        return f'<section id="{anchor}">{result}</section>\n' if anchor else result + "\n"
+            kind = "c" if element.kind == "code" else "p"
+            content = self.code_html(element) if kind == "c" else self.prose(element)
+            if element.kind == "comment" and element is not section[0]:
+                indent = self.indent(element.first)
+                kind, content = "c", f'<div class="n" style="--i:{indent}">{content}</div>'
+            if cells and cells[-1][0] == kind:
+                content = cells.pop()[1] + content
+            cells.append((kind, content))
+
+        def row(cells: list[tuple[str, str]]) -> str:
+            style = "row" if any(kind == "c" for kind, _ in cells) else "row wide"
+            inner = "".join(f'<div class="{kind}">{content}</div>' for kind, content in cells)
+            return f'<div class="{style}">{inner}</div>' if cells else ""
+
+        headings = [name for _, name, _ in self.headings[known:]]
+        figures = "".join(self.figures.pop(name, "") for name in (anchor, *headings))
+        if headings:
+            return row(cells[:1]) + figures + row(cells[1:]) + "\n"
+        result = f'<section id="{anchor}">{row(cells)}</section>' if anchor else row(cells)
+        return figures + result + "\n"
 
     def main(self) -> str:
         """All sections. One begins at each comment that isn't indented, and each definition
