@@ -180,7 +180,7 @@ def merges() -> str:
 
 def windows() -> str:
     """Chapter 4: the windows of two epochs, and the first batch."""
-    drawing, N, T, B = Drawing("Windows over a stream of tokens", 316), 29, 5, 2
+    drawing, N, T, B = Drawing("Windows over a stream of tokens", 336), 29, 5, 2
     tokens = np.arange(N)  # each token is its own position
     per_epoch = len(sf.shuffle_windows(0, 0, N, T))
     drawing.text(8, 20, f"The corpus: {N} tokens, by position", "bold")
@@ -189,27 +189,30 @@ def windows() -> str:
         drawing.text(18.8 + 21.5 * position, 46, position, "small mid")
     for epoch in range(2):
         y, numbers = 70 + 62 * epoch, range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        order = ", ".join(map(str, numbers))
-        drawing.text(8, y + 14, f"Epoch {epoch}: training sees windows {order} in this order",
-                     "bold")
+        drawing.text(8, y + 14, f"Epoch {epoch}: windows {numbers[0]} to {numbers[-1]}; the "
+                     "numbers give the order in which training sees them", "bold")
         for i in numbers:
             start = sf.get_batch(tokens, T, 0, range(i, i + 1))[0][0, 0].item()
             style = "line shaded one" if i < B else "line"
             drawing.box(9.5 + 21.5 * start, y + 22, 21.5 * T - 3, 24, style)
             drawing.text(8 + 21.5 * (start + T / 2), y + 38, f"window {i}", "mid small")
-    drawing.text(8, 218, f"Step 0: a batch of B = {B} windows, T = {T}", "bold")
+            below = y + 50 + 4 * (start // T % 2)  # side by side, so that none hides another
+            drawing.path([(10 + 21.5 * start, below), (6 + 21.5 * (start + T + 1), below)])
+    drawing.text(8, 204, f"Box: the inputs, T = {T} tokens. Line: the whole window, T + 1 "
+                 "tokens, for the last target.", "small")
+    drawing.text(8, 238, f"Step 0: a batch of B = {B} windows", "bold")
     inputs, targets = sf.get_batch(tokens, T, 0, range(B))
     for x, name, ids, style in ((90, "inputs", inputs, "line shaded one"),
                                 (350, "targets", targets, "line")):
-        drawing.text(x, 240, f"{name} (B, T)")
+        drawing.text(x, 260, f"{name} (B, T)")
         for (row, column), position in np.ndenumerate(ids.numpy()):
-            drawing.text(8, 264 + 32 * row, f"window {row}")
-            drawing.box(x + 40 * column, 246 + 32 * row, 40, 26, style)
-            drawing.text(x + 20 + 40 * column, 264 + 32 * row, position, "mid")
+            drawing.text(8, 284 + 32 * row, f"window {row}")
+            drawing.box(x + 40 * column, 266 + 32 * row, 40, 26, style)
+            drawing.text(x + 20 + 40 * column, 284 + 32 * row, position, "mid")
     return drawing.finish(
-        f"The inputs of windows of T = {T} tokens lie end to end, from an offset that differs "
-        f"between epochs; training sees them in random order. The first {B} (shaded) are the "
-        "first batch, and every target is the token after its input.")
+        f"A window has T + 1 = {T + 1} tokens: T inputs, and the target of each, the token "
+        "after it. The inputs of all windows lie end to end, from an offset that differs "
+        f"between epochs; their order is random. The first {B} (shaded) are the first batch.")
 
 
 # The Transformer
@@ -221,9 +224,10 @@ def block_shapes() -> dict[str, str]:
 
     In this model every letter has a size of its own, so that a size says which letter it is.
     """
-    B, T, H, K, F, V = 2, 3, 5, 4, 7, 11
-    letters = {B: "B", T: "T", H: "H", K: "K", H * K: "D", F: "F", V: "V"}
-    model, shapes = sf.Transformer(sf.ModelConfig(V, T, 1, H * K, H, F)), dict[str, str]()
+    B, T, H, G, K, F, V = 5, 3, 6, 2, 4, 7, 11
+    letters = {B: "B", T: "T", H: "H", G: "G", K: "K", H * K: "D", F: "F", V: "V"}
+    config = sf.ModelConfig(V, T, 1, H * K, H, F, num_kv_heads=G)
+    model, shapes = sf.Transformer(config), dict[str, str]()
 
     def note(name: str, module: torch.nn.Module, args: tuple, out: Tensor) -> None:
         for key, x in ("to " + name, args[0]), (name, out):
@@ -244,11 +248,11 @@ def block() -> str:
         drawing.text(x, y, shape.get(name, name), "code small mid")
 
     def flow(names: str, *points: Sequence[float]) -> None:
-        """An arrow with what flows there: above the line and, after a semicolon, below it."""
+        """An arrow with what flows there: above the line and, after semicolons, below it."""
         drawing.arrow(*points)
         (x0, _), (x, y) = points[-2:]
         for i, name in enumerate(names.split("; ")):
-            label((x0 + x) / 2, y - 8 + 24 * i, name)
+            label((x0 + x) / 2, y - 8 + 14 * i + 10 * (i > 0), name)
 
     for y, height, what in ((98, 136, "Attention looks at earlier tokens"),
                             (260, 132, "The MLP works on each position separately")):
@@ -256,10 +260,10 @@ def block() -> str:
         drawing.text(110, y + 72, what, "bold")
     for left, y, width, *lines in (
         (30, 60, 88, "embedding"), (114, 126, 76, "RMSNorm"), (264, 126, 108, "W_q, W_k, W_v"),
-        (470, 126, 120, "q, k: RMSNorm,", "then RoPE"), (260, 204, 84, "W_output"),
-        (450, 204, 160, "each of H heads:", "softmax(q kᵀ / √K) v"),
+        (480, 126, 120, "q, k: RMSNorm,", "then RoPE"), (260, 204, 84, "W_output"),
+        (460, 204, 160, "each of H heads:", "softmax(q kᵀ / √K) v"),
         (114, 292, 76, "RMSNorm"), (264, 292, 108, "W_gate, W_up"),
-        (470, 292, 120, "silu(gate) * up"), (260, 362, 84, "W_down"),
+        (480, 292, 120, "silu(gate) * up"), (260, 362, 84, "W_down"),
     ):
         drawing.box(left, y - 20, width, 40, "line pale")
         for i, line in enumerate(lines):
@@ -267,14 +271,16 @@ def block() -> str:
     flow("", (74, 24), (74, 40))
     flow("", (74, 126), (114, 126))
     flow("blocks.0.attention_norm", (190, 126), (264, 126))
-    flow("q, k, v each; blocks.0.attention.query_norm", (372, 126), (470, 126))
-    flow("", (530, 146), (530, 184))
-    flow("blocks.0.attention.query_norm", (450, 204), (344, 204))
+    key, query = "blocks.0.attention.key_norm", "blocks.0.attention.query_norm"
+    shape["q"] = "q " + shape[query]
+    flow(f"q; k, v each; {key}", (372, 126), (480, 126))
+    flow("", (540, 146), (540, 184))
+    flow(query, (460, 204), (344, 204))
     flow("blocks.0.attention.output", (260, 204), (86, 204))
     flow("", (74, 292), (114, 292))
     flow("blocks.0.mlp_norm", (190, 292), (264, 292))
-    flow("gate, up each; to blocks.0.mlp.down", (372, 292), (470, 292))
-    flow("to blocks.0.mlp.down", (530, 312), (530, 362), (344, 362))
+    flow("gate, up each; to blocks.0.mlp.down", (372, 292), (480, 292))
+    flow("to blocks.0.mlp.down", (540, 312), (540, 362), (344, 362))
     flow("blocks.0.mlp.down", (260, 362), (86, 362))
     for top, bottom in ((80, 193), (215, 351), (373, 408)):  # the stream
         drawing.path([(74, top), (74, bottom)], "line thick one")
@@ -290,7 +296,8 @@ def block() -> str:
     return drawing.finish(
         "The residual stream (thick) carries one vector of D numbers per token. The two parts "
         "of a block, attention and the MLP, each read a normalized copy and add what they "
-        "compute; at the arrows stands the shape of what flows.")
+        "compute; at the arrows stands the shape of what flows. By default, k and v have as "
+        "many heads as q: G = H.")
 
 
 def rope() -> str:
@@ -319,7 +326,7 @@ def rope() -> str:
 
     place = drawing.axes(286, 150, range(0, 61, 10), (0, 4, 8, 12, 16),
                          "distance: position of the query - position of the key",
-                         "score: query · key")
+                         "score: query · key, with all pairs of both (1, 0)")
     drawing.path([place(d, score(d, 0)) for d in range(61)], "line one")
     for d in range(0, 61, 2):
         drawing.circle(*place(d, score(500 + d, 500)), 3, RING)
@@ -327,8 +334,9 @@ def rope() -> str:
     drawing.key(230, 418, RING, "key at position 500")
     return drawing.finish(
         f"Each pair of a query's or key's K = {K} numbers turns with the position like a hand "
-        "of a clock, the first pairs fast, later ones slowly. The score of two equal vectors "
-        "depends on their distance only: it is the same for a key at 0 and one at 500.")
+        "of a clock, the first pairs fast, later ones slowly. Here each pair is (1, 0) at "
+        "position 0, in the query and in the key. Their score depends on the distance only: it "
+        "is the same for a key at 0 and one at 500.")
 
 
 class Run(NamedTuple):
@@ -438,9 +446,12 @@ def learning_rate() -> str:
     drawing.path(points, "line thick one")
     x, y = points[config.warmup_steps]
     drawing.path([(x, y), (x, 206)], "line dash")
-    drawing.text(x + 8, 196, f"linear warmup: warmup_steps = {config.warmup_steps}")
+    middle = points[config.warmup_steps // 2]
+    drawing.arrow((150, middle[1]), (middle[0] + 4, middle[1]))
+    drawing.text(156, middle[1] + 4, "linear warmup")
+    drawing.text(x + 8, 196, f"warmup_steps = {config.warmup_steps}")
     drawing.text(x + 8, y - 8, f"peak: lr = {config.lr:g}")
-    drawing.text(310, 88, "linear decay")
+    drawing.text(340, 88, "linear decay")
     drawing.text(620, 164, f"min_lr = {config.min_lr:g}", "end")
     return drawing.finish(
         f"Over the first {config.warmup_steps} of {config.max_steps} steps the learning rate "
@@ -470,7 +481,8 @@ def loss(run: Run) -> str:
     return drawing.finish(
         f"Both losses fall together, fast at first; validation ends at {run.valid[-1]:.2f} "
         "nats per token. No model can be expected to get below the entropy floor of these "
-        f"stories: {per_byte:.4f} nats per byte at {per_token:.2f} bytes per token.")
+        "stories, which is known because their generator knows the probability of each choice "
+        f"it makes: {per_byte:.4f} nats per byte at {per_token:.2f} bytes per token.")
 
 
 def tokens_computed(generate: Callable) -> list[int]:
