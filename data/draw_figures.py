@@ -396,12 +396,10 @@ def attention(run: Run) -> str:
     words = [run.tokenizer.decode([i]).strip() for i in ids]
     weights, T = weights_of(run.model, ids), len(ids)
     to_name = weights[:, :, -1, words.index("Emma")]  # (layers, H): from the last row
-    verbs = [i for i, word in enumerate(words) if word in ("was", "called", "had")]
-    rows = range(verbs[0] + 1, T)
-    latest = [max(i for i in verbs if i < row) for row in rows]
-    to_verb = weights[:, :, rows, latest].mean(-1)
+    pieces = slice(words.index("m") + 1, T - 1)  # of "monkey", but the first
+    to_verb = weights[:, :, pieces, words.index("had")].mean(-1)
     for x, what, score in ((46, "at the period, it looks at the name", to_name),
-                           (366, "in most rows, at the latest verb", to_verb)):
+                           (366, "within monkey, it looks at the verb had", to_verb)):
         layer, head = divmod(int(score.argmax()), score.shape[1])
         drawing.text(x, 18, f"block {layer}, head {head}", "bold")
         drawing.text(x, 36, what)
@@ -427,7 +425,8 @@ def attention(run: Run) -> str:
     she, her = (p[run.tokenizer.encode(word)[0]].item() for word in (" She", " Her"))
     return drawing.finish(
         "Each row is a token (monkey is five), and its squares show the weight it gives to "
-        "itself and to earlier tokens. In the framed row, one head puts "
+        "itself and to earlier tokens. In the rows on, k, e and y, the right head puts "
+        f"{to_verb.max():.2f} on had, on average. In the framed row, the left head puts "
         f"{to_name.max():.2f} on Emma, and the model predicts that She ({she:.0%}) or Her "
         f"({her:.0%}) comes next.")
 
