@@ -1096,7 +1096,7 @@ def generate_naive(
 
     `prompts` [B, T] are their first tokens, and `u` [B, N] holds a random number for each new
     token. The model sees at most context_length tokens. When there are more, it continues with
-    the newest token and half a context before it. (With the cache below, every drop is slow.)
+    the newest token and half a context before it.
     """
     limit = model.config.context_length
     tokens = prompts[:, -limit:]  # what the model sees, (B, T)

@@ -296,7 +296,7 @@ def block() -> str:
     return drawing.finish(
         "The residual stream (thick) carries one vector of D numbers per token. The two parts "
         "of a block, attention and the MLP, each read a normalized copy and add what they "
-        "compute; at the arrows stands the shape of what flows. By default, k and v have as "
+        "compute; the arrows are labeled with shapes. By default, k and v have as "
         "many heads as q: G = H.")
 
 
