@@ -1739,7 +1739,7 @@ OUR_DIRECTORY = ".scratchformer"  # a file that marks directories of outputs
 def new_directory(path: Path) -> None:
     """Make a directory for outputs, which `input_files` skips, or raise UserError."""
     if path.is_dir() and any(path.glob("[!.]*")):
-        raise UserError(f"{path} isn't empty: remove it, give another --outdir, or --resume")
+        raise UserError(f"{path} isn't empty: give another --outdir, or use train --resume")
     path.mkdir(parents=True, exist_ok=True)
     (path / OUR_DIRECTORY).touch()
 
@@ -2194,14 +2194,14 @@ def train_bpe(
 ) -> tuple[dict[int, bytes], list[Merge]]:
     """A vocabulary of at most `vocab_size` tokens, and its merges in the order learned.
 
-    `source` is a file or a directory, or several, or a text: a string with a space or a line
-    break in it that isn't a path.
+    `source` is a file or a directory, or several, or a text: a string with a line break, or of
+    more than 255 characters.
     """
     num_fixed = 256 + len(special_tokens)
     if vocab_size < num_fixed:
         raise UserError(f"vocab_size must be at least {num_fixed}: bytes and special tokens")
     splitter = Tokenizer(build_vocab([], special_tokens), [], special_tokens, pattern)
-    if isinstance(source, str) and re.search(r"\s", source) and not os.path.exists(source):
+    if isinstance(source, str) and ("\n" in source or len(source) > 255):
         pieces = safe_pieces([source], splitter, CHUNK)
         counts = count_pieces(((piece, False) for piece in pieces), splitter)
     else:
@@ -3291,7 +3291,7 @@ def run_training(
             seconds = []
         if valid and evaluating:
             valid_loss = valid.loss(trainer.model, trainer.data.batch_size, trainer.autocast)
-            report = valid.report(valid_loss, compare=last and get_rank() == 0)
+            report = valid.report(valid_loss)
             log(f"step {step}: {show_numbers(report)}")
             record |= report
             if run.keep_best and valid_loss < best_loss:
@@ -3464,7 +3464,7 @@ def log_training(
         # PyTorch's threads spin while they wait for each other: on cores of their own they are
         # busy all the time, and if another program takes one core, all of them wait for it.
         if trainer.device.type == "cpu" and threads > 1 and cpu < 0.8 * threads * wall:
-            line += "  (another program uses the CPU: OMP_NUM_THREADS=1 is faster then)"
+            line += "  (another program uses the CPU: faster with OMP_NUM_THREADS=1 python ...)"
     log(line)
     return record
 
@@ -3650,7 +3650,8 @@ def train(
             f"{trainer.tokens_per_step:,}, first learning rate: "
             f"{learning_rate(start['step'], optim):.3g}, in {run.outdir}")
         if run_training(trainer, run, tokens, valid, start, signals) < optim.max_steps:
-            log("stopped by a signal; continue with --resume")
+            log("stopped by a signal; to continue: python scratchformer.py train --resume "
+                f"--outdir {run.outdir}")
             return 128 + (signals or [signal.SIGTERM])[0]  # empty if another process got it
         return 0
 
@@ -4007,7 +4008,7 @@ def check_config(c: Any) -> None:
         raise UserError(f"--min_lr must be at most --lr: {c.min_lr} > {c.lr}")
     if isinstance(c, LlamaConfig):
         if c.architecture != ModelConfig.architecture:
-            raise UserError(f"architecture is {c.architecture!r}, unlike this file's model")
+            raise UserError(f"architecture {c.architecture!r}: a changed file has made it")
         if c.num_heads % c.num_kv_heads:
             raise UserError(f"num_heads must be divisible by num_kv_heads: {c.num_heads} / "
                             f"{c.num_kv_heads}")
@@ -4282,7 +4283,7 @@ def choose_size(megabytes: float, minutes: float, device: str) -> tuple[int, str
 
 def demo(
     text_path: list[Path] | None = None,  # files or directories (default: the bundled stories)
-    minutes: float | None = None,  # with --text_path: how long to train, at most (default: 5)
+    minutes: float | None = None,  # with --text_path: about how long to train (default: 5)
     outdir: Path | None = None,  # directory for its files (default: out/demo, or out/text)
     max_steps: int | None = None,  # optimizer steps (default: 1000, or as --minutes allow)
 ) -> int:
