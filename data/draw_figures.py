@@ -296,7 +296,7 @@ def block() -> str:
     return drawing.finish(
         "The residual stream (thick) carries one vector of D numbers per token. The two parts "
         "of a block, attention and the MLP, each read a normalized copy and add what they "
-        "compute; the arrows are labeled with shapes. By default, k and v have as "
+        "compute; labels give the shapes. By default, k and v have as "
         "many heads as q: G = H.")
 
 
@@ -602,11 +602,11 @@ def processes() -> str:
     section(262, "FSDP: each process holds one shard in four", True,
             "all-gather: each sends its shard of the parameters, and gets the other three",
             "reduce-scatter: each sends all its gradients, and gets its shard of the mean",
-            "(dotted: there only while needed)")
+            "(dashed: there only while needed)")
     return drawing.finish(
         "Four processes share the rows of a batch. In data parallel training each holds all "
         "parameters, gradients and AdamW's m and v; under FSDP it holds a quarter of each "
-        "(shaded) and, for a short time, the rest of the parameters and gradients (dotted).")
+        "(shaded) and, for a short time, the rest of the parameters and gradients (dashed).")
 
 
 # Measurements of results.md, which names machine, date and settings
