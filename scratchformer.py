@@ -255,8 +255,8 @@ class BPETokenizer:
         """The ids of one pre-token. Merge the lowest-ranked pair until no pair has a rank.
 
         This applies the merges in the order learned. Going by rank never has to go back to an
-        earlier merge: the pairs that a merge creates contain its new token, so they can only
-        have been learned later. For example, "t" + "h" creates "th" + "e", of a higher rank.
+        earlier merge: the pairs that a merge creates contain its new token, which no other
+        merge makes, so they were learned later. "t" + "h", for example, creates "th" + "e".
         """
         tokens = [bytes([byte]) for byte in pretoken]
         while True:
@@ -337,7 +337,7 @@ def cut_windows(
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, T) each
 
 
-@functools.lru_cache(2)  # keep two results: a batch may lie in two epochs
+@functools.lru_cache(2)  # keep two results: a batch may straddle two epochs
 def shuffle_windows(seed: int, epoch: int, num_tokens: int, context_length: int) -> np.ndarray:
     """The positions where the windows of one epoch begin, in random order; an array of int64.
 
@@ -440,7 +440,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # TRAP: use float32. GPUs are faster with 16 bits per number, but in one such format,
-        # float16, squares overflow, and in the other, bfloat16, they lose most digits.
+        # float16, squares overflow, and the other, bfloat16, has too few digits for a mean.
         x_float = x.float()
         scale = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
         return (x_float * scale * self.weight).type_as(x)
@@ -510,8 +510,8 @@ def attention_naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 # one word back or a page back. RoPE fixes that by rotating queries and keys. Treat a vector
 # of K numbers as K/2 points in the plane, and rotate each by an angle proportional to the
 # position. Rotating two points by the same angle doesn't change their dot product. So turning
-# one by 5 steps and the other by 3 has the effect of turning the first by 2: a score depends on
-# how far apart two tokens are, and not on where in the text they are.
+# one by 5 steps and the other by 3 has the effect of turning the first by 2 (turn both back by
+# 3): a score depends on how far apart two tokens are, and not on where in the text they are.
 
 
 def rope_frequencies(head_dim: int, theta: float = 10000.0) -> Tensor:
@@ -591,10 +591,10 @@ class ModelConfig:
 
 
 class Projection(nn.Linear):
-    """A matrix, [..., d_in] to [..., d_out]; or several of them, one result after the other.
+    """A matrix, [..., d_in] to [..., d_out]; or several, whose outputs are concatenated.
 
-    WHY several: one large matmul is faster than several small ones for the same input. They
-    start as random numbers of standard deviation 0.02, as in GPT-2.
+    WHY several: one large matmul is faster than several small ones for the same input. The
+    entries start as random numbers of standard deviation 0.02, as in GPT-2.
     """
 
     def __init__(self, d_in: int, *d_outs: int):
@@ -614,14 +614,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     FlashAttention (Dao et al. 2022, arXiv 2205.14135) never stores the T x T scores. If k and v
     have fewer heads than q, G instead of H, each of them serves H / G heads of q.
     """
-    grouped = k.shape[2] < q.shape[2]
-    # With grouped heads, PyTorch avoids the T x T scores only for a single query and for
-    # bfloat16 without a mask. Otherwise, repeat the heads of k and v.
-    if grouped and not (q.shape[1] == 1 or q.dtype == torch.bfloat16 and mask is None):
+    if k.shape[2] < q.shape[2]:
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
-    out = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] < q.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
     return out.transpose(1, 2)
 
 
@@ -630,9 +626,10 @@ class MultiHeadAttention(nn.Module):
 
         x (B, T, D) -> q, k, v (B, T, H, K) -> softmax(...) @ v (B, T, H, K) -> (B, T, D)
 
-    To save memory, keys and values may have only G < H heads. (Ainslie et al. 2023, arXiv
-    2305.13245: grouped-query attention, GQA) With `qk_norm`, large queries and keys can't make
-    large scores. (Henry et al. 2020, arXiv 2010.04245)
+    With `qk_norm`, the lengths of queries and keys are learned, and can't grow until softmax
+    takes a single token and learns no more. (Henry et al. 2020, arXiv 2010.04245)
+    Keys and values may have only G < H heads: chapter 7 keeps those of all tokens, and fewer
+    take less memory. (Ainslie et al. 2023, arXiv 2305.13245: grouped-query attention, GQA)
     """
 
     def __init__(self, config: ModelConfig):
@@ -640,7 +637,7 @@ class MultiHeadAttention(nn.Module):
         D, H, K, G = config.d_model, config.num_heads, config.head_dim, config.num_kv_heads
         self.head_dim = K
         self.qkv = Projection(D, H * K, G * K, G * K)
-        norm = RMSNorm if config.qk_norm else nn.Identity  # which does nothing
+        norm = RMSNorm if config.qk_norm else nn.Identity  # which returns its input
         self.query_norm, self.key_norm = norm(K, config.norm_eps), norm(K, config.norm_eps)
         self.output = Projection(H * K, D)
 
@@ -694,7 +691,8 @@ class Block(nn.Module):
     block then only has to learn what to change, and what earlier blocks found is still there.
     (He et al. 2015, arXiv 1512.03385; Xiong et al. 2020, arXiv 2002.04745: the norms)
     WHY several blocks: in "Tim met Ann. Tim", one block can note at each word which word came
-    before it, and the next can look for what came after "Tim" last time: "met".
+    before it: at "met", "Tim". The next block can look, at the second "Tim", for a word with
+    that note, and finds "met". (Olsson et al. 2022, arXiv 2209.11895: induction heads)
     """
 
     def __init__(self, config: ModelConfig):
@@ -856,7 +854,7 @@ def adamw_naive(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One update of AdamW, written out: the new weight, m and v. `step` counts from 1.
 
-    m and v start at 0, and m_hat and v_hat correct for that: after one step m is 0.1 * grad,
+    m and v start at 0, and m_hat and v_hat correct that bias: after one step m is 0.1 * grad,
     and dividing it by 1 - 0.9 gives grad. A parameter whose gradient hardly changes moves by
     about lr per step, no matter how large the gradient is. Worked example: the first step is lr
     times the sign, whether the gradient is 5 or 0.05.
@@ -1061,6 +1059,8 @@ def token_probabilities(
 def sample(logits: Tensor, u: Tensor, **sampling: Any) -> Tensor:
     """The next ids, int64 [B], for logits [B, V] and random numbers u [B] from 0 to 1.
 
+    WHY u comes from outside: the same u gives the same ids, here and in faster versions.
+
     Lay the probabilities end to end: they fill the line from 0 to 1. A random point on it falls
     on token i with probability p[i]. `sampling` goes to `token_probabilities`.
 
@@ -1096,7 +1096,8 @@ def generate_naive(
 
     `prompts` [B, T] are their first tokens, and `u` [B, N] holds a random number for each new
     token. The model sees at most context_length tokens. When there are more, it continues with
-    the newest token and half a context before it.
+    the newest token and half a context before it. (Half, so that this doesn't happen at each
+    token: `generate`, below, has to compute all of them again.)
     """
     limit = model.config.context_length
     tokens = prompts[:, -limit:]  # what the model sees, (B, T)
@@ -1132,9 +1133,9 @@ class KVCache:
 
     To process T more tokens:
 
-        cache.extend(tokens)                    records them and their positions
+        cache.add_tokens(tokens)                records them and their positions
         model.hidden_states(tokens, cache)      runs the blocks on these T tokens only
-            cache.attention_in(0)(q, k, v)      block 0: appends k and v to those it has, and
+            cache.attention_in(0)(q, k, v)      block 0: adds k and v to those it has, and
                                                 lets the T queries attend to all of them
             cache.attention_in(1)(q, k, v)      block 1, and so on
     """
@@ -1147,14 +1148,14 @@ class KVCache:
         self.length = 0  # S
         self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}  # by block: [B, S, G, K] each
 
-    def extend(self, tokens: Tensor) -> None:
+    def add_tokens(self, tokens: Tensor) -> None:
         """Record the next tokens [B, T], which the model will process."""
         S, T = self.length, tokens.shape[1]
         self.tokens: Tensor = torch.cat([self.tokens, tokens], 1) if S > 0 else tokens
         self.positions = torch.arange(S, S + T, device=tokens.device)
         self.length = S + T
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def add_keys_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep k and v [B, T, G, K] of the new tokens. Returns those of all tokens."""
         if layer in self.keys_values:
             past_k, past_v = self.keys_values[layer]
@@ -1163,10 +1164,10 @@ class KVCache:
         return k, v
 
     def attention_in(self, layer: int, mask: Tensor | None = None) -> Attend:
-        """What replaces `attention` in block `layer`. `mask` is the causal one, or yours."""
+        """What replaces `attention` in block `layer`. A `mask` (T, S + T) can restrict it."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k, v = self.append(layer, k, v)  # (B, S + T, G, K)
+            k, v = self.add_keys_values(layer, k, v)  # (B, S + T, G, K)
             causal = torch.arange(k.shape[1], device=k.device) <= self.positions[:, None]
             return attention(q, k, v, causal if mask is None else mask)  # mask: (T, S + T)
 
@@ -1178,7 +1179,7 @@ def generate(
     model: Transformer, prompts: Tensor, u: Tensor, cache: KVCache | None = None,
     **sampling: Any,
 ) -> Iterator[Tensor]:
-    """`generate_naive` with a cache, yours or a new one: the same ids, but for rounding."""
+    """`generate_naive` with a cache, new or given but empty: the same ids, up to rounding."""
     limit = model.config.context_length
     cache = cache or KVCache()
     new = prompts[:, -limit:]  # what to process next, (B, T)
@@ -1186,7 +1187,7 @@ def generate(
         if cache.length + new.shape[1] > limit:
             new = torch.cat([cache.tokens, new], dim=1)[:, -(limit // 2 + 1) :]
             cache.clear()
-        cache.extend(new)
+        cache.add_tokens(new)
         x = model.hidden_states(new, cache)[:, -1]  # (B, D), after the last token
         logits = compute_logits(x, model.lm_head.weight)  # (B, V)
         new = sample(logits, u[:, step], **sampling)[:, None]  # (B, 1)
@@ -2295,7 +2296,7 @@ def make_autocast(device: torch.device, dtype: torch.dtype, fsdp: bool = False) 
 
 
 class GradScaler:
-    """Skips steps whose gradients are inf or NaN, and keeps those of float16 in range.
+    """Skips steps whose gradients are inf or NaN, and keeps float16 gradients in range.
 
     Many gradients are below 6e-8, where float16 has no numbers left. So the loss is multiplied
     by a large power of two, and the gradients are divided by it. If they overflow, the step is
@@ -2310,7 +2311,7 @@ class GradScaler:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, loss_scale: float = 1.0):
         self.is_float16 = dtype == torch.float16
-        first = loss_scale if loss_scale > 1 else 2.0**16  # 1: not saved by a float16 run
+        first = loss_scale if loss_scale > 1 else 2.0**16  # 1: saved with another dtype
         self.loss_scale = torch.tensor(first if self.is_float16 else 1.0, device=device)
         self.skipped, self.consecutive_skips = torch.zeros(2, device=device)
 
@@ -2397,6 +2398,7 @@ class LlamaConfig(ModelConfig):
 
     rope_scaling: list[float] | None = None
     # Llama 3.1's RoPE scaling: factor, low and high frequency factor, original context
+    published: bool = False  # whether it began as a model from a Hugging Face directory
 
 
 class TransformerWithLoss(Transformer):
@@ -2454,13 +2456,14 @@ def without_compiling() -> Any:
 # 10. Muon
 #
 # AdamW treats a matrix as a bag of separate numbers. But a matrix acts on vectors. Its gradient
-# has a few large singular values and many small ones: a few directions dominate the update,
-# and along all others the matrix hardly changes. Muon makes the singular values of the update
-# nearly equal, so that rare directions are learned as fast as common ones. The same loss then
-# takes fewer steps. It's for the matrices of the blocks. AdamW still learns the norm weights,
-# the embedding and lm_head. The last two are tables with one row per token, and each row is
-# used on its own. (Jordan et al. 2024, kellerjordan.github.io/posts/muon; Bernstein & Newhouse
-# 2024, arXiv 2409.20325: why it's steepest descent under the spectral norm)
+# and AdamW's update have a few large singular values and many small ones: a few directions
+# dominate, and along all others the matrix hardly changes. Muon makes the singular values of
+# the update nearly equal, so that rare directions are learned as fast as common ones. Where we
+# compared them (data/results.md), Muon reached AdamW's final loss in two thirds of the steps,
+# each 8% longer. It's for the matrices of the blocks. AdamW still learns the norm weights,
+# lm_head (it does better there), and the embedding, whose rows are used alone. (Jordan et al.
+# 2024, kellerjordan.github.io/posts/muon; Bernstein & Newhouse 2024, arXiv 2409.20325: of all
+# updates that lengthen no vector by more than some factor, this one lowers the loss fastest)
 # ----------------------------------------------------------------------------------------
 
 
@@ -2468,8 +2471,9 @@ def orthogonalize(x: Tensor) -> Tensor:
     """The matrices x [N, rows, columns], with all singular values moved close to 1.
 
     If x = U @ diag(s) @ V.T, then x @ x.T @ x = U @ diag(s^3) @ V.T. So matmuls alone apply a
-    polynomial to the singular values: a * s + b * s^3 + c * s^5. Five rounds with Jordan's a, b
-    and c, a Newton-Schulz iteration, lift all above 0.01 to about 0.7 to 1.2, even in bfloat16.
+    polynomial to the singular values: a * s + b * s^3 + c * s^5. Each round makes small ones a
+    times as large. Five with Jordan's a, b and c, a Newton-Schulz iteration, bring all that are
+    above 0.01 between about 0.7 and 1.2, even in bfloat16.
 
     This update stretches (1, 1) by 3.9 and (1, -1) by 0.1; afterwards both by roughly 1:
 
@@ -2490,16 +2494,20 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 
 def make_scaled_adamw(model: Any, params: dict, config: OptimizerConfig) -> torch.optim.AdamW:
-    """`make_adamw`, with a higher learning rate for the embedding of a model wider than 128.
+    """`make_adamw`, with a higher learning rate for embeddings in a model wider than 128.
 
     `params` maps each parameter to the tensor to update: itself, or its shard (chapter 12).
-    WHY: a matrix adds up d_model products, which change together, so the wider the model, the
-    less each may change; a lookup touches a single row. (Yang et al. 2022, arXiv 2203.03466,
-    table 3.) The square joins two measurements: nothing is gained at a width of 128, and 33
-    times the rate was the best at 768. An embedding tied to lm_head is treated as a matrix.
+    `Trainer.step` multiplies a group's learning rate by its lr_scale.
+    WHY: a matrix adds up d_model products, which change together, so --lr has to fall as the
+    width grows. A lookup touches a single row. In theory, the ratio of their rates grows with
+    the width. (Yang et al. 2022, arXiv 2203.03466, table 3) We measured more (data/results.md):
+    1 was the best at a width of 128, and 30 to 36 at 768; wider ones we haven't tried. It's 1
+    for an embedding that others have trained, or that is lm_head's matrix, too.
     """
-    scale = max(1.0, (model.config.d_model / 128) ** 2)
-    tables = {model.embedding.weight} - {model.lm_head.weight}  # none if they are tied
+    trained = getattr(model.config, "published", False)
+    scale = 1.0 if trained else min(max(1.0, model.config.d_model / 128), 6.0) ** 2
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables.discard(model.lm_head.weight)
     optimizer = make_adamw([x for p, x in params.items() if p not in tables], config)
     optimizer.add_param_group({
         "params": [x for p, x in params.items() if p in tables],
@@ -2516,10 +2524,10 @@ def muon_naive(
     """One update of Muon for one matrix, written out: the new weight and the new momentum.
 
     The momentum is AdamW's m. The update mixes in the gradient once more (Nesterov momentum).
-    WHY 0.2 * sqrt(max(rows, columns)): the entries of U @ V.T have a magnitude of about
-    1 / sqrt(max(rows, columns)), and those of AdamW's updates, in practice, about 0.2 (not 1,
-    because gradients change sign). With this factor, lr and weight_decay mean what they mean
-    for AdamW. (Liu et al. 2025, arXiv 2502.16982, section 2.2)
+    WHY 0.2 * sqrt(max(rows, columns)): U @ V.T has min(rows, columns) singular values of 1, so
+    its entries have a magnitude of about 1 / sqrt(max(rows, columns)), and those of AdamW's
+    updates, in practice, about 0.2 (not 1, because gradients change sign). With this factor, lr
+    and weight_decay mean what they mean for AdamW. (Liu et al. 2025, arXiv 2502.16982, 2.2)
     """
     momentum = MUON_DECAY * momentum + (1 - MUON_DECAY) * grad
     update = orthogonalize((MUON_DECAY * momentum + (1 - MUON_DECAY) * grad)[None])[0]
@@ -2604,8 +2612,8 @@ class Muon(torch.optim.AdamW):
             weight.sub_(lr * (weight_decay * weight + scale * update))
 
 
-# Exercise: Return `x` from `orthogonalize` at once and train the demo's model again: this is
-# gradient descent with momentum, for matrices. How much of Muon's gain is left?
+# Exercise: Return `x` from `orthogonalize` at once and train the demo's model again; then `x`
+# as large as an orthogonal matrix, of norm sqrt(min(rows, columns)). Is Muon's gain left?
 
 
 # ----------------------------------------------------------------------------------------
@@ -2632,13 +2640,13 @@ class StaticCache(KVCache):
         self.columns = torch.arange(size, device=weight.device)
         super().__init__()
 
-    def extend(self, tokens: Tensor) -> None:
+    def add_tokens(self, tokens: Tensor) -> None:
         S, self.length = self.length, self.length + tokens.shape[1]
         self.positions = self.columns[S : self.length]
         self.all_tokens[:, S : self.length] = tokens
         self.tokens = self.all_tokens[:, : self.length]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def add_keys_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.keys[layer][:, self.positions] = k
         self.values[layer][:, self.positions] = v
         S = self.tokens.shape[1]
@@ -2702,7 +2710,7 @@ def stream_text(
     tokenizer: BPETokenizer | Tokenizer, ids: Iterable[int], prompt: str = ""
 ) -> Iterator[str]:
     """`prompt` and the text of `ids`, in whole characters: their bytes may come one by one."""
-    valid = text_to_bytes(prompt).decode("utf-8", "replace") == prompt  # or its bytes go on
+    valid = text_to_bytes(prompt).decode("utf-8", "replace") == prompt  # else bytes go on
     decoder = codecs.getincrementaldecoder("utf-8")("replace" if valid else "surrogateescape")
     yield decoder.decode(text_to_bytes(prompt))
     for token in ids:
@@ -2897,7 +2905,7 @@ def shard_model(
     mesh = torch.distributed.init_device_mesh(
         device.type, tuple(grid.values()), mesh_dim_names=tuple(grid))
     # Weights are gathered in `dtype`, gradients summed in float32. TRAP: by default FSDP also
-    # casts the inputs of a unit, and so the RoPE cache, which must stay float32.
+    # casts the inputs of a unit, and so the RoPE table, which must stay float32.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for unit in [*model.blocks, model] if per_block else [model]:
         # The last unit holds the head, which the backward pass needs at once: keep it gathered.
@@ -3006,10 +3014,7 @@ def build_model(
     config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype,
     processes: ProcessConfig, weights: Mapping[str, Tensor] | None = None,
 ) -> TransformerWithLoss:
-    """Collective: the model, ready to train on all processes. The order matters.
-
-    Process 0 has its `weights`, or draws them on the host: the same for any number of them.
-    """
+    """Collective: the model, ready to train, with process 0's `weights` or with new ones."""
     with torch.device("meta"):  # shapes without numbers
         model = TransformerWithLoss(config)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -3026,7 +3031,7 @@ def build_model(
     if config.tie_embeddings:  # TRAP: to_empty unties them
         model.lm_head.weight = model.embedding.weight
     if weights is None and get_rank() == 0:
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # on the host: the same for any number of processes
         weights = TransformerWithLoss(config).state_dict()
     # One parameter after the other: no process but 0 holds more than its shards and one whole.
     for name, p in model.named_parameters():
@@ -3109,10 +3114,9 @@ def model_from_checkpoint(
 
 
 def gather_state(model: nn.Module, params: dict, optimizer: Any) -> dict:
-    """Collective: parameters and optimizer state, whole, on process 0; nothing elsewhere.
+    """Collective: parameters and, given an `optimizer`, its state, whole, on process 0.
 
-    The state of the optimizer, unless that's None, is, by the name of the state (exp_avg, say)
-    and of the parameter, a tensor like the parameter or of one number.
+    The state is found by its name and the parameter's: result["optimizer"]["exp_avg"][name].
     """
     weights: dict[str, Tensor] = {}
     moments: dict[str, dict] = {}
@@ -3173,7 +3177,7 @@ class DataConfig:
     train_tokens: Path | None = None  # token file to train on (required unless resuming)
     valid_tokens: Path | None = None  # token file to evaluate the loss on
     tokenizer_path: Path | None = None  # tokenizer of these files: copied to outdir
-    sequence_length: int = 0  # T: --context_length; that of a model may be larger
+    sequence_length: int = 0  # T: --context_length; a loaded model's own may be larger
     batch_size: int = 16  # sequences per process and micro-batch
     grad_accum_steps: int = 1  # micro-batches per optimizer step
     seed: int = 1  # random seed of initial parameters and batches
@@ -3307,7 +3311,7 @@ def run_training(
                     file.write(json_line(record) + "\n")
             for name, state in states.items():
                 save_checkpoint(run.outdir / name, {**state, **start["about"]})
-            for old in checkpoints_in(run.outdir)[: -run.keep_checkpoints]:
+            for old in checkpoints_in(run.outdir)[: -run.keep_checkpoints]:  # none for 0
                 old.unlink()
         if signaled:
             break
@@ -3397,7 +3401,7 @@ class ValidationSet:
         model.eval()  # switches off dropout, if somebody adds it
         progress, windows = Progress("evaluating", self.num_tokens, "tokens"), self.windows()
         while rows := list(itertools.islice(windows, batch_size * world_size)):
-            # Every process must take part in every forward pass: without a row, with a fake.
+            # Every process must take part in every forward pass, if need be with a fake row.
             mine = rows[rank::world_size]
             batch = [torch.from_numpy(row) for row in mine or rows[:1]]
             padded = nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-100)
@@ -3933,8 +3937,8 @@ def load_hf_model(directory: Path) -> dict:
         ids = {name: content[name] for name in HF_SPECIAL_IDS if name in content}
         ids |= json.loads(files.get("generation_config.json", "{}"))
         files["generation_config.json"] = json.dumps(ids, indent=2)
-    return {"model": weights, "model_config": vars(config), "step": 0, "path": str(directory),
-            "hf_files": files}
+    return {"model": weights, "model_config": {**vars(config), "published": True}, "step": 0,
+            "path": str(directory), "hf_files": files}
 
 
 def export(
@@ -3989,7 +3993,7 @@ import inspect
 import shlex
 import warnings
 
-NOT_FLAGS = ("given", "architecture", "sequence_length", "rope_scaling")
+NOT_FLAGS = ("given", "architecture", "sequence_length", "rope_scaling", "published")
 # Numbers must be at least 0, and integers at least 1, except for these.
 MAY_BE_0 = ("vocab_size", "num_kv_heads", "head_dim", "warmup_steps", "shard_size", "seed",
             "eval_windows", "keep_checkpoints", "top_k", "sequence_length")
@@ -4169,8 +4173,7 @@ def evaluate_command(
             ids += map(tokenizer.encode_piece, pieces)
         tokens = TokenFile(Path("text"), np.concatenate(ids), model.config.vocab_size)
     valid = ValidationSet(tokens, model.config.context_length, eval_windows, tokenizer)
-    # Batches are small so that on a CPU, too, the loss so far is soon shown.
-    loss = valid.loss(model, max(1, 2048 // valid.T), autocast)
+    loss = valid.loss(model, max(1, 2048 // valid.T), autocast)  # small batches: soon a loss
     report = valid.report(loss, True, floor_nats_per_byte)
     log(show_numbers(report))
     print(json_line(report))
@@ -4314,8 +4317,7 @@ def demo_commands(
         log(f"\n{megabytes:.1f} MB of text, {minutes:g} minutes, {device}: expect its words, "
             "names and layout, but little sense. More text and more time give more.")
     else:
-        texts, prompt = f"{data}/stories-", "Once"
-        compare = " --floor_nats_per_byte 0.191796"
+        texts, prompt, compare = f"{data}/stories-", "Once", " --floor_nats_per_byte 0.191796"
         vocab_size, steps = 1536, max_steps or 1000
         flags = ("--context_length 512 --num_layers 1 --d_model 128 --num_heads 4 --d_ff 256 "
                  "--batch_size 4 --optimizer muon --lr 1e-2 --min_lr 1e-5 --log_interval 50 "
@@ -4329,8 +4331,7 @@ def demo_commands(
     train = (f"train --train_tokens {here}/train.bin --valid_tokens {here}/valid.bin "
              f"--tokenizer_path {tokenizer} {flags}")
     if text_path:
-        # A few steps show how fast this machine is.
-        yield f"{train} --outdir {here}/trial --max_steps 8 --eval_windows 8"
+        yield f"{train} --outdir {here}/trial --max_steps 8 --eval_windows 8"  # for its speed
         last = json.loads((out / "trial" / "metrics.jsonl").read_text().splitlines()[-1])
         tokens = 60 * minutes * last["tokens_per_second"] * 0.9  # the rest is for evaluation
         # Up to about four epochs are as good as new text (Muennighoff et al. 2023, arXiv
