@@ -1740,7 +1740,7 @@ OUR_DIRECTORY = ".scratchformer"  # a file that marks directories of outputs
 def new_directory(path: Path) -> None:
     """Make a directory for outputs, which `input_files` skips, or raise UserError."""
     if path.is_dir() and any(path.glob("[!.]*")):
-        raise UserError(f"{path} isn't empty: give another --outdir, or use train --resume")
+        raise UserError(f"{path} isn't empty: give another --outdir (or train --resume a run)")
     path.mkdir(parents=True, exist_ok=True)
     (path / OUR_DIRECTORY).touch()
 
@@ -2471,9 +2471,9 @@ def orthogonalize(x: Tensor) -> Tensor:
     """The matrices x [N, rows, columns], with all singular values moved close to 1.
 
     If x = U @ diag(s) @ V.T, then x @ x.T @ x = U @ diag(s^3) @ V.T. So matmuls alone apply a
-    polynomial to the singular values: a * s + b * s^3 + c * s^5. Each round makes small ones a
-    times as large. Five with Jordan's a, b and c, a Newton-Schulz iteration, bring all that are
-    above 0.01 between about 0.7 and 1.2, even in bfloat16.
+    polynomial to the singular values: a * s + b * s^3 + c * s^5. Each round makes small ones
+    3.4 times as large. Five with Jordan's a, b and c, a Newton-Schulz iteration, bring all that
+    are above 0.01 between about 0.7 and 1.2, even in bfloat16.
 
     This update stretches (1, 1) by 3.9 and (1, -1) by 0.1; afterwards both by roughly 1:
 
@@ -2598,7 +2598,7 @@ class Muon(torch.optim.AdamW):
         return torch.stack(updates)
 
     def orthogonalize_all(self, updates: Tensor, d_outs: list[int]) -> Tensor:
-        """`orthogonalize` for every matrix in N layers, [N, sum(d_outs), d_in]."""
+        """`orthogonalize` each matrix (qkv has three) of N layers [N, sum(d_outs), d_in]."""
         if len(set(d_outs)) == 1:  # all at once
             matrices = updates.reshape(-1, d_outs[0], updates.shape[2])
             return orthogonalize(matrices).view_as(updates)
@@ -2730,8 +2730,8 @@ def stream_text(
 #
 # How do several devices train one model? *Data parallel*: each process holds the whole
 # model, sees different rows of the batch, and all average their gradients before the update.
-# FSDP, fully sharded data parallel: each process also holds just a shard of every parameter,
-# gathers the rest when a matmul needs it, and drops it afterwards. A parameter costs 16 bytes
+# FSDP, fully sharded data parallel: each process holds only a shard of every parameter, gathers
+# the rest when a matmul needs it, and drops it afterwards. A parameter costs 16 bytes
 # (4 itself, 4 its gradient, 8 AdamW's m and v), but a matmul only needs its value, 2 to 4.
 # On eight GPUs: torchrun --nproc_per_node=8 scratchformer.py train ..., with --fsdp if a model
 # and its optimizer don't fit on one. (Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054, section
@@ -4011,8 +4011,6 @@ def check_config(c: Any) -> None:
     if isinstance(c, OptimizerConfig) and c.min_lr > c.lr:
         raise UserError(f"--min_lr must be at most --lr: {c.min_lr} > {c.lr}")
     if isinstance(c, LlamaConfig):
-        if c.architecture != ModelConfig.architecture:
-            raise UserError(f"architecture {c.architecture!r}: a changed file has made it")
         if c.num_heads % c.num_kv_heads:
             raise UserError(f"num_heads must be divisible by num_kv_heads: {c.num_heads} / "
                             f"{c.num_kv_heads}")
@@ -4024,6 +4022,8 @@ def check_config(c: Any) -> None:
 def config_from_dict(fields: dict) -> LlamaConfig:
     """The configuration that a file holds. Raises UserError if it isn't one of ours."""
     with file_errors("its configuration", "one for this model"):
+        if fields.get("architecture", ModelConfig.architecture) != ModelConfig.architecture:
+            raise UserError(f"architecture {fields['architecture']!r}, not that of this file")
         config = LlamaConfig(**fields)
         check_config(config)
     return config
@@ -4105,7 +4105,7 @@ def bpe_train(
     with atomic_write(tokenizer_out_path) as out:  # first: a bad path fails early
         vocab, merges = train_bpe(file_path, vocab_size, specials, num_workers)
         out.write(json_bytes(tokenizer_to_json(Tokenizer(vocab, merges, specials))))
-    log(f"{tokenizer_out_path}: {len(vocab)} entries, {time.monotonic() - start:.1f} s")
+    log(f"{tokenizer_out_path}: {len(vocab)}/{vocab_size} ids, {time.monotonic() - start:.1f}s")
 
 
 def bpe_encode(
@@ -4135,7 +4135,7 @@ class SavedModel:
         best = self.checkpoint / BEST
         state = load_checkpoint(best if best.is_file() else self.checkpoint)
         if best.is_file():
-            log(f"taking {best}, the parameters with the lowest validation loss")
+            log(f"taking {best}: step {state['step']} had the lowest validation loss")
         model = model_from_checkpoint(state, *options)
         hashes = {self.checkpoint: state.get("tokenizer_sha256")}
         if tokens:
@@ -4294,7 +4294,6 @@ def demo(
     out = outdir or Path("out/text" if text_path else "out/demo")
     if minutes and not text_path:
         raise UserError("--minutes needs --text_path")
-    new_directory(out)
     for command in demo_commands(text_path, minutes or 5.0, max_steps, out):
         log(f"\n$ python scratchformer.py {command}")
         status = main(shlex.split(command) + ["--quiet"] * (not Progress.enabled))
@@ -4317,6 +4316,7 @@ def demo_commands(
         log(f"\n{megabytes:.1f} MB of text, {minutes:g} minutes, {device}: expect its words, "
             "names and layout, but little sense. More text and more time give more.")
     else:
+        new_directory(out)
         texts, prompt, compare = f"{data}/stories-", "Once", " --floor_nats_per_byte 0.191796"
         vocab_size, steps = 1536, max_steps or 1000
         flags = ("--context_length 512 --num_layers 1 --d_model 128 --num_heads 4 --d_ff 256 "
@@ -4331,8 +4331,8 @@ def demo_commands(
     train = (f"train --train_tokens {here}/train.bin --valid_tokens {here}/valid.bin "
              f"--tokenizer_path {tokenizer} {flags}")
     if text_path:
-        yield f"{train} --outdir {here}/trial --max_steps 8 --eval_windows 8"  # for its speed
-        last = json.loads((out / "trial" / "metrics.jsonl").read_text().splitlines()[-1])
+        yield f"{train} --outdir {here}/speed_test --max_steps 8 --eval_windows 8"
+        last = json.loads((out / "speed_test" / "metrics.jsonl").read_text().splitlines()[-1])
         tokens = 60 * minutes * last["tokens_per_second"] * 0.9  # the rest is for evaluation
         # Up to about four epochs are as good as new text (Muennighoff et al. 2023, arXiv
         # 2305.16264), and in our runs more than six gained nothing: take five.
