@@ -626,8 +626,8 @@ class MultiHeadAttention(nn.Module):
 
         x (B, T, D) -> q, k, v (B, T, H, K) -> softmax(...) @ v (B, T, H, K) -> (B, T, D)
 
-    With `qk_norm`, the lengths of queries and keys are learned, and can't grow until softmax
-    takes a single token and learns no more. (Henry et al. 2020, arXiv 2010.04245)
+    With `qk_norm`, the lengths of queries and keys are weights, so that they don't grow so much
+    that softmax picks a single token and learns no more. (Henry et al. 2020, arXiv 2010.04245)
     Keys and values may have only G < H heads: chapter 7 keeps those of all tokens, and fewer
     take less memory. (Ainslie et al. 2023, arXiv 2305.13245: grouped-query attention, GQA)
     """
@@ -1740,7 +1740,7 @@ OUR_DIRECTORY = ".scratchformer"  # a file that marks directories of outputs
 def new_directory(path: Path) -> None:
     """Make a directory for outputs, which `input_files` skips, or raise UserError."""
     if path.is_dir() and any(path.glob("[!.]*")):
-        raise UserError(f"{path} isn't empty: give another --outdir (or train --resume a run)")
+        raise UserError(f"{path} isn't empty: give another --outdir; train --resume continues")
     path.mkdir(parents=True, exist_ok=True)
     (path / OUR_DIRECTORY).touch()
 
@@ -2398,7 +2398,7 @@ class LlamaConfig(ModelConfig):
 
     rope_scaling: list[float] | None = None
     # Llama 3.1's RoPE scaling: factor, low and high frequency factor, original context
-    published: bool = False  # whether it began as a model from a Hugging Face directory
+    trained: bool = False  # whether it began as a model from a Hugging Face directory
 
 
 class TransformerWithLoss(Transformer):
@@ -2500,11 +2500,11 @@ def make_scaled_adamw(model: Any, params: dict, config: OptimizerConfig) -> torc
     `Trainer.step` multiplies a group's learning rate by its lr_scale.
     WHY: a matrix adds up d_model products, which change together, so --lr has to fall as the
     width grows. A lookup touches a single row. In theory, the ratio of their rates grows with
-    the width. (Yang et al. 2022, arXiv 2203.03466, table 3) We measured more (data/results.md):
-    1 was the best at a width of 128, and 30 to 36 at 768; wider ones we haven't tried. It's 1
-    for an embedding that others have trained, or that is lm_head's matrix, too.
+    the width. (Yang et al. 2022, arXiv 2203.03466, table 3) We measured larger ones: the best
+    we tried were 1 at a width of 128, and 30 (AdamW) and 33 (Muon) at 768 (data/results.md).
+    Wider models get 36, untried; an embedding that others trained, or that is lm_head's, 1.
     """
-    trained = getattr(model.config, "published", False)
+    trained = getattr(model.config, "trained", False)
     scale = 1.0 if trained else min(max(1.0, model.config.d_model / 128), 6.0) ** 2
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     tables.discard(model.lm_head.weight)
@@ -3550,7 +3550,7 @@ def resolve_model_config(given: dict, model: LlamaConfig, start: dict) -> LlamaC
     """The configuration of the model in `start`, if there is one and the user's flags agree."""
     if "model_config" not in start:
         return model
-    config = config_from_dict(start["model_config"])
+    config = config_from_dict(start["model_config"] | {"trained": bool(start.get("hf_files"))})
     for name in vars(config).keys() & given.keys() - {"context_length"}:
         if given[name] not in (getattr(config, name), 0):
             raise UserError(f"--{name} is {given[name]}, but the model in {start['path']} has "
@@ -3937,8 +3937,8 @@ def load_hf_model(directory: Path) -> dict:
         ids = {name: content[name] for name in HF_SPECIAL_IDS if name in content}
         ids |= json.loads(files.get("generation_config.json", "{}"))
         files["generation_config.json"] = json.dumps(ids, indent=2)
-    return {"model": weights, "model_config": {**vars(config), "published": True}, "step": 0,
-            "path": str(directory), "hf_files": files}
+    return {"model": weights, "model_config": vars(config), "step": 0, "path": str(directory),
+            "hf_files": files}
 
 
 def export(
@@ -3993,7 +3993,7 @@ import inspect
 import shlex
 import warnings
 
-NOT_FLAGS = ("given", "architecture", "sequence_length", "rope_scaling", "published")
+NOT_FLAGS = ("given", "architecture", "sequence_length", "rope_scaling", "trained")
 # Numbers must be at least 0, and integers at least 1, except for these.
 MAY_BE_0 = ("vocab_size", "num_kv_heads", "head_dim", "warmup_steps", "shard_size", "seed",
             "eval_windows", "keep_checkpoints", "top_k", "sequence_length")
@@ -4023,7 +4023,7 @@ def config_from_dict(fields: dict) -> LlamaConfig:
     """The configuration that a file holds. Raises UserError if it isn't one of ours."""
     with file_errors("its configuration", "one for this model"):
         if fields.get("architecture", ModelConfig.architecture) != ModelConfig.architecture:
-            raise UserError(f"architecture {fields['architecture']!r}, not that of this file")
+            raise UserError(f"it is {fields['architecture']!r}, but scratchformer.py isn't")
         config = LlamaConfig(**fields)
         check_config(config)
     return config
@@ -4173,7 +4173,7 @@ def evaluate_command(
             ids += map(tokenizer.encode_piece, pieces)
         tokens = TokenFile(Path("text"), np.concatenate(ids), model.config.vocab_size)
     valid = ValidationSet(tokens, model.config.context_length, eval_windows, tokenizer)
-    loss = valid.loss(model, max(1, 2048 // valid.T), autocast)  # small batches: soon a loss
+    loss = valid.loss(model, max(1, 2048 // valid.T), autocast)  # small: a first loss soon
     report = valid.report(loss, True, floor_nats_per_byte)
     log(show_numbers(report))
     print(json_line(report))
@@ -4200,7 +4200,7 @@ def generate_command(
     stop = generation.get("eos_token_id", tokenizer.eot_id)  # a number, a list or None
     stop_ids = stop if isinstance(stop, list) else [stop]
     seed = torch.seed() % 2**32 if seed is None else seed
-    prompt = bytes_to_text(text_to_bytes(prompt))  # a locale may not have been UTF-8
+    prompt = bytes_to_text(text_to_bytes(prompt))  # bytes, if the locale isn't UTF-8
     ids = tokenizer.encode(prompt, add_start=True) or [tokenizer.eot_id]
     if None in ids:
         raise UserError("the prompt is empty, and the tokenizer has no end-of-text token")

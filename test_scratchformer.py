@@ -635,15 +635,15 @@ def test_matrices_decay_and_norm_weights_do_not():
     assert all(group["lr"] == 0.1 and group["betas"] == (0.8, 0.9) for group in groups)
 
 
-@pytest.mark.parametrize("tied, published, width, scale, table_scale", [
+@pytest.mark.parametrize("tied, trained, width, scale, table_scale", [
     (False, False, 32, 1, 1), (False, False, 192, 2.25, 2.25), (False, False, 896, 36, 36),
     (True, False, 192, 1, 2.25), (False, True, 192, 1, 1)])  # fmt: skip
 def test_embeddings_learn_faster_with_the_width_unless_tied_or_trained(
-    tied, published, width, scale, table_scale
+    tied, trained, width, scale, table_scale
 ):
     model = tiny_model(config=LlamaConfig(**{
         **vars(TINY_MODEL), "d_model": width, "head_dim": 8, "tie_embeddings": tied,
-        "published": published}))
+        "trained": trained}))
     model.table = torch.nn.Embedding(3, 4)  # somebody's own
     weights = model.embedding.weight, model.table.weight, model.lm_head.weight
     before = [weight.detach().clone() for weight in weights]
@@ -2488,7 +2488,7 @@ def test_autotokenizer_gives_the_same_ids(exported, toy, text):
 
 def test_what_is_exported_can_be_read_back_to_the_bit(exported, toy):
     ours, back = load_checkpoint(toy / "run"), load_hf_model(toy / "exported")
-    assert back["model_config"] == {**ours["model_config"], "published": True}
+    assert back["model_config"] == ours["model_config"]
     assert list(back["model"]) == list(ours["model"])
     for name, weight in ours["model"].items():
         assert torch.equal(weight, back["model"][name]), name
@@ -2715,6 +2715,10 @@ def test_training_goes_on_from_a_llama_folder(toy, exported, tmp_path):
     before, after = (metrics(path, "valid_loss")[-1][0] for path in (toy / "run", tmp_path))
     assert after == pytest.approx(before, rel=1e-4)
     assert (tmp_path / "tokenizer.json").read_bytes() == (toy / "tokenizer.json").read_bytes()
+    # Its embedding isn't new, neither now nor when the run goes on.
+    do(f"train --resume --outdir {tmp_path} --max_steps 4 --device cpu --quiet")
+    trained = [load_checkpoint(x)["model_config"]["trained"] for x in (toy / "run", tmp_path)]
+    assert trained == [False, True]
 
 
 def test_eval_and_generate_read_a_llama_folder(toy, exported, capsys):
@@ -3213,7 +3217,7 @@ def test_a_changed_file_trains_evaluates_and_resumes(
     # Other versions of the file refuse what means something else to them.
     status = main(shell_words(["eval --eval_windows 20", flags]))
     assert status == (0 if name in ("lion", "stable_decay", "z_loss") else 2)
-    words = "'dropout'" if name == "dropout" else "not that of this file"
+    words = "'dropout'" if name == "dropout" else "but scratchformer.py isn't"
     assert not status or words in capsys.readouterr().err
 
 

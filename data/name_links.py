@@ -1,6 +1,6 @@
 """Which definition each name of a Python file refers to, for data/make_page.py.
 
-A definition's id is its qualified name, such as "KVCache.extend". A name refers to what the
+A definition's id is its qualified name, such as "KVCache.add_tokens". A name refers to what the
 innermost scope that binds it says. An attribute refers to a definition only if the class of the
 object is known: from `self`, an annotation, or the one kind of value that is assigned to a
 variable. Whatever is unsure refers to nothing.
