@@ -1164,7 +1164,7 @@ class KVCache:
         return k, v
 
     def attention_in(self, layer: int, mask: Tensor | None = None) -> Attend:
-        """What replaces `attention` in block `layer`. A `mask` (T, S + T) can restrict it."""
+        """What replaces `attention` in block `layer`. `mask`: instead of the causal one."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = self.add_keys_values(layer, k, v)  # (B, S + T, G, K)
@@ -2710,7 +2710,7 @@ def stream_text(
     tokenizer: BPETokenizer | Tokenizer, ids: Iterable[int], prompt: str = ""
 ) -> Iterator[str]:
     """`prompt` and the text of `ids`, in whole characters: their bytes may come one by one."""
-    valid = text_to_bytes(prompt).decode("utf-8", "replace") == prompt  # else bytes go on
+    valid = text_to_bytes(prompt).decode("utf-8", "replace") == prompt  # or cut mid-character
     decoder = codecs.getincrementaldecoder("utf-8")("replace" if valid else "surrogateescape")
     yield decoder.decode(text_to_bytes(prompt))
     for token in ids:
@@ -4173,7 +4173,7 @@ def evaluate_command(
             ids += map(tokenizer.encode_piece, pieces)
         tokens = TokenFile(Path("text"), np.concatenate(ids), model.config.vocab_size)
     valid = ValidationSet(tokens, model.config.context_length, eval_windows, tokenizer)
-    loss = valid.loss(model, max(1, 2048 // valid.T), autocast)  # small: a first loss soon
+    loss = valid.loss(model, max(1, 2048 // valid.T), autocast)  # small, to show a loss soon
     report = valid.report(loss, True, floor_nats_per_byte)
     log(show_numbers(report))
     print(json_line(report))
@@ -4200,7 +4200,7 @@ def generate_command(
     stop = generation.get("eos_token_id", tokenizer.eot_id)  # a number, a list or None
     stop_ids = stop if isinstance(stop, list) else [stop]
     seed = torch.seed() % 2**32 if seed is None else seed
-    prompt = bytes_to_text(text_to_bytes(prompt))  # bytes, if the locale isn't UTF-8
+    prompt = bytes_to_text(text_to_bytes(prompt))  # it holds bytes if the locale isn't UTF-8
     ids = tokenizer.encode(prompt, add_start=True) or [tokenizer.eot_id]
     if None in ids:
         raise UserError("the prompt is empty, and the tokenizer has no end-of-text token")
@@ -4276,7 +4276,7 @@ def choose_size(megabytes: float, minutes: float, device: str) -> tuple[int, str
     of parameters, here the cube of the depth, grows with the square root of the time (Hoffmann
     et al. 2022, arXiv 2203.15556); take more if five passes over the text leave time.
     """
-    minutes *= 1400 if device == "cuda" else 1
+    minutes *= 1400 if device == "cuda" else 1  # now minutes of two CPU cores
     depth = max(1.9 * minutes ** (1 / 6), 1.6 * (minutes / megabytes) ** 0.375)
     depth = max(2, round(min(3 * megabytes**0.25, depth)))
     return 256 * depth**2, (
