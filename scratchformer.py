@@ -3040,8 +3040,8 @@ def build_model(
     return model
 
 
-# Exercise: Run the demo's `train` with --batch_size 2 and another --outdir; then again with
-# `torchrun --nproc_per_node=2`, --batch_size 1 and --device cpu. Compare the losses.
+# Exercise: Run the demo's `train` with --device cpu, --batch_size 2 and another --outdir; then
+# with `torchrun --nproc_per_node=2`, --batch_size 1 and a third one. Compare the losses.
 
 
 # ----------------------------------------------------------------------------------------
@@ -4335,7 +4335,7 @@ def demo_commands(
         last = json.loads((out / "speed_test" / "metrics.jsonl").read_text().splitlines()[-1])
         tokens = 60 * minutes * last["tokens_per_second"] * 0.9  # the rest is for evaluation
         # Up to about four epochs are as good as new text (Muennighoff et al. 2023, arXiv
-        # 2305.16264), and in our runs more gained nothing.
+        # 2305.16264), and in our runs more gained little.
         tokens = min(tokens, 4 * last["tokens_seen"] / last["epochs"])
         steps = max_steps or round(tokens * last["step"] / last["tokens_seen"]) or 1
         train += (f" --keep_best --eval_windows 128 --eval_interval {steps // 10 or 1} "
