@@ -3040,8 +3040,8 @@ def build_model(
     return model
 
 
-# Exercise: Run the demo's `train` with --device cpu, --batch_size 2 and another --outdir; then
-# with `torchrun --nproc_per_node=2`, --batch_size 1 and a third one. Compare the losses.
+# Exercise: Run the demo's `train` with --device cpu and another --outdir; then also with
+# `torchrun --nproc_per_node=2`, half the --batch_size and a third one. Compare the losses.
 
 
 # ----------------------------------------------------------------------------------------
@@ -4289,7 +4289,7 @@ def demo(
     text_path: list[Path] | None = None,  # files or directories (default: the bundled stories)
     minutes: float | None = None,  # with --text_path: about how long to train (default: 5)
     outdir: Path | None = None,  # directory for its files (default: out/demo, or out/text)
-    max_steps: int | None = None,  # optimizer steps (default: 700, or as --minutes allow)
+    max_steps: int | None = None,  # optimizer steps (default: 1000, or as --minutes allow)
 ) -> int:
     """Run the whole pipeline on the bundled stories or your own text, showing each command."""
     out = outdir or Path("out/text" if text_path else "out/demo")
@@ -4318,9 +4318,9 @@ def demo_commands(
     else:
         new_directory(out)
         texts, prompt, compare = f"{data}/stories-", "Once", " --floor_nats_per_byte 0.191796"
-        vocab_size, steps = 1536, max_steps or 700
-        flags = ("--context_length 2048 --num_layers 1 --d_model 128 --num_heads 4 --d_ff 256 "
-                 "--batch_size 1 --optimizer muon --lr 1e-2 --min_lr 1e-5 --log_interval 50 "
+        vocab_size, steps = 1536, max_steps or 1000
+        flags = ("--context_length 512 --num_layers 1 --d_model 128 --num_heads 4 --d_ff 256 "
+                 "--batch_size 4 --optimizer muon --lr 1e-2 --min_lr 1e-5 --log_interval 50 "
                  f"--eval_interval 500 --warmup_steps {steps // 40}")
     tokenizer = f"{here}/tokenizer.json"
     yield (f"bpe-train --file_path {texts}train.txt --vocab_size {vocab_size} "

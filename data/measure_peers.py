@@ -154,7 +154,7 @@ def measure_tokenizing() -> None:
 # chooses some. Both steps take the same batches, clip, and use the fused AdamW.
 
 STEP_SHAPES = {  # layers, d_model, heads, d_ff, context, sequences, vocabulary
-    "demo": (1, 128, 4, 256, 2048, 1, 1536),
+    "demo": (1, 128, 4, 256, 512, 4, 1536),
     "small": (8, 768, 16, 2048, 512, 64, 50304),
     "medium": (24, 1024, 16, 2752, 1024, 8, 50304),
     "medium_b32": (24, 1024, 16, 2752, 1024, 32, 50304),
