@@ -8,7 +8,7 @@ torch regex numpy). To start, in a clone of the repository:
     python scratchformer.py demo
 
 This trains a tokenizer and a small model on the bundled synthetic stories, and
-generates a story, in a minute or two. `demo --text_path DIR` does the same with
+generates a story, in about two minutes. `demo --text_path DIR` does this with
 your own text. All commands, each of which explains its flags with --help:
 
     split        hold out part of your own text for validation
